@@ -1,0 +1,1 @@
+"""Volumes in, slices out; knows nothing of training."""

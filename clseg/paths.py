@@ -1,0 +1,33 @@
+"""The three roots - data, runs, results - and the project's own files; nothing else builds a path."""
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+PARAMS = PROJECT / "params"
+NOTEBOOKS = PROJECT / "notebooks"
+
+
+def data_root() -> Path:
+    """Folder that holds one folder per data set: `$CLSEG_DATA`, or `data/` of the project."""
+    return Path(os.environ.get("CLSEG_DATA") or PROJECT / "data").expanduser().absolute()
+
+
+def out_root() -> Path:
+    """Folder under which everything is written: `$CLSEG_OUT`, or the project itself."""
+    return Path(os.environ.get("CLSEG_OUT") or PROJECT).expanduser().absolute()
+
+
+def runs_root() -> Path:
+    """Run folders (`runs/<dataset>/<profile>/<run>`) and the prepared stores (`runs/prepared`)."""
+    return out_root() / "runs"
+
+
+def prepared_root() -> Path:
+    """Prepared data sets, one folder per hash of inputs and geometry."""
+    return runs_root() / "prepared"
+
+
+def results_dir(profile: str, dataset: str, study: str) -> Path:
+    """Tables, charts and provenance of one study."""
+    return out_root() / "paper_figures" / profile / dataset / study
