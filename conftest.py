@@ -1,0 +1,40 @@
+"""What holds for the tests and for the notebooks that nbval executes beside them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile
+
+from build import clean_room
+
+_OUT = pytest.StashKey[Path]()
+
+
+def pytest_configure(config):
+    """One thread, and an empty output folder of this session's own: results on disk must not stand in for training."""
+    out = tempfile.TemporaryDirectory(prefix="clseg-test-", ignore_cleanup_errors=True)
+    config.add_cleanup(out.cleanup)
+    config.stash[_OUT] = Path(out.name)
+    os.environ["CLSEG_OUT"] = out.name
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collectstart(collector):
+    """Warnings and progress bars come and go, and tables as HTML repeat their text: nbval compares none of them."""
+    if isinstance(collector, IPyNbFile):
+        collector.skip_compare += ("stderr", "text/html", "image/svg+xml")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Kernels start where `build.py` starts them: in an output folder of their own.
+
+    The folder goes by the notebook's name. So the executed notebooks of a grid, which are all called `notebook.ipynb`,
+    share one: a fine-tuning finds the pre-training made a moment ago.
+    """
+    if not isinstance(item, IPyNbCell):
+        return (yield)
+    with clean_room(item.config.stash[_OUT] / item.path.stem):
+        return (yield)

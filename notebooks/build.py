@@ -1,0 +1,238 @@
+"""Makes the notebooks from their scripts: `python notebooks/build.py [--check] [STEM ...]`.
+
+`scripts/<stem>.py` (jupytext percent format) is the source, `<stem>.ipynb` beside this file the executed result. Builds
+repeat: cell ids come from the stem and the cell's number, the kernel runs on one thread with an empty output folder and
+without real data, and what changes from run to run (timings, warnings, progress bars) is left out.
+"""
+
+import argparse
+import ast
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).resolve().parent
+CHECKED = "nbval-check-output"
+LARGEST_BYTES = 1_000_000
+CELL_LIMIT_S = 900
+
+WIDGET = re.compile(r"application/vnd\.jupyter\.widget")
+# What a reader's machine cannot have or the next run will not repeat. A "/" between words, the tail of a URL and the
+# end of an HTML tag are not the start of a path.
+FOREIGN = {
+    "an absolute path": re.compile(r"(?<![\w.~/<)\]}*+-])/[A-Za-z_][\w.-]*/[\w.-]|\b[A-Za-z]:\\\w|\bfile://"),
+    "a memory address": re.compile(r"\b0x[0-9a-f]{7,}\b"),
+}
+
+
+def stems(folder: Path = FOLDER) -> list[str]:
+    """Every notebook's name, whether its script or the notebook or both are there."""
+    found = {path.stem for path in folder.glob("scripts/*.py")} | {path.stem for path in folder.glob("*.ipynb")}
+    return sorted(found)
+
+
+def convert(script: Path) -> NotebookNode:
+    """The script as an unexecuted notebook with stable cell ids."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"{script.stem}-{index:03d}"
+    return notebook
+
+
+@contextmanager
+def clean_room(out: Path) -> Iterator[None]:
+    """Environment for a kernel started inside: one thread, results under `out`, no real data, pictures inline."""
+    wanted = {"CLSEG_OUT": str(out), "OMP_NUM_THREADS": "1"}
+    unwanted = ("CLSEG_DATA", "MPLBACKEND")
+    before = {name: os.environ.get(name) for name in (*wanted, *unwanted)}
+    os.environ.update(wanted)
+    for name in unwanted:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def execute(notebook: NotebookNode, folder: Path) -> None:
+    """Runs all cells in place, in a fresh kernel whose working directory is `folder`.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_LIMIT_S,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="clseg-notebook-") as out, clean_room(Path(out)):
+        client.execute()
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Drops stderr (warnings, progress bars), widgets (a static page shows none) and the interpreter's version."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and not any(WIDGET.match(kind) for kind in output.get("data", {}))
+            ]
+    notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
+
+
+def _texts(output: NotebookNode) -> Iterator[str]:
+    """What of an output is text: streams, and every representation but pictures."""
+    yield str(output.get("text", ""))
+    for kind, value in output.get("data", {}).items():
+        if not kind.startswith("image/") or kind == "image/svg+xml":
+            yield str(value)
+
+
+def _is_literal_assignment(statement: ast.stmt) -> bool:
+    if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+        return False
+    try:
+        ast.literal_eval(statement.value)
+    except ValueError:
+        return False
+    return True
+
+
+def problems(stem: str, folder: Path = FOLDER) -> list[str]:
+    """What is wrong with one notebook on disk, a sentence each, naming the cell; empty if it may be committed."""
+    script, path = folder / "scripts" / f"{stem}.py", folder / f"{stem}.ipynb"
+    if not script.exists():
+        return [f"{stem}: scripts/{stem}.py is missing; write it, or delete the notebook"]
+    if not path.exists():
+        return [f"{stem}: {stem}.ipynb is missing; build it"]
+    source, text = convert(script), path.read_text(encoding="utf-8")
+    return _source_problems(stem, source) + _drift(stem, source, text) + _output_problems(stem, text)
+
+
+def _source_problems(stem: str, source: NotebookNode) -> list[str]:
+    found = []
+    tags = [cell.metadata.get("tags", []) for cell in source.cells]
+    parameters = [index for index, of_cell in enumerate(tags) if "parameters" in of_cell]
+    if len(parameters) > 1:
+        found.append(f"{stem}: cells {parameters} all have the tag `parameters`; one may")
+    for index in parameters:
+        if not all(map(_is_literal_assignment, ast.parse(source.cells[index].source).body)):
+            found.append(f"{stem}: cell {index} (`parameters`) must assign literals and do nothing else")
+    checked = sum(CHECKED in of_cell for of_cell in tags)
+    if not 2 <= checked <= 4:
+        found.append(f"{stem}: {checked} cells have the tag `{CHECKED}`; two to four must")
+    return found
+
+
+def _drift(stem: str, source: NotebookNode, text: str) -> list[str]:
+    notebook = nbformat.reads(text, as_version=4)
+    here, there = (
+        [(cell.id, cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in book.cells]
+        for book in (notebook, source)
+    )
+    if here != there:
+        first = next(index for index in range(len(here) + 1) if here[index : index + 1] != there[index : index + 1])
+        return [f"{stem}: cell {first} is not what the script says (source, tags or cell id); build it again"]
+    if notebook.metadata != source.metadata:
+        return [f"{stem}: the notebook's metadata is not that of a build; build it again"]
+    return []
+
+
+def _output_problems(stem: str, text: str) -> list[str]:
+    notebook = nbformat.reads(text, as_version=4)
+    found = []
+    if (size := len(text.encode())) > LARGEST_BYTES:
+        found.append(f"{stem}: the notebook has {size:,} bytes, {LARGEST_BYTES:,} may be; make its pictures smaller")
+    code = [(index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    if not any(cell.outputs for _, cell in code):
+        found.append(f"{stem}: no cell has an output; build it, or nothing is compared")
+    for index, cell in code:
+        where = f"{stem}: cell {index}"
+        if cell.execution_count is None and cell.source.strip():
+            found.append(f"{where} was not executed; build it again")
+        shown = "\n".join(text for output in cell.outputs for text in _texts(output))
+        if CHECKED in cell.metadata.get("tags", []) and not re.search(r"\d", shown):
+            found.append(f"{where} has the tag `{CHECKED}` but shows no number that could be compared")
+        if set(cell.metadata) - {"tags"}:
+            found.append(f"{where} has metadata besides its tags; build it again")
+        for output in cell.outputs:
+            if output.output_type == "error":
+                found.append(f"{where} ended in an error")
+            if output.get("name") == "stderr":
+                found.append(f"{where} holds stderr; build it again")
+            if any(WIDGET.match(kind) for kind in output.get("data", {})):
+                found.append(f"{where} holds a widget; build it again")
+        for what, pattern in FOREIGN.items():
+            if match := pattern.search(shown):
+                around = shown[max(0, match.start() - 30) : match.end() + 30].replace("\n", " ")
+                found.append(f"{where} shows {what}: ...{around}...")
+    return found
+
+
+def build(stem: str, folder: Path = FOLDER) -> None:
+    """Converts, executes, cleans and writes one notebook; a notebook that may not be committed is not written.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+        ValueError: the outputs may not be committed; says which cell and why.
+    """
+    script = folder / "scripts" / f"{stem}.py"
+    if not script.exists():
+        raise ValueError(f"{stem}: there is no scripts/{stem}.py to build it from")
+    notebook = convert(script)
+    if found := _source_problems(stem, notebook):
+        raise ValueError("\n".join(found))
+    execute(notebook, folder)
+    clean(notebook)
+    text = nbformat.writes(notebook) + "\n"
+    if found := _output_problems(stem, text):
+        raise ValueError("\n".join(found))
+    half_written = folder / f".{stem}.ipynb.tmp"
+    half_written.write_text(text, encoding="utf-8")
+    half_written.replace(folder / f"{stem}.ipynb")
+
+
+def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
+    """Command line; returns the exit status: 0 all well, 1 not."""
+    parser = argparse.ArgumentParser(description="Make notebooks/*.ipynb from notebooks/scripts/*.py.")
+    parser.add_argument("stems", nargs="*", metavar="STEM", help="notebook without ending; default: all")
+    parser.add_argument("--check", action="store_true", help="execute nothing; say what is wrong with the notebooks")
+    options = parser.parse_args(arguments)
+    status = 0
+    for stem in options.stems or stems(folder):
+        try:
+            if not options.check:
+                print(f"{stem} ...", flush=True)
+                build(stem, folder)
+            elif found := problems(stem, folder):
+                raise ValueError("\n".join(found))
+        except (CellExecutionError, ValueError) as error:
+            print(f"{stem} failed:\n{error}" if isinstance(error, CellExecutionError) else error, file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The committed notebooks may be committed, and `notebooks/build.py` tells those that may not.
+
+That the notebooks run and find the same numbers is nbval's part of the same pytest call.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import build
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+SCRIPT = """\
+# %% [markdown]
+# # A small notebook
+
+# %% tags=["parameters"]
+points: int = 3  # how many
+colour = "teal"  # of the line
+
+# %% tags=["nbval-check-output"]
+import os
+import sys
+
+import matplotlib.pyplot as plt
+
+print("a warning of process", os.getpid(), file=sys.stderr)
+print("threads", os.environ["OMP_NUM_THREADS"])
+print("empty", not os.path.exists(os.environ["CLSEG_OUT"]) or not os.listdir(os.environ["CLSEG_OUT"]))
+print("real data", "CLSEG_DATA" in os.environ)
+
+# %% tags=["nbval-check-output"]
+print(f"{sum(range(points)) / 7:.3f}")
+
+# %% tags=["nbval-check-output"]
+points**2
+
+# %%
+fig, ax = plt.subplots(figsize=(1, 1))
+ax.plot(range(points), color=colour)
+plt.show()
+"""
+
+
+@pytest.mark.parametrize("stem", build.stems())
+def test_notebook_may_be_committed(stem):
+    assert build.problems(stem) == []
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with one small notebook built from SCRIPT."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    (folder / "scripts").mkdir()
+    (folder / "scripts" / "00_small.py").write_text(SCRIPT, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEG_DATA", str(folder))
+        assert build.main([], folder) == 0
+        assert os.environ["CLSEG_DATA"] == str(folder), "the build must leave the environment as it was"
+    return folder
+
+
+@pytest.fixture
+def spoil(built, tmp_path):
+    """Writes a changed copy of the small notebook and returns what is found wrong with it."""
+    source = (built / "scripts" / "00_small.py").read_text(encoding="utf-8")
+    notebook = nbformat.read(built / "00_small.ipynb", as_version=4)
+
+    def spoiled(change=lambda notebook: None, script=source):
+        change(notebook)
+        (tmp_path / "scripts").mkdir()
+        (tmp_path / "scripts" / "00_small.py").write_text(script, encoding="utf-8")
+        nbformat.write(notebook, tmp_path / "00_small.ipynb")
+        return build.problems("00_small", tmp_path)
+
+    return spoiled
+
+
+def test_a_built_notebook_is_in_order(built, spoil):
+    notebook = nbformat.read(built / "00_small.ipynb", as_version=4)
+    assert spoil() == []
+    assert [cell.id for cell in notebook.cells] == [f"00_small-{index:03d}" for index in range(6)]
+    assert [path.name for path in built.glob("*.ipynb*")] == ["00_small.ipynb"]
+
+
+def test_the_kernel_runs_in_a_clean_room_and_only_stable_outputs_stay(built):
+    cells = nbformat.read(built / "00_small.ipynb", as_version=4).cells
+    assert [output.name for output in cells[2].outputs] == ["stdout"]
+    assert cells[2].outputs[0].text == "threads 1\nempty True\nreal data False\n"
+    assert cells[3].outputs[0].text == "0.429\n"
+    assert "image/png" in cells[5].outputs[0].data
+
+
+def test_a_second_build_writes_the_same_bytes(built, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "00_small.py").write_text(SCRIPT, encoding="utf-8")
+    build.build("00_small", tmp_path)
+    assert (tmp_path / "00_small.ipynb").read_bytes() == (built / "00_small.ipynb").read_bytes()
+
+
+def strip(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+
+
+def show(text, cell=5):
+    def change(notebook):
+        notebook.cells[cell].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+
+    return change
+
+
+def add(kind, cell=5, **content):
+    def change(notebook):
+        notebook.cells[cell].outputs.append(nbformat.v4.new_output(kind, **content))
+
+    return change
+
+
+SPOILT = {
+    "other source": (lambda nb: nb.cells[3].update(source="print(1)"), "cell 3 is not what the script says"),
+    "other tags": (lambda nb: nb.cells[3].metadata.update(tags=[]), "cell 3 is not what the script says"),
+    "other id": (lambda nb: nb.cells[1].update(id="1a2b3c4d"), "cell 1 is not what the script says"),
+    "cell missing": (lambda nb: nb.cells.pop(), "cell 5 is not what the script says"),
+    "cell too many": (lambda nb: nb.cells.append(nbformat.v4.new_markdown_cell("", id="x")), "cell 6 is not what"),
+    "other kernel": (lambda nb: nb.metadata.kernelspec.update(name="mine"), "metadata"),
+    "widget state": (lambda nb: nb.metadata.update(widgets={}), "metadata"),
+    "cell timings": (lambda nb: nb.cells[2].metadata.update(execution={}), "cell 2 has metadata"),
+    "stripped": (strip, "no cell has an output"),
+    "not executed": (lambda nb: nb.cells[2].update(execution_count=None), "cell 2 was not executed"),
+    "nothing to compare": (show("done\n", cell=3), "cell 3 has the tag `nbval-check-output` but shows no number"),
+    "stderr": (add("stream", name="stderr", text="warning"), "cell 5 holds stderr"),
+    "error": (add("error", ename="E", evalue="", traceback=[]), "cell 5 ended in an error"),
+    "widget": (add("display_data", data={"application/vnd.jupyter.widget-view+json": {}}), "cell 5 holds a widget"),
+    "posix path": (show("saved /somewhere/else/x.png"), "cell 5 shows an absolute path"),
+    "quoted path": (show("file='/somewhere/else/x.png'"), "cell 5 shows an absolute path"),
+    "windows path": (show("saved C:\\somewhere"), "cell 5 shows an absolute path"),
+    "path in a table": (
+        add("display_data", data={"text/html": "<td>/somewhere/else</td>"}),
+        "cell 5 shows an absolute path",
+    ),
+    "address": (show("<function f at 0x7f3a1c0e5f80>"), "cell 5 shows a memory address"),
+    "too large": (show("x" * 1_000_001), "bytes, 1,000,000 may be"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_notebook_is_told(spoil, change, words):
+    found = spoil(change)
+    assert any(words in sentence for sentence in found), found
+    assert all(sentence.startswith("00_small: ") for sentence in found)
+
+
+@pytest.mark.parametrize(
+    "text", ["1/2 and/or 3", "https://example.org/a/b", "runs/phantom/smoke", "</td></tr>", "~/data"]
+)
+def test_what_only_looks_like_a_path_passes(spoil, text):
+    assert spoil(show(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("points**2", "points**3", "cell 4 is not what the script says"),
+        ("points: int = 3  # how many\n", "points = int(3)\n", "cell 1 (`parameters`) must assign literals"),
+        ("points: int = 3  # how many\n", "import os\n", "cell 1 (`parameters`) must assign literals"),
+        (
+            '# %% tags=["nbval-check-output"]\nimport os',
+            '# %% tags=["parameters"]\nimport os',
+            "cells [1, 2] all have the tag `parameters`",
+        ),
+        (' tags=["nbval-check-output"]', "", "0 cells have the tag"),
+    ],
+)
+def test_a_bad_script_is_told(spoil, old, new, words):
+    assert old in SCRIPT
+    found = spoil(script=SCRIPT.replace(old, new))
+    assert any(words in sentence for sentence in found), found
+
+
+def test_script_and_notebook_need_each_other(built, tmp_path, capsys):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "01_script.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "02_notebook.ipynb").write_bytes((built / "00_small.ipynb").read_bytes())
+    assert build.main(["--check"], tmp_path) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "01_script: 01_script.ipynb is missing; build it",
+        "02_notebook: scripts/02_notebook.py is missing; write it, or delete the notebook",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "# %%\nprint(__import__('os').getcwd())\n\n" + 2 * '# %% tags=["nbval-check-output"]\n1\n\n',
+            "an absolute path",
+        ),
+        ("# %%\n1 / 0\n\n" + 2 * '# %% tags=["nbval-check-output"]\n1\n\n', "ZeroDivisionError"),
+        ("# %%\n1\n", "0 cells have the tag"),
+    ],
+)
+def test_a_failed_build_says_why_and_leaves_the_notebook_alone(tmp_path, capsys, script, words):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "03_bad.py").write_text(script, encoding="utf-8")
+    (tmp_path / "03_bad.ipynb").write_text("as it was")
+    assert build.main(["03_bad"], tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "03_bad" in error
+    assert words in error
+    assert (tmp_path / "03_bad.ipynb").read_text() == "as it was"
+
+
+def test_nbval_compares_numbers_and_passes_over_warnings(built, tmp_path):
+    for name in ("pyproject.toml", "conftest.py", "notebooks/build.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    text = (built / "00_small.ipynb").read_text(encoding="utf-8")
+    assert text.count("0.429") == 1
+    (tmp_path / "notebooks" / "true.ipynb").write_text(text, encoding="utf-8")
+    (tmp_path / "notebooks" / "wrong.ipynb").write_text(text.replace("0.429", "0.430"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "notebooks"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 failed, 9 passed" in done.stdout, done.stdout + done.stderr
+    assert "FAILED notebooks/wrong.ipynb::Cell 2" in done.stdout
