@@ -1,7 +1,7 @@
 """Volumes as they lie in a folder: adapters that list them cheaply (`scan`) and read them one at a time (`read`).
 
-Every adapter answers with the same `Volume`: image [C, Z, Y, X], label [Z, Y, X] of class indices, slices along Z. Whatever
-is wrong with a file is a `RequestError` that names it.
+Every adapter answers with the same `Volume`: image [C, Z, Y, X], label [Z, Y, X] of class indices, slices along Z.
+Whatever is wrong with a file is a `RequestError` that names it.
 """
 
 import json
@@ -28,10 +28,10 @@ from clseg.config import DatasetConfig, RequestError, nearest
 class Volume:
     """One 3-D image on its native grid, with its labels if it has any.
 
-    `image` float32 [C, Z, Y, X], native intensities; `label` uint8 [Z, Y, X], class indices 0..K (0 background) or None;
-    `spacing_mm` (z, y, x) or None where the files carry none; `phase` "" where a subject has one volume; `affine` 4 x 4 of
-    the NIfTI file as stored (axes x, y, z) or None; `flips` the array axes (z, y, x) that were reversed on reading, so
-    that every axis runs the same way in all volumes of a data set.
+    `image` float32 [C, Z, Y, X], native intensities; `label` uint8 [Z, Y, X], class indices 0..K (0 background), or
+    None; `spacing_mm` (z, y, x) or None where the files carry none; `phase` "" where a subject has one volume; `affine`
+    4 x 4 of the NIfTI file as stored (axes x, y, z) or None; `flips` the array axes (z, y, x) that were reversed on
+    reading, so that every axis runs the same way in all volumes of a data set.
     """
 
     image: np.ndarray
@@ -48,7 +48,7 @@ class VolumeRef:
     """Where one volume lies: enough to read it and to notice that it changed.
 
     `images` are its image files (one, one per channel, or one per slice); `label` the label file, None without labels
-    (h5: the label lies in the image files); `root` the folder that was scanned; `stamp` the version of computed volumes.
+    (h5: the label lies in the image files); `root` the folder that was scanned; `stamp` names what computes it.
     """
 
     subject: str
@@ -87,13 +87,16 @@ def checked(volume: Volume, source: str | Path) -> Volume:
 
 def class_indices(label: np.ndarray, classes: Mapping[int, str], source: str | Path) -> np.ndarray:
     """Label values of a file as class indices 0..K, uint8; K follows the order of the declared values."""
+    if label.dtype.kind not in "biuf":
+        raise RequestError(f"{source}: the label is of type {label.dtype}; numbers are needed")
     values = np.array([0, *sorted(classes)])
     present = np.unique(label)
     undeclared = present[~np.isin(present, values)]
     if undeclared.size:
-        shown = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if undeclared.size > 5 else "")
+        shown = ", ".join(f"{float(value):g}" for value in undeclared[:5]) + (", ..." if undeclared.size > 5 else "")
         raise RequestError(
-            f"{source}: holds label values {shown}, declared are {', '.join(map(str, values))}; correct the file or `classes`"
+            f"{source}: holds label values {shown}, declared are {', '.join(map(str, values))}; "
+            "correct the file or `classes`"
         )
     return np.searchsorted(values, label).astype(np.uint8)
 
@@ -116,7 +119,7 @@ _NIFTI = re.compile(r"(?P<stem>.+)\.nii(\.gz)?")
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> RequestError:
-    reason = " ".join(str(error).split())[:150] or type(error).__name__
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
     return RequestError(f"{path}: cannot be read as {kind} ({reason}); replace the file or take it out of the data set")
 
 
@@ -124,14 +127,13 @@ def _read_nifti(path: Path, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Voxels as [Z, Y, X] or [C, Z, Y, X] as stored, and the affine."""
     try:
         file = nib.load(path)
+        if len(file.shape) not in (3, 4) or file.get_data_dtype().kind not in "biuf":
+            shape, kind = list(file.shape), file.get_data_dtype()
+            raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
         data = np.asarray(file.dataobj, dtype=dtype)
         affine = np.asarray(file.affine, dtype=float)
     except _UNREADABLE as error:
         raise _unreadable(path, "NIfTI", error) from None
-    if data.ndim not in (3, 4) or data.dtype.kind not in "biuf":
-        raise RequestError(
-            f"{path}: has shape {list(data.shape)} of type {data.dtype}; a 3-D image of numbers is needed"
-        )
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) == 0:
         raise RequestError(f"{path}: its affine is not invertible; repair the header")
     return data.T, affine  # [(C,) Z, Y, X]
@@ -195,7 +197,8 @@ def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
             f"data set {dataset.name!r}: options.subjects must be a positive whole number (given: {count!r})"
         )
     stamp = f"phantom {phantom.VERSION}"
-    return [VolumeRef(f"phantom{i:03d}", "ED", (), None, folder, stamp) for i in range(count)]
+    phases = ("ED", "ES")
+    return [VolumeRef(f"phantom{i:03d}", phase, (), None, folder, stamp) for i in range(count) for phase in phases]
 
 
 def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
@@ -205,8 +208,8 @@ def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
 
 
 # --------------------------------------------------------------------------------------------------------------- ACDC
-# Both layouts store the basal slice first. The NIfTI headers carry no patient orientation (identity rotation), so nothing
-# is turned: that keeps base to apex, and makes the two layouts agree.
+# Both layouts store the basal slice first. The NIfTI headers carry no patient orientation (identity rotation), so
+# nothing is turned: that keeps base to apex, and makes the two layouts agree.
 
 _ACDC_H5 = re.compile(r"(?P<subject>patient\d+)_frame(?P<frame>\d+)(_slice_(?P<slice>\d+))?\.h5")
 _ACDC_NIFTI = re.compile(r"(?P<subject>patient\d+)_frame(?P<frame>\d+)(?P<label>_gt)?\.nii(\.gz)?")
@@ -322,7 +325,7 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
 
 
-# ------------------------------------------------------------------------- Medical Segmentation Decathlon and nnU-Net v2
+# ------------------------------------------------------------------------ Medical Segmentation Decathlon and nnU-Net v2
 
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -374,7 +377,7 @@ def _scan_msd(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     if not isinstance(info.get("training"), list):
         raise RequestError(f"{source}: has neither 'training' (Decathlon) nor 'channel_names' (nnU-Net v2)")
     refs = []
-    for entry in [*info["training"], *info.get("test", [])]:
+    for entry in [*info["training"], *(info.get("test") or [])]:
         entry = entry if isinstance(entry, dict) else {"image": entry}
         image = _inside(folder, entry.get("image"), source)
         label = _inside(folder, entry["label"], source) if entry.get("label") else None
@@ -416,11 +419,11 @@ def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     return replace(volume, image=volume.image[[channel]])
 
 
-# ----------------------------------------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------------------------------------- all of them
 
 
 class Adapter(NamedTuple):
-    """`scan(folder, dataset)` lists volumes without opening them; `read(ref, dataset)` reads one; `options` it knows."""
+    """`scan(folder, dataset)` lists volumes without opening them, `read(ref, dataset)` reads one; `options` it has."""
 
     scan: Callable[[Path, DatasetConfig], list[VolumeRef]]
     read: Callable[[VolumeRef, DatasetConfig], Volume]
@@ -436,7 +439,7 @@ ADAPTERS = {
 
 
 def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
-    """Label value -> name, in the order of the class indices 1..K; from `dataset.json` where the data set names none."""
+    """Label value -> name, in the order of class indices 1..K; from `dataset.json` where the data set names none."""
     if dataset.classes:
         return {value: name for value, name in sorted(dataset.classes.items()) if value != 0}
     if dataset.adapter == "msd":
@@ -463,15 +466,17 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     folder = paths.data_root() / dataset.folder
     if not adapter.computed and not folder.is_dir():
         raise RequestError(
-            f"{folder}: data set {dataset.name!r} is not there; get it from {dataset.source} ({dataset.licence}), "
-            f"put it below CLSEG_DATA or --data as {dataset.tree}"
+            f"{folder}: data set {dataset.name!r} is not there; get it from {dataset.source or 'its owner'} "
+            f"(terms: {dataset.licence or 'unknown'}) and put below CLSEG_DATA or --data: {dataset.tree or dataset.folder}"
         )
     try:
         refs = sorted(adapter.scan(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
-        raise RequestError(f"{folder}: holds no volume of data set {dataset.name!r}; expected is {dataset.tree}")
+        raise RequestError(
+            f"{folder}: holds no volume of data set {dataset.name!r}; expected is {dataset.tree or 'the layout of adapter ' + dataset.adapter}"
+        )
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.images[0]}: {second.subject} is there twice; remove one copy")

@@ -1,10 +1,9 @@
 """From volumes to slices the network can see: normalised, resampled and cropped once, then memory-mapped.
 
-A prepared store is a folder under `paths.prepared_root()`, named by the hash of the input files, the preprocessing and the
-geometry. It appears by one atomic rename, so it is complete or absent.
+A prepared store is a folder under `paths.prepared_root()`, named by the hash of the input files, the preprocessing and
+the geometry. It appears by one atomic rename, so it is complete or absent.
 """
 
-import errno
 import fcntl
 import json
 import shutil
@@ -108,7 +107,7 @@ def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.
 
 
 def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int]:
-    """In-plane size (y, x) after resampling to `spacing_mm`, or by `step_px` where the volume or geometry has no spacing."""
+    """In-plane size (y, x) resampled to `spacing_mm`, or by `step_px` where the volume or the geometry has no spacing."""
     native = volume.image.shape[2:]
     if volume.spacing_mm and geometry.spacing_mm:
         factors = [mm / geometry.spacing_mm for mm in volume.spacing_mm[1:]]
@@ -119,7 +118,7 @@ def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int]:
 
 
 def _overlap(have: int, want: int) -> tuple[slice, slice]:
-    """Where `have` and `want` pixels with one centre overlap, as a slice of each; `_overlap(want, have)` is the inverse."""
+    """Where `have` and `want` pixels with one centre overlap, as a slice of each; the other way round, the inverse."""
     start, length = int((have - want) / 2), min(have, want)  # rounds toward zero, so that a crop and its pad agree
     return slice(max(start, 0), max(start, 0) + length), slice(max(-start, 0), max(-start, 0) + length)
 
@@ -152,8 +151,8 @@ def to_network(
 def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int, int]) -> np.ndarray:
     """Class probabilities [Z, K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native grid.
 
-    Put back where they were cropped (outside: background), resized bilinearly, argmax. Slice by slice, so that memory is
-    that of one slice. Source: Chaitanya et al., released inference.
+    Put back where they were cropped (outside: background), resized bilinearly, argmax; slice by slice, to need the
+    memory of one. Source: Chaitanya et al., released inference.
     """
     labels = np.empty((len(probability), *native), np.uint8)
     for z, plane in enumerate(probability.detach().float().cpu()):
@@ -171,13 +170,16 @@ def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int
 class Store:
     """A prepared data set, memory-mapped.
 
-    `images` [N, C, H, W] float16, `labels` [N, H, W] uint8; `volumes` and `slices` are tables, the row number of `slices`
-    is the slice id; `subjects` and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}.
+    `images` [N, C, H, W] float16, `labels` [N, H, W] uint8; `volumes` and `slices` are tables, the row number of
+    `slices` is the slice id; `subjects` and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        try:
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise self._incomplete("index.json") from None
         self.channels: int = index["channels"]
         self.size: tuple[int, int] = tuple(index["size"])
         self.class_names: dict[int, str] = dict(enumerate(index["class_names"], start=1))
@@ -200,7 +202,9 @@ class Store:
                 "position": (number + 1) / count[volume],
             }
         )
-        self._subject = codes[volume]
+        self._volume, self._subject = volume, codes[volume]
+        self._position = self.slices["position"].to_numpy(np.float32)
+        self._labelled = self.volumes["labelled"].to_numpy()[volume]
         self.images = self._mapped("images.f16", np.float16, (len(volume), self.channels, *self.size))
         self.labels = self._mapped("labels.u8", np.uint8, (len(volume), *self.size))
 
@@ -209,7 +213,10 @@ class Store:
             mapped = np.memmap(self.folder / name, dtype, mode="r")
             return mapped.reshape(shape)
         except (OSError, ValueError):
-            raise RequestError(f"{self.folder / name}: is incomplete; delete {self.folder}, it is made again") from None
+            raise self._incomplete(name) from None
+
+    def _incomplete(self, name: str) -> RequestError:
+        return RequestError(f"{self.folder / name}: is incomplete; delete {self.folder}, it is made again")
 
     def rows(self, subjects: Any, labelled: bool | None = None) -> np.ndarray:
         """Slice ids of these subjects, of their labelled (True), unlabelled (False) or all volumes (None), in order."""
@@ -219,7 +226,7 @@ class Store:
         chosen = self.volumes["subject"].isin(wanted)
         if labelled is not None:
             chosen &= self.volumes["labelled"] == labelled
-        return np.flatnonzero(chosen.to_numpy()[self.slices["volume"].to_numpy()])
+        return np.flatnonzero(chosen.to_numpy()[self._volume])
 
     def volume_rows(self, volume: int) -> np.ndarray:
         """Slice ids of one volume, in order of position."""
@@ -229,16 +236,14 @@ class Store:
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> SliceBatch:
         """These slices, in this order, on the device."""
         rows = np.asarray(rows, dtype=np.int64)
-        table = self.slices.iloc[rows]
-        volume = table["volume"].to_numpy()
-        labelled = bool(self.volumes["labelled"].to_numpy()[volume].all())
+        labelled = bool(self._labelled[rows].all())
         return SliceBatch(
             image=torch.from_numpy(self.images[rows]).to(device).float(),
             label=torch.from_numpy(self.labels[rows]).to(device).long() if labelled else None,
             row=torch.from_numpy(rows).to(device),
-            volume=torch.from_numpy(volume.copy()).to(device),
+            volume=torch.from_numpy(self._volume[rows]).to(device),
             subject=torch.from_numpy(self._subject[rows]).to(device),
-            position=torch.from_numpy(table["position"].to_numpy(np.float32)).to(device),
+            position=torch.from_numpy(self._position[rows]).to(device),
         )
 
     def native_label(self, volume: int) -> np.ndarray:
@@ -280,8 +285,8 @@ def _stamps(refs: list[VolumeRef]) -> list[Any]:
 def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -> Store:
     """The prepared store of a data set at a geometry: built the first time, opened afterwards.
 
-    One volume is in memory at a time. Two processes that ask at once build it once. Raises `RequestError` for whatever is
-    wrong with the data.
+    One volume is in memory at a time. Two processes that ask at once build it once. Raises `RequestError` for whatever
+    is wrong with the data.
     """
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})
@@ -334,8 +339,8 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[
             source = ref.images[0] if ref.images else ref.subject
             if len(volume.image) != dataset.channels:
                 raise RequestError(
-                    f"{source}: has {len(volume.image)} channels and data set {dataset.name!r} declares {dataset.channels}; "
-                    "correct `channels`, or choose one by options.channel"
+                    f"{source}: has {len(volume.image)} channels and data set {dataset.name!r} declares "
+                    f"{dataset.channels}; correct `channels`, or choose one by options.channel"
                 )
             resampled = resampled_size(volume, geometry)
             image, label = to_network(

@@ -54,7 +54,7 @@ def make_split(
 
     Raises `RequestError` if the protocol and the subjects of the folder do not offer it.
     """
-    if draw < 1 or labelled != "all" and labelled < 1:
+    if draw < 1 or (labelled != "all" and labelled < 1):
         raise ValueError(f"labelled and draw start at 1 (given: {labelled}, {draw})")
     make = _seeded if isinstance(protocol, SeededProtocol) else _listed
     return make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw).check(
@@ -65,7 +65,7 @@ def make_split(
 def _seeded(
     protocol: SeededProtocol, subjects: list[str], with_label: list[str], labelled: int | Literal["all"], draw: int
 ) -> Split:
-    """One permutation decides test, then validation, then the pool; the n-subject set is the start of the draw's order."""
+    """One permutation gives test, validation and pool, in this order; the n-subject set is the start of the draw's."""
     held_out = protocol.test + protocol.validation
     wanted = 1 if labelled == "all" else labelled
     if len(with_label) < held_out + wanted:
