@@ -464,19 +464,18 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
             known = nearest(option, adapter.options) if adapter.options else f"adapter {dataset.adapter!r} has none"
             raise RequestError(f"data set {dataset.name!r}: unknown option {option!r}, {known}")
     folder = paths.data_root() / dataset.folder
+    expected = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
     if not adapter.computed and not folder.is_dir():
         raise RequestError(
             f"{folder}: data set {dataset.name!r} is not there; get it from {dataset.source or 'its owner'} "
-            f"(terms: {dataset.licence or 'unknown'}) and put below CLSEG_DATA or --data: {dataset.tree or dataset.folder}"
+            f"(terms: {dataset.licence or 'unknown'}) and put below CLSEG_DATA or --data: {expected}"
         )
     try:
         refs = sorted(adapter.scan(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
-        raise RequestError(
-            f"{folder}: holds no volume of data set {dataset.name!r}; expected is {dataset.tree or 'the layout of adapter ' + dataset.adapter}"
-        )
+        raise RequestError(f"{folder}: holds no volume of data set {dataset.name!r}; expected is {expected}")
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.images[0]}: {second.subject} is there twice; remove one copy")

@@ -107,7 +107,7 @@ def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.
 
 
 def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int]:
-    """In-plane size (y, x) resampled to `spacing_mm`, or by `step_px` where the volume or the geometry has no spacing."""
+    """In-plane size (y, x) resampled to `spacing_mm`, or by `step_px` where volume or geometry has none."""
     native = volume.image.shape[2:]
     if volume.spacing_mm and geometry.spacing_mm:
         factors = [mm / geometry.spacing_mm for mm in volume.spacing_mm[1:]]
