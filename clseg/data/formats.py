@@ -127,7 +127,7 @@ def _read_nifti(path: Path, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Voxels as [Z, Y, X] or [C, Z, Y, X] as stored, and the affine."""
     try:
         file = nib.load(path)
-        if len(file.shape) not in (3, 4) or file.get_data_dtype().kind not in "biuf":
+        if len(file.shape) not in (3, 4) or 0 in file.shape or file.get_data_dtype().kind not in "biuf":
             shape, kind = list(file.shape), file.get_data_dtype()
             raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
         data = np.asarray(file.dataobj, dtype=dtype)
@@ -479,13 +479,13 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.images[0]}: {second.subject} is there twice; remove one copy")
-    kept = [ref for ref in refs if not dataset.phases or ref.phase in dataset.phases]
-    if not kept:
-        present = ", ".join(sorted({ref.phase for ref in refs}))
-        raise RequestError(
-            f"data set {dataset.name!r}: no volume of phases {', '.join(dataset.phases)}; present: {present}"
-        )
-    return kept
+    present = sorted({ref.phase for ref in refs})
+    for phase in dataset.phases:
+        if phase not in present:
+            raise RequestError(
+                f"data set {dataset.name!r}: has no volume of phase {phase!r}, {nearest(phase, present)}"
+            )
+    return [ref for ref in refs if not dataset.phases or ref.phase in dataset.phases]
 
 
 def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:

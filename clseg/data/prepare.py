@@ -260,7 +260,7 @@ class Store:
     def to_native(self, volume: int, probability: Tensor) -> np.ndarray:
         """Class probabilities [Z, K, H, W] of a volume as class indices on its native grid, uint8 [Z, Y, X]."""
         entry = self.volumes.iloc[volume]
-        expected = (entry["slices"], self.num_classes, *self.size)
+        expected = (int(entry["slices"]), self.num_classes, *self.size)
         if tuple(probability.shape) != expected:
             raise ValueError(f"probability has shape {list(probability.shape)}, volume {volume} needs {list(expected)}")
         resampled, native = ((int(entry[f"{grid}_y"]), int(entry[f"{grid}_x"])) for grid in ("resampled", "native"))

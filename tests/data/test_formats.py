@@ -1,0 +1,439 @@
+"""Adapters: each published layout read exactly, orientation, and one clear sentence for whatever cannot be used."""
+
+import itertools
+import json
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+
+from clseg import config
+from clseg.config import RequestError
+from clseg.data import formats
+from clseg.data.formats import class_indices, class_names, read, scan
+
+# ---------------------------------------------------------------------------------------------------------------- ACDC
+
+CLASSES = {1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
+SPACING = np.diag([1.5, 1.25, 10, 1])
+
+
+@pytest.fixture
+def acdc(roots, describe):
+    return describe(adapter="acdc", folder="acdc", classes=CLASSES)
+
+
+@pytest.fixture
+def patient(roots, write_nifti, xyz):
+    """Write one patient of the official release, image and label of its ED frame returned as [Z, Y, X]."""
+
+    def write(part, name, ed, es, labelled=True):
+        folder = roots / "acdc" / part / name
+        for seed, frame in enumerate((ed, es)):
+            image, label = xyz(seed)
+            write_nifti(folder / f"{name}_frame{frame:02d}.nii.gz", image, SPACING)
+            if labelled:
+                write_nifti(folder / f"{name}_frame{frame:02d}_gt.nii.gz", label, SPACING)
+        write_nifti(folder / f"{name}_4d.nii.gz", np.zeros((4, 4, 2, 3), np.float32), SPACING)
+        (folder / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0")
+        return folder
+
+    return write
+
+
+def test_acdc_official_release(acdc, patient, xyz):
+    patient("training", "patient001", 1, 12)
+    patient("training", "patient090", 4, 11)
+    patient("testing", "patient101", 1, 14, labelled=False)
+    refs = scan(acdc)
+    assert [(ref.subject, ref.phase) for ref in refs] == list(
+        itertools.product(["patient001", "patient090", "patient101"], ["ED", "ES"])
+    )
+    assert refs[2].images[0].name == "patient090_frame04.nii.gz"
+    volume = read(refs[0], acdc)
+    image, label = xyz(0)
+    np.testing.assert_array_equal(volume.image, image.T[None])
+    np.testing.assert_array_equal(volume.label, label.T)
+    assert volume.image.dtype == np.float32
+    assert volume.label.dtype == np.uint8
+    assert volume.spacing_mm == (10, 1.25, 1.5)
+    assert volume.flips == (False, False, False)
+    assert read(refs[4], acdc).label is None
+    assert {ref.phase for ref in scan(acdc.model_copy(update={"phases": ["ES"]}))} == {"ES"}
+
+
+@pytest.mark.parametrize("part", ["", "training", "database/training"])
+def test_acdc_official_release_in_every_folder_it_is_unpacked_to(acdc, patient, part):
+    patient(part, "patient001", 1, 12)
+    assert len(scan(acdc)) == 2
+
+
+def test_acdc_h5_copy_of_whole_volumes_and_slices(acdc, roots, write_h5, xyz):
+    data = roots / "acdc" / "data"
+    image, label = (array.T for array in xyz(0, shape=(20, 18, 12)))
+    write_h5(data / "patient001_frame01.h5", image=image, label=label)
+    write_h5(data / "patient001_frame02.h5", image=image + 1, label=label)
+    for z in range(12):  # 10 comes after 9
+        write_h5(data / f"patient003_frame01_slice_{z + 1}.h5", image=image[z], label=label[z])
+    refs = scan(acdc)
+    assert [(ref.subject, ref.phase) for ref in refs] == [
+        ("patient001", "ED"),
+        ("patient001", "ES"),
+        ("patient003", "ED"),
+    ]
+    whole, stacked = read(refs[0], acdc), read(refs[2], acdc)
+    np.testing.assert_array_equal(whole.image, image[None])
+    np.testing.assert_array_equal(stacked.image, whole.image)
+    np.testing.assert_array_equal(stacked.label, whole.label)
+    assert stacked.spacing_mm is None
+    assert len(refs[2].files) == 12
+
+
+def test_acdc_layouts_agree(acdc, roots, patient, write_h5, xyz):
+    patient("", "patient001", 1, 12)
+    official = read(scan(acdc)[0], acdc)
+    image, label = xyz(0)
+    write_h5(roots / "acdc" / "data" / "patient001_frame01.h5", image=image.T, label=label.T)
+    copy = read(scan(acdc)[0], acdc)
+    np.testing.assert_array_equal(copy.image, official.image)
+    np.testing.assert_array_equal(copy.label, official.label)
+
+
+# -------------------------------------------------------------------------------------------------- Decathlon, nnU-Net
+
+
+def test_decathlon(msd, describe, xyz):
+    dataset = describe()
+    refs = scan(dataset)
+    assert [(ref.subject, ref.label is not None) for ref in refs] == [("a", True), ("b", False), ("c", False)]
+    assert class_names(dataset, msd) == {1: "rim", 2: "core"}
+    volume = read(refs[0], dataset)
+    np.testing.assert_array_equal(volume.image, xyz(0)[0].T[None])
+    np.testing.assert_array_equal(volume.label, xyz(0)[1].T)
+    np.testing.assert_allclose(volume.spacing_mm, (8, 1.4, 1.5))
+    assert read(refs[1], dataset).label is None
+
+
+def test_decathlon_with_channels(msd, describe, write_nifti, xyz):
+    channels = np.stack([xyz(0)[0], xyz(1)[0]], axis=-1)
+    write_nifti(msd / "imagesTr" / "a.nii.gz", channels)
+    dataset = describe()
+    np.testing.assert_array_equal(read(scan(dataset)[0], dataset).image, channels.T)
+    dataset = describe(options={"channel": 1})
+    np.testing.assert_array_equal(read(scan(dataset)[0], dataset).image, xyz(1)[0].T[None])
+
+
+@pytest.fixture
+def nnunet(roots, write_nifti, xyz):
+    """An nnU-Net v2 folder with two channels: cases a (labelled), b_1 (not), c (of imagesTs)."""
+    folder = roots / "Task"
+    for number, (part, case) in enumerate([("imagesTr", "a"), ("imagesTr", "b_1"), ("imagesTs", "c")]):
+        for channel in range(2):
+            write_nifti(folder / part / f"{case}_{channel:04d}.nii.gz", xyz(number)[0] + 1000 * channel)
+    write_nifti(folder / "labelsTr" / "a.nii.gz", xyz(0)[1])
+    (folder / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"left by a Mac")
+    info = {
+        "channel_names": {"0": "T2", "1": "ADC"},
+        "labels": {"background": 0, "core": 2, "rim": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_nnunet(nnunet, describe, xyz):
+    dataset = describe(channels=2)
+    refs = scan(dataset)
+    assert [(ref.subject, ref.label is not None) for ref in refs] == [("a", True), ("b_1", False), ("c", False)]
+    assert class_names(dataset, nnunet) == {1: "rim", 2: "core"}
+    volume = read(refs[0], dataset)
+    np.testing.assert_array_equal(volume.image, np.stack([xyz(0)[0].T, xyz(0)[0].T + 1000]))
+    np.testing.assert_array_equal(volume.label, xyz(0)[1].T)
+
+
+# ---------------------------------------------------------------------------------------------- orientation and labels
+
+
+@pytest.mark.parametrize("signs", list(itertools.product([1, -1], repeat=3)))
+def test_every_axis_runs_toward_its_positive_world_axis(msd, describe, write_nifti, xyz, signs):
+    image, label = xyz(0)
+    upright = np.diag([1.5, 1.4, 8, 1.0])
+    upright[:3, :3] = upright[:3, :3] @ np.array([[0.995, 0.1, 0], [-0.1, 0.995, 0], [0, 0, 1]])  # slightly oblique
+    turn = np.eye(4)  # index of the turned array -> index of the upright one
+    for axis, sign in enumerate(signs):
+        if sign < 0:
+            turn[axis, axis], turn[axis, 3] = -1, image.shape[axis] - 1
+    turned = [axis for axis, sign in enumerate(signs) if sign < 0]
+    write_nifti(msd / "imagesTr" / "a.nii.gz", np.flip(image, turned), upright @ turn)
+    write_nifti(msd / "labelsTr" / "a.nii.gz", np.flip(label, turned), upright @ turn)
+    volume = read(scan(describe())[0], describe())
+    np.testing.assert_array_equal(volume.image[0], image.T)
+    np.testing.assert_array_equal(volume.label, label.T)
+    assert volume.flips == tuple(sign < 0 for sign in reversed(signs))
+    np.testing.assert_allclose(volume.affine, upright @ turn, atol=1e-5)
+
+
+def test_label_values_become_indices_in_their_order():
+    label = np.array([[[0, 600, 200, 500.0]]])
+    indices = class_indices(label, {500: "left ventricle", 200: "myocardium", 600: "right ventricle"}, "file")
+    assert indices.tolist() == [[[0, 3, 1, 2]]]
+    assert indices.dtype == np.uint8
+
+
+def test_scan_opens_no_volume(msd, describe, monkeypatch):
+    def opened(*args, **kwargs):
+        raise AssertionError("a volume was opened")
+
+    monkeypatch.setattr(nib, "load", opened)
+    monkeypatch.setattr(h5py, "File", opened)
+    assert len(scan(describe())) == 3
+
+
+def test_phantom_needs_no_folder(monkeypatch, tmp_path, describe):
+    monkeypatch.setenv("CLSEG_DATA", str(tmp_path / "absent"))
+    dataset = describe(adapter="phantom", folder="", options={"subjects": 2}, phases=["ED"], classes=CLASSES)
+    refs = scan(dataset)
+    assert [ref.subject for ref in refs] == ["phantom000", "phantom001"]
+    assert refs[0].stamp
+    volume = read(refs[0], dataset)
+    assert volume.label.max() == 3
+    assert volume.spacing_mm is not None
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(dataset, *names):
+    """Reading every volume ends in one sentence on one line that holds these names."""
+    with pytest.raises(RequestError) as error:
+        [read(ref, dataset) for ref in scan(dataset)]
+    message = str(error.value)
+    assert "\n" not in message
+    for name in names:
+        assert str(name) in message
+    return message
+
+
+def test_absent_folder_is_answered_with_source_terms_and_tree(roots):
+    dataset = config.read_dataset("hippocampus")
+    refused(dataset, roots / "Task04_Hippocampus", "medicaldecathlon.com", "CC BY-SA 4.0", "imagesTr/hippocampus_001")
+
+
+def break_nifti(damage):
+    """Damage case a of the Decathlon folder."""
+
+    def apply(folder, write):
+        image, label = (nib.load(folder / part / "a.nii.gz") for part in ("imagesTr", "labelsTr"))
+        damage(folder, write, np.asarray(image.dataobj), np.asarray(label.dataobj).astype(float))
+
+    return apply
+
+
+def to_image(change):
+    return break_nifti(lambda folder, write, image, label: write(folder / "imagesTr" / "a.nii.gz", change(image)))
+
+
+def to_label(change):
+    return break_nifti(lambda folder, write, image, label: write(folder / "labelsTr" / "a.nii.gz", change(label)))
+
+
+def set_value(value):
+    def change(array):
+        array = array.copy()
+        array[3, 4, 1] = value
+        return array
+
+    return change
+
+
+def truncate(folder, write):
+    path = folder / "imagesTr" / "a.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def shift_label(folder, write):
+    label = nib.load(folder / "labelsTr" / "a.nii.gz")
+    affine = label.affine.copy()
+    affine[0, 3] += 1
+    write(folder / "labelsTr" / "a.nii.gz", np.asarray(label.dataobj), affine)
+
+
+def singular(folder, write):
+    path = folder / "imagesTr" / "a.nii.gz"
+    image = nib.load(path)
+    image.header.set_sform(np.zeros((4, 4)), code=1)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+
+
+def edit_json(**changes):
+    def apply(folder, write):
+        path = folder / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+def write_text(name, text):
+    return lambda folder, write: (folder / name).write_text(text)
+
+
+IMAGE, LABEL, JSON = "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "dataset.json"
+BAD_DECATHLON = {
+    "text instead of an image": (write_text(IMAGE, "no image"), [IMAGE, "NIfTI"]),
+    "empty file": (write_text(IMAGE, ""), [IMAGE, "NIfTI"]),
+    "truncated": (truncate, [IMAGE, "NIfTI"]),
+    "truncated label": (write_text(LABEL, "\x1f"), [LABEL, "NIfTI"]),
+    "NaN": (to_image(set_value(np.nan)), [IMAGE, "NaN"]),
+    "infinite": (to_image(set_value(np.inf)), [IMAGE, "infinite"]),
+    "constant": (to_image(np.zeros_like), [IMAGE, "constant"]),
+    "one plane": (to_image(lambda image: image[:, :, 0]), [IMAGE, "3-D"]),
+    "complex": (to_image(lambda image: image.astype(np.complex64)), [IMAGE, "complex64"]),
+    "no voxels": (to_image(lambda image: image[:0]), [IMAGE]),
+    "singular affine": (singular, [IMAGE, "affine"]),
+    "label of another shape": (to_label(lambda label: label[1:]), [LABEL, "[5, 30, 33]", "[5, 30, 34]"]),
+    "label elsewhere": (shift_label, [LABEL, "a.nii.gz", "affine"]),
+    "undeclared label": (to_label(set_value(7)), [LABEL, "values 7", "0, 1, 2"]),
+    "fractional label": (to_label(set_value(0.5)), [LABEL, "values 0.5"]),
+    "NaN label": (to_label(set_value(np.nan)), [LABEL, "values nan"]),
+    "no JSON": (write_text(JSON, "{"), [JSON, "not valid JSON"]),
+    "JSON list": (write_text(JSON, "[]"), [JSON, "object"]),
+    "dataset.json absent": (lambda folder, write: (folder / JSON).unlink(), [JSON, "cannot be read"]),
+    "other JSON": (edit_json(training=None), [JSON, "training", "channel_names"]),
+    "no labels": (edit_json(labels=None), [JSON, "labels"]),
+    "regions": (edit_json(labels={"1,2": "whole"}), [JSON, "whole"]),
+    "path upward": (edit_json(training=[{"image": "../a.nii.gz"}]), [JSON, "../a.nii.gz"]),
+    "absolute path": (edit_json(training=[{"image": "/etc/a.nii.gz"}]), [JSON, "/etc/a.nii.gz"]),
+    "label upward": (
+        edit_json(training=[{"image": "imagesTr/a.nii.gz", "label": "../../x.nii.gz"}]),
+        [JSON, "../../x.nii.gz"],
+    ),
+    "image absent": (edit_json(training=[{"image": "imagesTr/z.nii.gz"}]), [JSON, "imagesTr/z.nii.gz"]),
+    "no image named": (edit_json(training=[{"label": "labelsTr/a.nii.gz"}]), [JSON, "None"]),
+    "image of another format": (edit_json(training=["dataset.json"]), [JSON, "NIfTI"]),
+    "twice the same case": (edit_json(test=["imagesTr/a.nii.gz"]), [IMAGE, "twice"]),
+    "nothing in it": (edit_json(training=[], test=[]), ["Task", "no volume"]),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_DECATHLON)
+def test_bad_decathlon_folder(msd, describe, write_nifti, damage):
+    apply, names = BAD_DECATHLON[damage]
+    apply(msd, write_nifti)
+    refused(describe(), *names)
+
+
+BAD_NNUNET = {
+    "missing channel": (lambda folder, write: (folder / "imagesTr" / "a_0001.nii.gz").unlink(), ["a_0001.nii.gz"]),
+    "channel on another grid": (
+        lambda folder, write: write(folder / "imagesTr" / "a_0001.nii.gz", np.ones((3, 3, 3), np.float32)),
+        ["a_0001.nii.gz", "grid"],
+    ),
+    "another format": (edit_json(file_ending=".mha"), [JSON, ".mha"]),
+    "ignore label": (edit_json(labels={"background": 0, "rim": 1, "ignore": 2}), [JSON, "ignore"]),
+    "regions": (edit_json(labels={"background": 0, "whole": [1, 2]}), [JSON, "whole"]),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_NNUNET)
+def test_bad_nnunet_folder(nnunet, describe, write_nifti, damage):
+    apply, names = BAD_NNUNET[damage]
+    apply(nnunet, write_nifti)
+    refused(describe(channels=2), *names)
+
+
+BAD_DESCRIPTION = {
+    "adapter": ({"adapter": "mds"}, ["mds", "did you mean 'msd'"]),
+    "option": ({"options": {"chanel": 0}}, ["chanel", "did you mean 'channel'"]),
+    "channel": ({"options": {"channel": 1}}, ["options.channel", "0 to 0"]),
+    "phase": ({"phases": ["ED"]}, ["phase 'ED'"]),
+    "subjects": ({"adapter": "phantom", "options": {"subjects": 0}}, ["options.subjects"]),
+    "no classes": ({"adapter": "acdc", "folder": "acdc"}, ["classes"]),
+}
+
+
+@pytest.mark.parametrize("field", BAD_DESCRIPTION)
+def test_bad_description(msd, describe, patient, field):
+    patient("", "patient001", 1, 2)
+    fields, names = BAD_DESCRIPTION[field]
+    refused(describe(**fields), *names)
+
+
+def test_bad_acdc_patient(acdc, patient):
+    folder = patient("training", "patient001", 1, 12)
+    (folder / "Info.cfg").write_text("ED: 1\nES: 13\n")
+    refused(acdc, "patient001", "frame 13", "ES")
+    (folder / "Info.cfg").write_text("ES: 12\n")
+    refused(acdc, "Info.cfg", "ED")
+    (folder / "Info.cfg").unlink()
+    refused(acdc, "Info.cfg", "No such file")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ({"frame01": {"image": np.eye(3)[None]}}, []),
+        ({"frame01": {"picture": np.eye(3)[None]}}, ["frame01.h5", "'image'", "picture"]),
+        ({"frame01": {"image": np.eye(3)[None], "label": np.eye(4)[None]}}, ["frame01.h5", "label"]),
+        ({"frame01": {"image": np.eye(3)[None], "label": 9 * np.eye(3)[None]}}, ["frame01.h5", "values 9"]),
+        ({f"frame01_slice_{z}": {"image": np.eye(3)} for z in (1, 3)}, ["slice 2", "patient001_frame01"]),
+        ({f"frame01_slice_{z}": {"image": np.eye(2 + z)} for z in (1, 2)}, ["frame01_slice_2.h5", "[1, 4, 4]"]),
+        (
+            {"frame01_slice_1": {"image": np.eye(3), "label": np.eye(3)}, "frame01_slice_2": {"image": np.eye(3)}},
+            ["1 of the 2 slices"],
+        ),
+        ({f"frame{n:02d}": {"image": np.eye(3)[None]} for n in (1, 2, 3)}, ["patient001", "3 frames"]),
+    ],
+)
+def test_bad_acdc_h5(acdc, roots, write_h5, files, names):
+    for name, arrays in files.items():
+        write_h5(roots / "acdc" / "data" / f"patient001_{name}.h5", **arrays)
+    if names:
+        refused(acdc, *names)
+    else:
+        assert read(scan(acdc)[0], acdc).label is None
+
+
+def test_truncated_h5(acdc, roots, write_h5):
+    path = roots / "acdc" / "data" / "patient001_frame01.h5"
+    write_h5(path, image=np.eye(64)[None])
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(acdc, path, "HDF5")
+
+
+def test_spacing_must_be_positive():
+    volume = formats.Volume(np.eye(3, dtype=np.float32)[None, None], None, (1.0, 0.0, 1.0), "s", "")
+    with pytest.raises(RequestError, match=r"^file: .*spacing"):
+        formats.checked(volume, "file")
+
+
+# ----------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.real_data
+def test_real_acdc(data_root):
+    dataset = config.read_dataset("acdc").model_copy(update={"phases": []})
+    refs = scan(dataset)
+    assert len(refs) == 200
+    blood = {}
+    for ref in [ref for ref in refs if ref.subject in ("patient001", "patient003", "patient100")]:
+        volume = read(ref, dataset)
+        blood[ref.subject, ref.phase] = (volume.label == 3).sum()
+        area = (volume.label > 0).sum(axis=(1, 2))
+        assert area[: len(area) // 2].sum() > area[(len(area) + 1) // 2 :].sum()  # the base comes first
+    for subject in ("patient001", "patient003", "patient100"):
+        assert blood[subject, "ED"] > blood[subject, "ES"]
+
+
+@pytest.mark.real_data
+def test_real_hippocampus(data_root):
+    dataset = config.read_dataset("hippocampus")
+    refs = scan(dataset)
+    assert len(refs) == 260
+    volume = read(refs[0], dataset)
+    assert volume.image.shape == (1, 35, 51, 35)
+    assert class_names(dataset, data_root / dataset.folder) == {1: "Anterior", 2: "Posterior"}
+    # axis y runs from posterior to anterior
+    y = [np.nonzero(volume.label == index)[1].mean() for index in (1, 2)]
+    assert y[0] > y[1]

@@ -1,0 +1,388 @@
+"""The prepared store: preprocessing, tables, the way back to the native grid, and that it is complete or absent."""
+
+import json
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clseg import config, paths
+from clseg.config import Geometry, Normalisation, RequestError
+from clseg.data import prepare as module
+from clseg.data.formats import Volume
+from clseg.data.prepare import Store, normalise, prepare, resampled_size, to_native, to_network
+from clseg.data.splits import make_split
+
+NATIVE = Geometry(size=[32, 64])
+
+
+def volume_of(image, label=None, spacing_mm=None):
+    return Volume(np.asarray(image, np.float32), label, spacing_mm, "s", "")
+
+
+def dice(first, second):
+    return 2 * (first & second).sum() / (first.sum() + second.sum())
+
+
+def one_hot(labels, classes):
+    return F.one_hot(torch.from_numpy(np.array(labels)).long(), classes).movedim(-1, 1).float()  # [Z, K, H, W]
+
+
+# ------------------------------------------------------------------------------------------------------- preprocessing
+
+
+def test_percentiles_become_zero_and_one_per_channel_and_nothing_is_clipped():
+    rng = np.random.default_rng(0)
+    image = rng.gamma(2, size=(2, 3, 20, 20)).astype(np.float32) * np.array([1, 1000])[:, None, None, None]
+    scaled = normalise(volume_of(image), Normalisation(low=1, high=99), "file")
+    for channel in range(2):
+        np.testing.assert_allclose(np.percentile(scaled[channel], [1, 99]), [0, 1], atol=1e-5)
+        assert scaled[channel].min() < 0
+        assert scaled[channel].max() > 1
+    wide = normalise(volume_of(image), Normalisation(low=0, high=100), "file")
+    assert (wide.min(), wide.max()) == (0, 1)
+
+
+def test_image_that_is_nearly_constant_is_refused():
+    image = np.zeros((1, 2, 40, 40))
+    image[0, 0, 0, 0] = 1
+    with pytest.raises(RequestError, match=r"^file: percentiles 1 and 99 .* both 0"):
+        normalise(volume_of(image), Normalisation(), "file")
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "geometry", "expected"),
+    [
+        ((10, 1.5, 1.25), Geometry(size=[32, 32], spacing_mm=3.0, step_px=9), (50, 42)),
+        (None, Geometry(size=[32, 32], spacing_mm=3.0, step_px=3), (33, 33)),
+        ((10, 1.5, 1.25), Geometry(size=[32, 32], step_px=2), (50, 50)),
+        (None, Geometry(size=[32, 32]), (100, 100)),
+    ],
+)
+def test_spacing_decides_where_it_is_known_and_the_step_elsewhere(spacing_mm, geometry, expected):
+    assert resampled_size(volume_of(np.zeros((1, 2, 100, 100)), spacing_mm=spacing_mm), geometry) == expected
+
+
+def test_downsampling_averages():
+    stripes = np.tile([0.0, 1.0], 32) * np.ones((1, 1, 64, 1), np.float32)
+    image, _ = to_network(stripes.astype(np.float32), None, (16, 16), [32, 32])
+    assert np.abs(image[0, 0, 8:24, 10:22].astype(float) - 0.5).max() < 0.05
+
+
+def test_padding_is_zero_and_cropping_keeps_the_centre():
+    image = np.arange(1, 41, dtype=np.float32) * np.ones((1, 1, 20, 1), np.float32)
+    label = (image[0] > 20).astype(np.uint8)
+    slices, labels = to_network(image, label, (20, 40), [32, 32])
+    assert slices.dtype == np.float16
+    assert (slices[0, 0, :6] == 0).all()
+    assert (slices[0, 0, 26:] == 0).all()
+    np.testing.assert_array_equal(slices[0, 0, 6], np.arange(5, 37))
+    np.testing.assert_array_equal(labels[0, 6], np.arange(5, 37) > 20)
+
+
+def test_outliers_stay_finite_in_half_precision():
+    image = np.zeros((1, 1, 32, 32), np.float32)
+    image[..., 3, 4] = 1e9
+    slices, _ = to_network(image, None, (32, 32), [32, 32])
+    assert np.isfinite(slices).all()
+
+
+@given(
+    native=st.tuples(st.integers(24, 90), st.integers(24, 90)),
+    step_px=st.floats(0.5, 3.0),
+    size=st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96])),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_way_back_lands_where_it_came_from(native, step_px, size):
+    resampled = resampled_size(volume_of(np.zeros((1, 1, *native))), Geometry(size=list(size), step_px=step_px))
+    y, x = np.ogrid[: native[0], : native[1]]
+    seen = [min(n, s * n / r) for n, s, r in zip(native, size, resampled, strict=True)]  # part that is not cropped
+    radius = 0.4 * min(seen)
+    label = (np.hypot(y - native[0] / 2 + 0.5, x - native[1] / 2 + 0.5) < radius).astype(np.uint8)[None]
+    _, small = to_network(np.zeros((1, *label.shape), np.float32), label, resampled, list(size))
+    back = to_native(one_hot(small, 2), resampled, native)
+    assert back.shape == label.shape
+    assert dice(back > 0, label > 0) > 0.9
+    for found, wanted in zip(np.argwhere(back).mean(0), np.argwhere(label).mean(0), strict=True):
+        assert abs(found - wanted) < 0.25 + 0.25 * step_px
+
+
+def test_outside_the_crop_is_background():
+    probability = torch.zeros(2, 3, 32, 32)
+    probability[:, 2] = 1
+    back = to_native(probability, (40, 50), (80, 100))
+    assert (back[:, 20:60, 40:60] == 2).all()
+    assert (back[:, :6] == 0).all()
+    assert (back[:, :, :16] == 0).all()
+
+
+def test_missing_simpleitk_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    image = np.random.default_rng(0).normal(size=(1, 2, 8, 8))
+    with pytest.raises(RequestError, match=r"clseg\[n4\]"):
+        normalise(volume_of(image), Normalisation(n4=True), "file")
+
+
+@pytest.mark.n4
+def test_n4_flattens_a_bias_field():
+    pytest.importorskip("SimpleITK")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:48, :48] / 48
+    tissue = np.where(np.hypot(y - 0.5, x - 0.5) < 0.3, 200.0, 100.0)
+    image = (tissue * np.exp(0.8 * (x - 0.5)) + rng.normal(0, 2, (6, 48, 48)))[None]
+    tilt = {}
+    for n4 in (False, True):
+        scaled = normalise(volume_of(image, spacing_mm=(8, 1.5, 1.5)), Normalisation(n4=n4), "file")[0]
+        tilt[n4] = abs(scaled[:, :8, -12:].mean() - scaled[:, :8, :12].mean())
+    assert tilt[True] < 0.3 * tilt[False]
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+@pytest.fixture
+def dataset(msd, describe):
+    return describe()
+
+
+def test_store(dataset, xyz):
+    store = prepare(dataset, NATIVE, progress=False)
+    assert store.class_names == {1: "rim", 2: "core"}
+    assert (store.num_classes, store.channels, store.size) == (3, 1, (32, 64))
+    assert store.subjects == ("a", "b", "c")
+    assert store.labelled_subjects == ("a",)
+    assert store.positions_known
+    assert store.images.shape == (15, 1, 32, 64)
+    assert store.images.dtype == np.float16
+    assert store.labels.shape == (15, 32, 64)
+    assert store.volumes["slices"].tolist() == [5, 5, 5]
+    np.testing.assert_allclose(store.volumes.loc[0, ["spacing_z", "spacing_y", "spacing_x"]].tolist(), [8, 1.4, 1.5])
+    assert store.slices.columns.tolist() == ["volume", "slice", "slices_in_volume", "position"]
+    assert store.slices["position"].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] * 3)
+    assert store.rows(["b", "a"]).tolist() == list(range(10))
+    assert store.rows(["a", "c"], labelled=True).tolist() == [0, 1, 2, 3, 4]
+    assert store.rows(["a", "c"], labelled=False).tolist() == [10, 11, 12, 13, 14]
+    assert store.volume_rows(1).tolist() == [5, 6, 7, 8, 9]
+    with pytest.raises(ValueError, match="nobody"):
+        store.rows(["a", "nobody"])
+    np.testing.assert_array_equal(store.native_label(0), xyz(0)[1].T)
+    with pytest.raises(ValueError, match="has no label"):
+        store.native_label(1)
+
+
+def test_native_grid_is_kept_exactly(dataset, xyz):
+    store = prepare(dataset, NATIVE, progress=False)
+    image = xyz(0)[0].T
+    low, high = np.percentile(image, [1, 99])
+    kept = store.images[:5, 0, 1:31, 15:49].astype(np.float32)  # 30 of 32 rows, 34 of 64 columns
+    np.testing.assert_allclose(kept, (image - low) / (high - low), atol=2e-3)
+    back = store.to_native(0, one_hot(store.labels[:5], 3))
+    np.testing.assert_array_equal(back, store.native_label(0))
+    with pytest.raises(ValueError, match=r"\[5, 3, 32, 64\]"):
+        store.to_native(0, torch.zeros(5, 2, 32, 64))
+
+
+@pytest.mark.filterwarnings("error")
+def test_batch(dataset):
+    store = prepare(dataset, NATIVE, progress=False)
+    batch = store.batch(np.array([4, 0, 2]))
+    assert len(batch) == 3
+    assert batch.image.shape == (3, 1, 32, 64)
+    assert batch.image.dtype == torch.float32
+    np.testing.assert_array_equal(batch.image.numpy(), store.images[[4, 0, 2]])
+    assert batch.label.dtype == torch.int64
+    np.testing.assert_array_equal(batch.label.numpy(), store.labels[[4, 0, 2]])
+    assert batch.row.tolist() == [4, 0, 2]
+    assert batch.position.tolist() == pytest.approx([1.0, 0.2, 0.6])
+    mixed = store.batch([0, 12])
+    assert mixed.label is None
+    assert mixed.volume.tolist() == mixed.subject.tolist() == [0, 2]
+    assert mixed.to("meta").image.device.type == "meta"
+    assert mixed.to("meta").label is None
+
+
+def test_several_volumes_per_subject(roots, describe, write_h5, xyz):
+    for name, frame in [("patient002", 1), ("patient001", 1), ("patient001", 2)]:
+        image, label = xyz(frame)
+        write_h5(roots / "acdc" / "data" / f"{name}_frame{frame:02d}.h5", image=image.T, label=label.T)
+    store = prepare(describe(adapter="acdc", folder="acdc", classes={1: "rim", 2: "core"}), NATIVE, progress=False)
+    assert store.volumes[["subject", "phase"]].to_numpy().tolist() == [
+        ["patient001", "ED"],
+        ["patient001", "ES"],
+        ["patient002", "ED"],
+    ]
+    assert store.batch([0, 5, 10]).subject.tolist() == [0, 0, 1]
+    assert np.isnan(store.volumes["spacing_y"]).all()
+
+
+def test_channels(msd, describe, write_nifti, xyz):
+    for part, name in [("imagesTr", "a"), ("imagesTr", "b"), ("imagesTs", "c")]:
+        write_nifti(msd / part / f"{name}.nii.gz", np.stack([xyz(0)[0], xyz(1)[0]], axis=-1))
+    assert prepare(describe(channels=2), NATIVE, progress=False).images.shape[1] == 2
+    assert prepare(describe(options={"channel": 1}), NATIVE, progress=False).images.shape[1] == 1
+    with pytest.raises(RequestError, match=r"a\.nii\.gz: has 2 channels .* declares 1"):
+        prepare(describe(), NATIVE, progress=False)
+
+
+def test_positions_are_unknown_where_slices_run_along_different_axes(msd, describe, write_nifti, xyz):
+    turned = np.array([[0, 0, 8.0, 0], [1.4, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])  # slices from left to right
+    write_nifti(msd / "imagesTs" / "c.nii.gz", xyz(2)[0], turned)
+    assert not prepare(describe(), NATIVE, progress=False).positions_known
+
+
+def test_second_time_opens_without_reading(dataset, monkeypatch):
+    first = prepare(dataset, NATIVE, progress=False)
+
+    def read(ref, dataset):
+        raise AssertionError("a volume was read")
+
+    monkeypatch.setattr(module, "read", read)
+    assert prepare(dataset, NATIVE, progress=False).folder == first.folder
+    retitled = dataset.model_copy(update={"title": "another", "description": "another"})
+    assert prepare(retitled, NATIVE, progress=False).folder == first.folder
+    assert Store(first.folder).subjects == first.subjects
+
+
+def test_key_follows_everything_that_decides(dataset, msd):
+    def folder(dataset=dataset, geometry=NATIVE):
+        return prepare(dataset, geometry, progress=False).folder
+
+    seen = {folder()}
+    for changed in (
+        {"normalisation": Normalisation(low=2)},
+        {"classes": {1: "one", 2: "two"}},
+        {"positions": "unknown"},
+        {"options": {"channel": 0}},
+    ):
+        seen.add(folder(dataset.model_copy(update=changed)))
+    seen.add(folder(geometry=Geometry(size=[32, 32])))
+    seen.add(folder(geometry=Geometry(size=[32, 64], step_px=2)))
+    os.utime(msd / "imagesTr" / "a.nii.gz", ns=(1, 1))
+    seen.add(folder())
+    (msd / "labelsTr" / "a.nii.gz").unlink()
+    seen.add(folder())
+    assert len(seen) == 9
+
+
+def test_prepared_at_once_is_prepared_once(dataset, monkeypatch):
+    reads, stores, read = [], [], module.read
+
+    def counted(ref, dataset):
+        reads.append(ref.subject)
+        return read(ref, dataset)
+
+    monkeypatch.setattr(module, "read", counted)
+    threads = [
+        threading.Thread(target=lambda: stores.append(prepare(dataset, NATIVE, progress=False))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores) == 4
+    assert len({store.folder for store in stores}) == 1
+    assert sorted(reads) == ["a", "b", "c"]
+
+
+def test_nothing_is_left_of_a_preparation_that_failed(dataset, monkeypatch):
+    def read(ref, dataset, read=module.read):
+        if ref.subject == "c":
+            raise KeyboardInterrupt
+        return read(ref, dataset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read", read)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(dataset, NATIVE, progress=False)
+    assert not [entry for entry in paths.prepared_root().iterdir() if entry.is_dir()]
+    assert len(prepare(dataset, NATIVE, progress=False).volumes) == 3
+
+
+def test_leftover_of_a_killed_process_is_replaced(dataset):
+    folder = prepare(dataset, NATIVE, progress=False).folder
+    folder.rename(folder.with_name(f".{folder.name}.partial"))
+    (folder.with_name(f".{folder.name}.partial") / "images.f16").write_bytes(b"half")
+    assert prepare(dataset, NATIVE, progress=False).images.shape == (15, 1, 32, 64)
+    assert [entry.name for entry in paths.prepared_root().iterdir() if entry.is_dir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["images.f16", "labels.u8", "index.json"])
+def test_damaged_store_is_refused(dataset, name):
+    folder = prepare(dataset, NATIVE, progress=False).folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(RequestError, match=rf"{name}: is incomplete; delete"):
+        prepare(dataset, NATIVE, progress=False)
+
+
+def test_output_that_cannot_be_written_is_one_sentence(dataset, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "file"))
+    with pytest.raises(RequestError, match=r"cannot be written .*--out"):
+        prepare(dataset, NATIVE, progress=False)
+
+
+def test_hundreds_of_cases_open_fast(msd, describe, write_nifti, xyz):
+    """Opening again looks at names, sizes and times only: below a millisecond per volume."""
+    small = xyz(0, shape=(8, 8, 2))[0]
+    write_nifti(msd / "imagesTr" / "0.nii.gz", small)
+    for n in range(1, 300):
+        os.link(msd / "imagesTr" / "0.nii.gz", msd / "imagesTr" / f"{n}.nii.gz")
+    info = json.loads((msd / "dataset.json").read_text())
+    info |= {"training": [{"image": f"imagesTr/{n}.nii.gz"} for n in range(300)], "test": []}
+    (msd / "dataset.json").write_text(json.dumps(info))
+    store = prepare(describe(), Geometry(size=[32, 32]), progress=False)
+    assert len(store.volumes) == 300
+    best_s = min(_seconds(lambda: prepare(describe(), Geometry(size=[32, 32]), progress=False)) for _ in range(3))
+    assert best_s < 0.3
+
+
+def _seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------- data sets of params
+
+
+def test_phantom(roots):
+    dataset = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 2}})
+    store = prepare(dataset, dataset.geometry["laptop"], progress=False)
+    assert store.positions_known
+    assert store.labelled_subjects == ("phantom000", "phantom001")
+    back = store.to_native(0, one_hot(store.labels[store.volume_rows(0)], 4))
+    for index in store.class_names:
+        assert dice(back == index, store.native_label(0) == index) > 0.85
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "volumes", "lowest"), [("acdc", 100, 0.5), ("hippocampus", 260, 0.85)])
+def test_real_data_at_smoke_size(data_root, tmp_path, monkeypatch, name, volumes, lowest):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    dataset = config.read_dataset(name)
+    store = prepare(dataset, dataset.geometry["smoke"], progress=False)
+    assert len(store.volumes) == volumes
+    assert store.positions_known
+    for protocol in dataset.protocols.values():
+        split = make_split(protocol, store.subjects, store.labelled_subjects, 2, 1)
+        assert len(store.rows(split.labelled, labelled=True)) > 10
+    for volume in range(0, volumes, 20):
+        back = store.to_native(volume, one_hot(store.labels[store.volume_rows(volume)], store.num_classes))
+        for index in store.class_names:
+            assert dice(back == index, store.native_label(volume) == index) > lowest
+
+
+@pytest.mark.real_data
+def test_real_acdc_at_its_native_grid_keeps_the_labels(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    dataset = config.read_dataset("acdc")
+    store = prepare(dataset, dataset.geometry["paper"], progress=False)
+    kept = sum((store.labels[store.volume_rows(v)] > 0).sum() for v in range(100))
+    assert kept / sum((store.native_label(v) > 0).sum() for v in range(100)) > 0.999
