@@ -109,6 +109,7 @@ _UNREADABLE = (
     ValueError,
     TypeError,
     KeyError,
+    RuntimeError,
     OverflowError,
     MemoryError,
     zlib.error,

@@ -395,10 +395,11 @@ def test_bad_acdc_h5(acdc, roots, write_h5, files, names):
         assert read(scan(acdc)[0], acdc).label is None
 
 
-def test_truncated_h5(acdc, roots, write_h5):
+@pytest.mark.parametrize("damage", [lambda data: data[:3000], lambda data: data.replace(b"SNOD", b"----")])
+def test_damaged_h5(acdc, roots, write_h5, damage):
     path = roots / "acdc" / "data" / "patient001_frame01.h5"
     write_h5(path, image=np.eye(64)[None])
-    path.write_bytes(path.read_bytes()[:3000])
+    path.write_bytes(damage(path.read_bytes()))
     refused(acdc, path, "HDF5")
 
 
