@@ -20,6 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent
 CHECKED = "nbval-check-output"
@@ -52,23 +53,29 @@ def convert(script: Path) -> NotebookNode:
     )
     for index, cell in enumerate(notebook.cells):
         cell.id = f"{script.stem}-{index:03d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     return notebook
 
 
 @contextmanager
 def clean_room(out: Path) -> Iterator[None]:
     """Environment for a kernel started inside: one thread, results under `out`, no real data, pictures inline."""
-    wanted = {"CLSEG_OUT": str(out), "OMP_NUM_THREADS": "1"}
-    unwanted = ("CLSEG_DATA", "MPLBACKEND")
-    before = {name: os.environ.get(name) for name in (*wanted, *unwanted)}
-    os.environ.update(wanted)
-    for name in unwanted:
-        os.environ.pop(name, None)
+    wanted = {"CLSEG_OUT": str(out), "CLSEG_DATA": str(out / "no-data"), "OMP_NUM_THREADS": "1", "MPLBACKEND": None}
+    before = {name: os.environ.get(name) for name in wanted}
+    _set_environment(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def execute(notebook: NotebookNode, folder: Path) -> None:
@@ -85,6 +92,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
+        config=Config(KernelManager={"transport_encryption": "auto"}),  # without, each kernel warns on the terminal
     )
     with tempfile.TemporaryDirectory(prefix="clseg-notebook-") as out, clean_room(Path(out)):
         client.execute()

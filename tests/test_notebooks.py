@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 print("a warning of process", os.getpid(), file=sys.stderr)
 print("threads", os.environ["OMP_NUM_THREADS"])
 print("empty", not os.path.exists(os.environ["CLSEG_OUT"]) or not os.listdir(os.environ["CLSEG_OUT"]))
-print("real data", "CLSEG_DATA" in os.environ)
+print("real data", os.path.exists(os.environ["CLSEG_DATA"]))
 
 # %% tags=["nbval-check-output"]
 print(f"{sum(range(points)) / 7:.3f}")
@@ -41,9 +41,14 @@ print(f"{sum(range(points)) / 7:.3f}")
 # %% tags=["nbval-check-output"]
 points**2
 
+
 # %%
+def line(ax):
+    ax.plot(range(points), color=colour)
+
+
 fig, ax = plt.subplots(figsize=(1, 1))
-ax.plot(range(points), color=colour)
+line(ax)
 plt.show()
 """
 
