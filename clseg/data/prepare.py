@@ -251,11 +251,13 @@ class Store:
         entry = self.volumes.iloc[volume]
         if not entry["labelled"]:
             raise ValueError(f"volume {volume} ({entry['subject']} {entry['phase']}) has no label")
-        with open(self.folder / "native_labels.zlib", "rb") as file:
-            file.seek(entry["label_offset"])
-            packed = file.read(entry["label_bytes"])
-        shape = entry["slices"], entry["native_y"], entry["native_x"]
-        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
+        try:
+            with open(self.folder / "native_labels.zlib", "rb") as file:
+                file.seek(entry["label_offset"])
+                label = zlib.decompress(file.read(entry["label_bytes"]))
+        except (OSError, zlib.error):
+            raise self._incomplete("native_labels.zlib") from None
+        return np.frombuffer(label, np.uint8).reshape(entry["slices"], entry["native_y"], entry["native_x"]).copy()
 
     def to_native(self, volume: int, probability: Tensor) -> np.ndarray:
         """Class probabilities [Z, K, H, W] of a volume as class indices on its native grid, uint8 [Z, Y, X]."""

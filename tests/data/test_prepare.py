@@ -313,12 +313,12 @@ def test_leftover_of_a_killed_process_is_replaced(dataset):
     assert [entry.name for entry in paths.prepared_root().iterdir() if entry.is_dir()] == [folder.name]
 
 
-@pytest.mark.parametrize("name", ["images.f16", "labels.u8", "index.json"])
+@pytest.mark.parametrize("name", ["images.f16", "labels.u8", "index.json", "native_labels.zlib"])
 def test_damaged_store_is_refused(dataset, name):
     folder = prepare(dataset, NATIVE, progress=False).folder
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
     with pytest.raises(RequestError, match=rf"{name}: is incomplete; delete"):
-        prepare(dataset, NATIVE, progress=False)
+        prepare(dataset, NATIVE, progress=False).native_label(0)
 
 
 def test_output_that_cannot_be_written_is_one_sentence(dataset, monkeypatch, tmp_path):
