@@ -12,7 +12,7 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     Args: two bool arrays of one shape. Returns a value in [0, 1]; NaN when both are empty.
     """
     size = np.count_nonzero(prediction) + np.count_nonzero(reference)
-    return 2.0 * np.count_nonzero(prediction & reference) / size if size else float("nan")
+    return float(2 * np.count_nonzero(prediction & reference) / size) if size else float("nan")
 
 
 def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> float:
@@ -28,10 +28,10 @@ def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, fl
     """
     if not (prediction.any() and reference.any()):
         raise ValueError("the surface distance of an empty mask is not defined")
-    box = find_objects((prediction | reference).astype(np.uint8))[0]  # all surface lies in it: smaller, same distances
-    prediction, reference, spacing = prediction[box], reference[box], np.asarray(spacing, dtype=float)
     if prediction.shape[0] == 1:
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
+    box = find_objects((prediction | reference).astype(np.uint8))[0]  # all surface lies in it: smaller, same distances
+    prediction, reference = prediction[box], reference[box]
     surfaces = [mask & ~binary_erosion(mask) for mask in (prediction, reference)]
     to_prediction, to_reference = (distance_transform_edt(~surface, sampling=spacing) for surface in surfaces)
     directed = to_reference[surfaces[0]], to_prediction[surfaces[1]]

@@ -183,6 +183,14 @@ def test_hd95_of_one_slice_equals_monai_in_two_dimensions(seed):
     assert hd95(a, b, (5.0, 0.7, 1.9)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_structure_in_one_slice_of_a_volume_is_three_dimensional():
+    a, b = np.zeros((5, 30, 26), bool), np.zeros((5, 30, 26), bool)
+    a[2], b[2] = blob(1, (1, 30, 26))[0], blob(2, (1, 30, 26))[0]
+    spacing = (5.0, 0.7, 1.9)
+    assert hd95(a, b, spacing) == pytest.approx(monai_hd95(a, b, spacing), rel=1e-5)
+    assert hd95(a, b, spacing) != pytest.approx(hd95(a[2:3], b[2:3], spacing), rel=1e-3)
+
+
 def test_dice_equals_monai():
     metrics = pytest.importorskip("monai.metrics")
     reference, prediction = np.zeros((7, 22, 18), int), np.zeros((7, 22, 18), int)
