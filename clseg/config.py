@@ -172,7 +172,9 @@ class MethodConfig(Strict):
     title: str
     stages: list[Stage] = []
     recipe: SupervisedRecipe
-    all_labels: bool = Field(default=False, description="the ceiling: every subject outside test and validation is labelled")
+    all_labels: bool = Field(
+        default=False, description="the ceiling: every subject outside test and validation is labelled"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- profiles
@@ -233,7 +235,7 @@ class Experiment(Strict):
 
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
-        deciding = ("name", "adapter", "options", "classes", "phases", "normalisation")
+        deciding = ("name", "adapter", "options", "channels", "classes", "phases", "normalisation")
         return self.dataset.model_dump(include=set(deciding)) | {
             "geometry": self.geometry.model_dump(),
             "protocol": self.dataset.protocols[self.protocol].model_dump(),
@@ -253,10 +255,14 @@ class RunParameters(Strict):
     protocol: str = ""
     seed: int = Field(default=0, ge=0)
     overrides: list[str] = []
+    variant: str = Field(
+        default="", description="KEY=VALUE of an ablation: an override that is also named in the results"
+    )
     study: str = ""
 
     def experiment(self) -> Experiment:
-        return resolve(self.dataset, self.profile, self.method, self.protocol, self.overrides)
+        overrides = [*self.overrides, *([self.variant] if self.variant else [])]
+        return resolve(self.dataset, self.profile, self.method, self.protocol, overrides)
 
 
 class PretrainParameters(RunParameters):
@@ -415,7 +421,9 @@ def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrid
     if protocol not in data.protocols:
         raise RequestError(f"data set {data.name!r} has no protocol {protocol!r}, {nearest(protocol, data.protocols)}")
     if budget.name not in data.geometry:
-        raise RequestError(f"data set {data.name!r} has no geometry for profile {budget.name!r}; add geometry.{budget.name}")
+        raise RequestError(
+            f"data set {data.name!r} has no geometry for profile {budget.name!r}; add geometry.{budget.name}"
+        )
     tree = {
         "method": method,
         "profile": budget.name,
@@ -433,6 +441,18 @@ def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrid
         tree = override(tree, key, value)
     experiment = _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
     return experiment
+
+
+def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyConfig, list[str]]:
+    """The study with its `study.KEY=VALUE` overrides applied, and the overrides that concern its experiments."""
+    tree, others = study.model_dump(), []
+    for text in overrides:
+        key, value = parse_override(text)
+        if key[0] == "study" and len(key) > 1:
+            tree = override(tree, key[1:], value)
+        else:
+            others.append(text)
+    return _validated(StudyConfig, tree, f"study {study.name}"), others
 
 
 def applicable(overrides: Iterable[str], method: MethodConfig) -> list[str]:

@@ -1,0 +1,360 @@
+"""A study: its grid of runs, executed by papermill in worker processes, and the tables and figures it leaves.
+
+Every run is one executed worker notebook. Pre-trainings are shared by all fine-tunings that start from them, finished
+runs are skipped, and a run that another process holds is waited for, never done twice.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from clseg import config, paths, runs, stats
+from clseg.config import FinetuneParameters, RequestError, StudyConfig
+from clseg.data.splits import available_draws
+from clseg.runs import Run
+
+NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
+TRIES = 3  # of a run whose worker process died
+POLL_SECONDS = 1.0
+
+
+class RunFailed(Exception):
+    """At least one run failed; the message names the folders."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The runs of a study on one data set; `pretrain` in an order in which parents come first. `notes`: what was left out."""
+
+    study: StudyConfig
+    dataset: str
+    profile: str
+    pretrain: list[Run]
+    finetune: list[Run]
+    notes: list[str]
+
+    @property
+    def all(self) -> list[Run]:
+        return [*self.pretrain, *self.finetune]
+
+
+def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[str] = ()) -> Grid:
+    """The grid of a study: methods x labelled x draws x seeds, and each value of each ablation axis.
+
+    An override of a stage applies to the methods that have it. Raises `RequestError`.
+    """
+    methods = config.read_methods()
+    budget = config.read_profile(profile)
+    common = [*study.set.get(budget.name, []), *overrides]
+    for name in [*study.methods, *(m for axis in study.axes for m in axis.methods)]:
+        if name not in methods:
+            raise RequestError(f"study {study.name}: method {name!r} is not known, {config.nearest(name, methods)}")
+    for text in common:
+        if not any(text in config.applicable([text], methods[name]) for name in study.methods):
+            raise RequestError(f"--set {text}: no method of study {study.name} has this stage")
+    cells = [(method, "") for method in study.methods]
+    cells += [
+        (method, f"{axis.key}={json.dumps(value)}")
+        for axis in study.axes
+        for value in axis.values
+        for method in axis.methods
+    ]
+    finetune: dict[str, Run] = {}
+    notes: dict[str, None] = {}
+    for method, variant in cells:
+        for labelled in [0] if methods[method].all_labels else study.labelled:
+            for draw in [1] if labelled == 0 else study.draws:
+                for seed in study.seeds:
+                    parameters = FinetuneParameters(
+                        dataset=dataset,
+                        profile=profile,
+                        method=method,
+                        protocol=study.protocol,
+                        seed=seed,
+                        overrides=config.applicable(common, methods[method]),
+                        variant=variant,
+                        study=study.name,
+                        labelled=labelled,
+                        draw=draw,
+                    )
+                    run = runs.finetune_run(parameters)
+                    protocol = run.experiment.dataset.protocols[run.experiment.protocol]
+                    offered = available_draws(protocol, labelled) if labelled else None
+                    if offered is not None and draw not in offered:
+                        notes[
+                            f"{labelled} labelled, draw {draw}: not in the lists of protocol {run.experiment.protocol}"
+                        ] = None
+                    else:
+                        finetune.setdefault(run.name, run)
+    pretrain: dict[str, Run] = {}
+    for run in finetune.values():
+        chain = []
+        while (run := run.parent) is not None:
+            chain.append(run)
+        for parent in reversed(chain):
+            pretrain.setdefault(parent.name, parent)
+    if not finetune:
+        raise RequestError(f"study {study.name}: nothing to run on {dataset}; " + "; ".join(notes))
+    return Grid(study, dataset, profile, list(pretrain.values()), list(finetune.values()), list(notes))
+
+
+# ----------------------------------------------------------------------------------------------------------- workers
+
+
+def _watch_parent(parent: int) -> None:
+    """End this worker when its coordinator is gone, however it went; the kernel notices and ends as well."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _start_worker(parent: int) -> None:
+    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """What this process and its kernel write to standard error goes to a file."""
+    before = os.dup(2)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], threads: int = 1) -> None:
+    """Run a notebook with parameters in a fresh kernel; `target` is complete or absent.
+
+    What the kernel writes to standard error is kept beside `target` if the notebook fails.
+    Raises `RequestError` where the notebook raised one, else papermill's exception.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
+    try:
+        with _stderr_to(log):
+            papermill.execute_notebook(
+                source, running, parameters, kernel_name="python3", progress_bar=False, cwd=paths.NOTEBOOKS
+            )
+    except PapermillExecutionError as error:
+        if error.ename == RequestError.__name__:
+            raise RequestError(error.evalue) from None
+        raise
+    os.replace(running, target)
+    log.unlink()
+
+
+def execute_run(run: Run) -> tuple[str, str]:
+    """Execute a run's notebook in this process's child kernel. Returns ('done' | 'busy' | 'request' | 'failed', message)."""
+    os.environ[runs.WORKER] = "1"
+    with runs.locked(run.folder / ".claim", wait=False) as mine:
+        if not mine:
+            return "busy", ""
+        if run.is_done():
+            return "done", ""
+        source = paths.NOTEBOOKS / NOTEBOOK[run.kind]
+        try:
+            execute_notebook(source, run.folder / "notebook.ipynb", run.parameters.model_dump(), run.experiment.threads)
+        except RequestError as error:
+            return "request", str(error)
+        except Exception as error:  # whatever a notebook does must not end the grid
+            (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
+            return "failed", str(error).strip().rpartition("\n")[2]
+        runs.seal(run.folder)
+        return "done", ""
+
+
+def _step_now(run: Run) -> int:
+    try:
+        return min(json.loads((run.folder / "progress.json").read_bytes())["step"], run.steps)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def execute(grid: Grid, jobs: int) -> None:
+    """Do all runs of a grid that are not done, `jobs` at a time, parents first.
+
+    Raises `RequestError` when the request turns out wrong (what runs is let finish), `RunFailed` when a run failed (the
+    others are done first).
+    """
+    every = {run.name: run for run in grid.all}
+    done = {name for name, run in every.items() if run.is_done()}
+    todo = [run for name, run in every.items() if name not in done]
+    failed: dict[str, str] = {}
+    wrong: str | None = None
+    tries: dict[str, int] = {}
+    running: dict[Future, Run] = {}
+    if not todo:
+        return
+
+    def pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (os.getpid(),))
+
+    total = sum(run.cost for run in todo)
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    executor = pool()
+    try:
+        with tqdm(total=total, bar_format=layout, mininterval=1) as bar:
+            finished = 0.0
+            while todo or running:
+                for run in list(todo):
+                    parent = run.parent.name if run.parent else None
+                    if parent in failed:
+                        failed[run.name] = f"its pre-training {parent} failed"
+                        todo.remove(run)
+                    elif len(running) < jobs and (parent is None or parent in done) and wrong is None:
+                        running[executor.submit(execute_run, run)] = run
+                        todo.remove(run)
+                if not running:
+                    if wrong is not None:
+                        break
+                    continue
+                complete, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                broken = False
+                for future in complete:
+                    run = running.pop(future)
+                    try:
+                        outcome, message = future.result()
+                    except BrokenProcessPool:
+                        broken = True
+                        tries[run.name] = tries.get(run.name, 0) + 1
+                        outcome, message = ("busy", "") if tries[run.name] < TRIES else ("failed", "its worker died")
+                    if outcome == "done":
+                        done.add(run.name)
+                        finished += run.cost
+                    elif outcome == "busy":
+                        todo.append(run)
+                        time.sleep(POLL_SECONDS if not broken else 0)
+                    elif outcome == "request":
+                        wrong = message
+                    else:
+                        failed[run.name] = message
+                        tqdm.write(f"{run.name} failed: {message}")
+                if broken:
+                    executor.shutdown(wait=True, cancel_futures=True)
+                    executor = pool()
+                active = sum(run.cost * _step_now(run) / run.steps for run in running.values())
+                bar.n = min(finished + active, total)
+                bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    if wrong is not None:
+        raise RequestError(wrong)
+    if failed:
+        lines = [f"{every[name].folder}: {message}" for name, message in failed.items()]
+        raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def write_results(grid: Grid, command: str) -> Path:
+    """Tables, statistics and provenance of a grid's finished runs; returns their folder."""
+    folder = paths.results_dir(grid.profile, grid.dataset, grid.study.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    folders = [run.folder for run in grid.finetune]
+    table = runs.table(folders, grid.study.name)
+    runs.write_table(folder / "table.csv", table)
+    runs.write_table(folder / "table_last.csv", runs.table(folders, grid.study.name, "metrics_last"))
+    runs.write_table(folder / "summary.csv", stats.summary(table))
+    runs.write_table(folder / "comparison.csv", stats.compare(table))
+    records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
+    logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
+    if logs:
+        runs.write_table(folder / "pretraining.csv", pd.concat(logs))
+    runs.write_json(
+        folder / "provenance.json",
+        {
+            "command": command,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            **runs.provenance(),
+            "commits of the runs": sorted({record["provenance"]["commit"] for record in records}),
+            "runs": {"expected": len(grid.all), "done": len(records)},
+            "training_seconds": round(sum(record["training_seconds"] for record in records), 1),
+            "training_seconds_by_run": {record["run"]: record["training_seconds"] for record in records},
+            "expected_runs": [run.name for run in grid.finetune],
+            "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
+            "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry"}),
+            "subjects": {
+                run.name: json.loads((run.folder / "subjects.json").read_bytes())
+                for run in grid.finetune
+                if run.is_done()
+            },
+        },
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study left on one data set, for its figure notebook. `missing`: cells of the grid without a finished run."""
+
+    folder: Path
+    table: pd.DataFrame
+    last: pd.DataFrame
+    summary: pd.DataFrame
+    comparison: pd.DataFrame
+    provenance: dict[str, Any]
+    missing: list[str]
+    command: str
+
+    @property
+    def shown(self) -> str:
+        """The folder as a reader knows it, without the root."""
+        return "/".join(self.folder.parts[-4:])
+
+
+def read_results(study: str, dataset: str, profile: str) -> Results:
+    """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
+    command = f"clseg run {study} --dataset {dataset} --profile {profile}"
+    own = paths.results_dir(profile, dataset, study)
+    folder = next(
+        (f for f in (own, paths.PROJECT / own.relative_to(paths.out_root())) if (f / "table.csv").is_file()), None
+    )
+    if folder is None:
+        raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
+    tables = {
+        name: runs.read_table(folder / f"{name}.csv") for name in ("table", "table_last", "summary", "comparison")
+    }
+    table = tables["table"]
+    there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
+    benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
+    missing = []
+    for run in expand(config.read_study(study), dataset, profile).finetune:
+        cell = (run.method, run.parameters.labelled, run.key["draw"], run.parameters.seed)
+        if cell not in (benchmark if run.experiment.all_labels else there):
+            missing.append(
+                f"{run.method}, {run.key['labelled']} labelled, draw {run.key['draw']}, seed {run.parameters.seed}"
+            )
+    provenance = json.loads((folder / "provenance.json").read_bytes())
+    return Results(
+        folder, table, tables["table_last"], tables["summary"], tables["comparison"], provenance, missing, command
+    )
+
+
+def draw_figures(grid: Grid) -> Path:
+    """Execute the study's figure notebook on its table; returns the executed notebook."""
+    study = grid.study
+    target = paths.runs_root() / grid.dataset / grid.profile / f"{study.notebook}-{study.name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {"study": study.name, "dataset": grid.dataset, "profile": grid.profile}
+    execute_notebook(paths.NOTEBOOKS / f"{study.notebook}.ipynb", target, parameters)
+    return target

@@ -1,0 +1,155 @@
+"""The one training loop: optimiser steps, precision, log, checkpoint, resume. It knows no method.
+
+What a step does depends only on (seed, step): batches and augmentations are drawn from `step_generator`, so a run that
+was killed goes on from its last checkpoint to the same numbers as one that was not.
+"""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+PROGRESS_SECONDS = 2.0
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from numbers and words; the same on every machine."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def step_generator(seed: int, stream: str, step: int) -> Generator:
+    """The random numbers of one step of one stream ('contrast', 'supervised', ...), on the CPU."""
+    return Generator().manual_seed(seed_of(seed, stream, step))
+
+
+def device() -> torch.device:
+    """The first GPU if there is one, else the CPU; `$CLSEG_DEVICE` decides otherwise."""
+    return torch.device(os.environ.get("CLSEG_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training leaves: `log` (step, loss, validation where it was measured), the best step by validation and its
+    weights (None without validation), seconds of training over all sittings."""
+
+    log: pd.DataFrame
+    best_step: int | None
+    best_state: dict[str, Tensor] | None
+    seconds: float
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Readable JSON, written atomically."""
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _resume(checkpoint: Path) -> dict | None:
+    """The last checkpoint, or None where there is none or it cannot be read."""
+    if not checkpoint.is_file():
+        return None
+    try:
+        return torch.load(checkpoint, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error) as error:
+        print(f"{checkpoint.name} cannot be read ({type(error).__name__}); training starts from the beginning")
+        return None
+
+
+def fit(
+    modules: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step_loss: Callable[[int], Tensor],
+    steps: int,
+    folder: Path,
+    checkpoint_every: int,
+    precision: str = "float32",
+    evaluate: Callable[[], float] | None = None,
+    evaluate_every: int = 0,
+    title: str = "training",
+) -> Fit:
+    """Minimise `step_loss(step)` for `steps` steps, resuming from `folder/checkpoint.pt` if it is there.
+
+    `modules` holds every weight that must survive a kill. `evaluate()` (higher is better) runs every `evaluate_every`
+    steps and after the last one; the weights of its best value are kept (the earliest of equals).
+    Raises `FloatingPointError` when a loss is not finite.
+    """
+    where = next(modules.parameters()).device
+    checkpoint, progress = folder / "checkpoint.pt", folder / "progress.json"
+    losses: list[Tensor] = []
+    scores: list[tuple[int, float]] = []
+    best_step, best_state, start, before = None, None, 0, 0.0
+    if (saved := _resume(checkpoint)) is not None:
+        modules.load_state_dict(saved["modules"])
+        optimiser.load_state_dict(saved["optimiser"])
+        losses, scores = [saved["losses"].to(where)], [tuple(pair) for pair in saved["scores"]]
+        best_step, best_state, start, before = saved["best_step"], saved["best_state"], saved["step"], saved["seconds"]
+
+    began = reported = time.monotonic()
+
+    def save(step: int) -> None:
+        nonlocal losses
+        losses = [torch.cat([loss.reshape(-1) for loss in losses])]
+        if not torch.isfinite(losses[0]).all():
+            bad = int((~torch.isfinite(losses[0])).nonzero()[0, 0]) + 1
+            raise FloatingPointError(f"the loss of step {bad} is not finite; lower the learning rate")
+        state = {
+            "step": step,
+            "modules": modules.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "losses": losses[0].cpu(),
+            "scores": scores,
+            "best_step": best_step,
+            "best_state": best_state,
+            "seconds": before + time.monotonic() - began,
+        }
+        write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
+
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1, leave=False)
+    for step in bar:
+        modules.train()
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = step_loss(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach().float().reshape(1))
+        done = step + 1
+        if evaluate is not None and (done % evaluate_every == 0 or done == steps):
+            score = evaluate()
+            scores.append((done, score))
+            if best_step is None or score > max(value for _, value in scores[:-1]):
+                best_step = done
+                best_state = {name: value.detach().clone() for name, value in modules.state_dict().items()}
+        if done % checkpoint_every == 0 or done == steps:
+            save(done)
+        if time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            write_json(progress, {"step": done, "steps": steps})
+    bar.close()
+
+    log = pd.DataFrame({"step": np.arange(1, steps + 1), "loss": torch.cat(losses).cpu().numpy()})
+    if evaluate is not None:
+        log["validation"] = log["step"].map(dict(scores))
+    return Fit(log, best_step, best_state, before + time.monotonic() - began)

@@ -1,0 +1,58 @@
+"""Local contrast: a region of one view is like the same region of another view and unlike its neighbours.
+
+The encoder is frozen (its batch norm stays in training mode, as released); the first l decoder blocks and the head learn.
+Source: Chaitanya et al., NeurIPS 2020, stage 2, and its released code.
+*Deviation*: brightness and contrast are drawn per image, not once per batch.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clseg.augment import intensity
+from clseg.config import LocalStage
+from clseg.data.prepare import Store
+from clseg.loop import step_generator
+from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
+from clseg.models import LocalHead, UNet
+from clseg.stages.sampling import partition_slices, random_slices
+
+
+def regions(stage: LocalStage, map_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Corners [R', 2] and neighbours [R, M] of the stage's regions on a decoder map of this size."""
+    corners, neighbours = region_grid(map_size, stage.size, stage.regions)
+    if stage.neighbours == "nearest":
+        corners = corners[: stage.regions]
+        neighbours = nearest_neighbours(corners, stage.negatives)
+    return corners, neighbours[:, : stage.negatives]
+
+
+def local(
+    network: UNet, head: LocalHead, store: Store, rows: np.ndarray, stage: LocalStage, slices: int, seed: int
+) -> Callable[[int], Tensor]:
+    """The loss of one step as a function of the step, for `loop.fit`; trains the first decoder blocks and `head`."""
+    device = next(network.parameters()).device
+    scale = 2 ** (5 - stage.decoder_blocks)
+    corners, neighbours = regions(stage, tuple(side // scale for side in store.images.shape[-2:]))
+    corners, neighbours = corners.to(device), neighbours.to(device)
+
+    def step_loss(step: int) -> Tensor:
+        generator = step_generator(seed, "local", step)
+        image_pairs = None
+        if stage.strategy == "lr":
+            chosen = random_slices(rows, slices, generator)
+        else:
+            chosen, partition = partition_slices(store, rows, stage.partitions, slices, generator)
+            same = partition[:, None] == partition[None, :]
+            image_pairs = same.fill_diagonal_(False).to(device)
+        image = store.batch(chosen, device).image
+        views = torch.cat([intensity(image, generator), intensity(image, generator)])
+        with torch.no_grad():
+            features = network.encoder(views.contiguous(memory_format=torch.channels_last))
+        embedding = head(network.decoder(features, stage.decoder_blocks), corners)  # [2B, R', D]
+        first, second = embedding.chunk(2)
+        return local_contrastive_loss(first, second, neighbours, stage.temperature, image_pairs)
+
+    return step_loss

@@ -1,0 +1,83 @@
+# %% [markdown]
+# # Worker: pre-train one stage
+# **From unlabelled slices to an encoder (or decoder) that knows what is alike.** `clseg run` executes this notebook once
+# for every pre-training of a study; open it to watch one, or to change a parameter and run it yourself.
+#
+# You will see: the parameters as they were understood, one batch with its positives and negatives, the loss over all
+# steps. Seconds under `smoke`, minutes under `laptop` on a CPU, about an hour under `paper` on a GPU (an estimate, not measured).
+#
+# Pre-training sees only the subjects of the pre-training set: never a test subject.
+
+# %%
+import torch
+import yaml
+
+from clseg import config, plots, runs
+
+# %% tags=["parameters"]
+dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
+profile: str = "smoke"  # smoke, laptop or paper: how much is computed
+method: str = "gd"  # a name in params/methods.yaml; one with a pre-training stage
+stage: int = 0  # which of the method's stages, from 0; the ones before it are done first
+protocol: str = ""  # how subjects are divided; "" is the data set's first
+seed: int = 0  # initial weights, batches and augmentations
+overrides: list = []  # for example ["pretrain.steps=100"]
+variant: str = ""  # one more override, named in the results of an ablation
+study: str = ""  # the study this run belongs to, for the results table
+
+# %%
+parameters = config.read_parameters(globals(), config.PretrainParameters)
+run = runs.pretrain_run(parameters)
+print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
+print(
+    yaml.safe_dump(
+        {"stage": run.key["stage"], "budget": run.key["budget"], "network": run.key["network"]}, sort_keys=False
+    )
+)
+
+# %% [markdown]
+# ## One batch
+# The slices of one step and, for global contrast, who is alike among their views: the pre-training differs from method
+# to method only in this matrix.
+
+# %%
+store = runs.open_store(run.experiment)
+split = runs.split_of(run, store)
+rows = store.rows(split.pretrain)
+print(f"{len(split.pretrain)} subjects, {len(rows)} slices for pre-training; image {list(store.images.shape[1:])}")
+
+# %%
+stage_config = run.experiment.stages[run.parameters.stage]
+if stage_config.stage == "contrast":
+    from clseg.stages.contrast import draw_batch
+
+    images, pairs = draw_batch(
+        store, rows, stage_config, min(stage_config.slices, 8), run.parameters.seed, 0, torch.device("cpu")
+    )
+    plots.pairs_matrix(pairs)
+
+# %%
+if stage_config.stage == "contrast":
+    plots.volume_grid(images[:16, 0].numpy(), title="the views of one batch (at most 16)")
+
+# %% [markdown]
+# ## Training
+# Resumes from the last checkpoint if it was interrupted; does nothing if this run is done already.
+
+# %%
+runs.train(run)
+log = run.read("log")
+plots.training_curves(log)
+
+# %% tags=["nbval-check-output"]
+print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[-1]:.2f}, {len(log)} steps")
+
+# %% tags=["nbval-check-output"]
+weights = run.folder / "weights.safetensors"
+for key, value in runs.adaptation(weights).items():
+    if key in ("architecture", "channels", "filters", "dataset", "method"):
+        print(f"{key}: {value}")
+
+# %% [markdown]
+# The weights and the record of this run lie in its folder. Fine-tuning (`21_finetune`) takes the encoder (and the decoder
+# blocks of a local stage) from there; the head stays behind.

@@ -1,0 +1,83 @@
+# %% [markdown]
+# # Worker: fine-tune on few labelled subjects, then score the test subjects once
+# **From pre-trained weights and a handful of masks to a segmenter and its scores.** `clseg run` executes this notebook
+# once for every fine-tuning of a study. If the pre-training it starts from is not there, it is done first.
+#
+# You will see: which subjects are labelled, the loss and the validation Dice, the scores of every test subject, and a test
+# subject's masks. Seconds under `smoke`, minutes under `laptop` on a CPU.
+#
+# The checkpoint is chosen on the validation subjects; test subjects are scored once, after training. Scores of the last
+# step are kept beside those of the best (`metrics_last.csv`).
+
+# %%
+import yaml
+
+from clseg import config, plots, runs
+from clseg.recipes.evaluation import labelled_volumes, probabilities
+
+# %% tags=["parameters"]
+dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
+profile: str = "smoke"  # smoke, laptop or paper: how much is computed
+method: str = "gd"  # a name in params/methods.yaml
+labelled: int = 2  # subjects with labels; 0 stands for all (method `benchmark`)
+draw: int = 1  # which subjects these are
+protocol: str = ""  # how subjects are divided; "" is the data set's first
+seed: int = 0  # initial weights, batches and augmentations
+overrides: list = []  # for example ["finetune.steps=100"]
+variant: str = ""  # one more override, named in the results of an ablation
+study: str = ""  # the study this run belongs to, for the results table
+
+# %%
+parameters = config.read_parameters(globals(), config.FinetuneParameters)
+run = runs.finetune_run(parameters)
+print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
+print(yaml.safe_dump({key: run.key[key] for key in ("recipe", "budget", "network")}, sort_keys=False))
+
+# %%
+store = runs.open_store(run.experiment)
+split = runs.split_of(run, store)
+print("labelled:", *split.labelled)
+print("validation:", *split.validation)
+print(f"test: {len(split.test)} subjects")
+
+# %% [markdown]
+# ## The labelled slices
+
+# %%
+rows = store.rows(split.labelled, labelled=True)[:16]
+batch = store.batch(rows, "cpu")
+plots.volume_grid(batch.image[:, 0].numpy(), batch.label.numpy(), title="labelled slices (at most 16)")
+
+# %% [markdown]
+# ## Training
+# Resumes from the last checkpoint if it was interrupted; does nothing if this run is done already.
+
+# %%
+runs.train(run)
+log = run.read("log")
+plots.training_curves(log)
+
+# %% [markdown]
+# ## Test subjects
+# Dice and 95th percentile Hausdorff distance on the native grid, per subject and structure. `missed` counts structures that
+# the reference has and the prediction has not: they score Dice 0 and the image diagonal.
+
+# %%
+metrics = run.read("metrics")
+metrics.groupby("class_name")[["dice", "hd95", "missed"]].mean().round(3)
+
+# %%
+volume = labelled_volumes(store, split.test)[0]
+probability = probabilities(runs.trained_network(run, store), store, volume)
+slices = store.batch(store.volume_rows(volume), "cpu")
+name = store.volumes["subject"][volume]
+plots.volume_grid(slices.image[:, 0].numpy(), slices.label.numpy(), title=f"{name}: reference")
+
+# %%
+plots.volume_grid(slices.image[:, 0].numpy(), probability.argmax(dim=1).numpy(), title=f"{name}: prediction")
+
+# %% tags=["nbval-check-output"]
+print(f"{metrics['subject'].nunique()} test subjects, mean Dice {metrics['dice'].mean():.2f}")
+
+# %% tags=["nbval-check-output"]
+print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[-1]:.2f}, {len(log)} steps")

@@ -1,0 +1,97 @@
+"""Augmentation: what moves, by how much, and that image and label move together."""
+
+import torch
+
+from clseg import augment
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth(batch=16, side=64):
+    """Smooth images, so that interpolation hardly changes values."""
+    axis = torch.linspace(0, 3, side)
+    return (0.5 + 0.3 * torch.sin(axis)[:, None] * torch.cos(axis)[None, :]).expand(batch, 1, side, side).clone()
+
+
+def test_crop_covers_100_of_192_of_the_side_within_the_published_corners():
+    side = 192
+    rows = ((torch.arange(side) + 0.5) / side).view(1, 1, side, 1).expand(500, 1, side, side).contiguous()
+    for image in (rows, rows.transpose(2, 3).contiguous()):
+        view = augment.crop_resize(image, generator())
+        line = view[:, 0, :, side // 2] if image is rows else view[:, 0, side // 2]
+        low, high = line[:, 0], line[:, -1]
+        extent = (high - low) * side / (side - 1)
+        torch.testing.assert_close(extent, torch.full_like(extent, 100 / 192), atol=2e-3, rtol=0)
+        corner = low * side
+        assert corner.min() >= 10 and corner.max() < 71
+        assert corner.min() < 12 and corner.max() > 68
+
+
+def test_intensity_is_affine_per_image_within_the_published_ranges():
+    image = torch.rand(200, 2, 16, 16, generator=generator()) * 0.2 + 0.5
+    view = augment.intensity(image, generator(1))
+    centred = (image - image.mean(dim=(2, 3), keepdim=True)).flatten(2)
+    factor = (view.flatten(2) * centred).sum(2) / (centred**2).sum(2)  # slope of view against image, [B, C]
+    torch.testing.assert_close(factor[:, 0], factor[:, 1], atol=1e-4, rtol=0)
+    assert 0.7 <= factor.min() < 0.72 and 1.28 < factor.max() <= 1.3
+    shift = (view - image).mean(dim=(1, 2, 3))
+    assert -0.3001 <= shift.min() < -0.29 and 0.29 < shift.max() <= 0.3001
+    assert (augment.intensity(image + 5, generator(1)) <= 1.5).all()
+    assert (augment.intensity(image - 5, generator(1)) >= 0).all()
+
+
+def test_views_depend_on_the_generator_only():
+    image = smooth()
+    first, again, other = (augment.contrast_view(image, generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.allclose(first[0], first[1])
+
+
+def test_image_and_label_are_deformed_alike():
+    side = 96
+    axis = torch.arange(side, dtype=torch.float32)
+    blob = ((axis[:, None] - 40) ** 2 / 300 + (axis[None, :] - 55) ** 2 / 500 < 1).float()
+    image = blob.expand(64, 1, side, side).clone()
+    label = blob.long().expand(64, side, side).clone()
+    view, moved = augment.finetune_views(image, label, generator())
+    difference = ((view[:, 0] > 0.5).long() != moved).float().sum(dim=(1, 2))
+    assert difference.max() <= 0.01 * blob.sum() * 2
+    assert moved.dtype == label.dtype
+    changed = (moved != label).flatten(1).any(dim=1)
+    assert changed.sum() > 32  # elastic deformation reaches most of the batch
+
+
+def test_fine_tuning_choices_keep_the_published_limits():
+    """A disc's area changes by at most the published scales, where no elastic deformation is applied."""
+    side = 96
+    axis = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
+    disc = (axis[:, None] ** 2 + axis[None, :] ** 2 < 20**2).float()
+    areas = []
+    for seed in range(60):
+        label = disc.long().expand(20, side, side).clone()
+        _, moved = augment.finetune_views(label[:, None].float(), label, generator(seed))
+        areas.append(moved[0].float().sum() / disc.sum())  # the first image is never deformed elastically
+    areas = torch.stack(areas)
+    assert areas.min() >= 0.95**2 - 0.02 and areas.max() <= 1.05**2 + 0.02
+    assert areas.std() > 0.005
+
+
+def test_rotation_keeps_angles_in_images_that_are_not_square():
+    height, width = 64, 128
+    rows = torch.arange(height, dtype=torch.float32)[:, None] - (height - 1) / 2
+    columns = torch.arange(width, dtype=torch.float32)[None, :] - (width - 1) / 2
+    disc = (rows**2 + columns**2 < 15**2).long()
+    for seed in range(40):
+        label = disc.expand(8, height, width).clone()
+        _, moved = augment.finetune_views(label[:, None].float(), label, generator(seed))
+        extent = [int(moved[0].any(dim=axis).sum()) for axis in (0, 1)]
+        assert abs(extent[0] - extent[1]) <= 3
+
+
+def test_elastic_field_has_the_published_standard_deviation():
+    field = augment.elastic_field(4000, (9, 9), generator())
+    corner_px = field[:, 0, 0] * 192 / 2
+    torch.testing.assert_close(corner_px.std(), torch.tensor(5.0), atol=0.15, rtol=0)

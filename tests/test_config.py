@@ -1,0 +1,149 @@
+"""Parameters: what is accepted, and what a wrong one is told."""
+
+import pytest
+
+from clseg import config, paths
+from clseg.config import FinetuneParameters, RequestError
+
+
+def test_every_yaml_file_of_the_project_is_valid():
+    assert config.read_methods()
+    for kind, read in (
+        ("datasets", config.read_dataset),
+        ("profiles", config.read_profile),
+        ("studies", config.read_study),
+    ):
+        names = config.names(kind)
+        assert names, kind
+        for name in names:
+            assert read(name).name == name
+
+
+def test_every_method_resolves_on_every_data_set_and_profile():
+    for dataset in config.names("datasets"):
+        for profile in config.names("profiles"):
+            for method in config.read_methods():
+                experiment = config.resolve(dataset, profile, method)
+                assert experiment.geometry == config.read_dataset(dataset).geometry[profile]
+
+
+def test_published_settings_are_the_paper_profile_s():
+    experiment = config.resolve("acdc", "paper", "gd+lr")
+    assert experiment.network.filters == [16, 32, 64, 128, 128, 128]
+    assert experiment.geometry.size == [192, 192]
+    assert (experiment.pretrain.steps, experiment.finetune.steps, experiment.finetune.batch) == (10001, 10001, 20)
+    contrast, local = experiment.stages
+    assert (contrast.slices, contrast.partitions, contrast.temperature, contrast.learning_rate) == (12, 4, 0.1, 1e-3)
+    assert (local.regions, local.size, local.negatives, local.decoder_blocks) == (13, 3, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.step=5", "did you mean 'steps'"),
+        ("pretrian.steps=5", "did you mean 'pretrain'"),
+        ("stages.0.temprature=0.5", "did you mean 'temperature'"),
+        ("stages.7.temperature=0.5", "valid are 0"),
+        ("pretrain.steps=many", "pretrain.steps"),
+        ("pretrain.steps=0", "greater than or equal to 1"),
+        ("pretrain.steps=1.5", "pretrain.steps"),
+        ("stages.0.temperature=-1", "stages.0"),
+        ("geometry.size=[33, 32]", "multiple of 32"),
+        ("recipe.loss=dise", "recipe.loss"),
+        ("pretrain.steps", "KEY=VALUE"),
+        ("pretrain.steps=[1", "not valid YAML"),
+        ("pretrain.steps.more=1", "nothing is below it"),
+    ],
+)
+def test_a_wrong_override_names_itself_and_the_remedy(override, message):
+    with pytest.raises(RequestError, match="(?s)" + message.replace("[", r"\[")) as caught:
+        config.resolve("phantom", "smoke", "gd", overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_changes_only_what_it_names():
+    base, changed = (config.resolve("phantom", "smoke", "gd", overrides=o) for o in ([], ["stages.0.temperature=0.5"]))
+    assert changed.stages[0].temperature == 0.5
+    assert changed.model_copy(update={"stages": base.stages}) == base
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("phantm", "smoke", "gd"), "did you mean 'phantom'"),
+        (("phantom", "smok", "gd"), "did you mean 'smoke'"),
+        (("phantom", "smoke", "gd+lrr"), "did you mean 'gd"),
+        (("phantom", "smoke", "gd", "chaitanya"), "no protocol 'chaitanya'"),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest(names, message):
+    with pytest.raises(RequestError, match=message.replace("+", r"\+")):
+        config.resolve(*names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethod: [gd]\nlabelled: [1]\ndraws: [1]\n",
+            "did you mean 'methods'",
+        ),
+        (
+            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethods: [gd]\nlabelled: ['1']\ndraws: [1]\n",
+            "labelled.0",
+        ),
+        (
+            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethods: [gd]\nlabelled: [0]\ndraws: [1]\n",
+            "labelled.0",
+        ),
+        ("name: [", "not valid YAML"),
+        ("- a list", "study.yaml"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_wrong_study_file_is_named(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=message) as caught:
+        config.read_study(str(path))
+    assert "study.yaml" in str(caught.value)
+
+
+def test_notebook_parameters_must_be_known_and_typed():
+    namespace = {
+        "dataset": "phantom",
+        "profile": "smoke",
+        "method": "gd",
+        "labelled": 2,
+        "_hidden": 1,
+        "config": config,
+        "In": [],
+    }
+    assert config.read_parameters(namespace, FinetuneParameters).labelled == 2
+    for wrong in ({"labeled": 2}, {"labelled": "2"}, {"labelled": 2.5}, {"overrides": "pretrain.steps=1"}, {"draw": 0}):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            config.read_parameters(namespace | wrong, FinetuneParameters)
+
+
+def test_overrides_of_a_stage_concern_only_methods_that_have_it():
+    methods = config.read_methods()
+    overrides = ["stages.1.size=1", "pretrain.steps=3"]
+    assert config.applicable(overrides, methods["gd"]) == ["pretrain.steps=3"]
+    assert config.applicable(overrides, methods["gd+lr"]) == overrides
+
+
+def test_study_overrides_are_split_from_those_of_its_experiments():
+    study, others = config.override_study(config.read_study("quickstart"), ["study.labelled=[3]", "pretrain.steps=2"])
+    assert study.labelled == [3]
+    assert others == ["pretrain.steps=2"]
+    with pytest.raises(RequestError, match="did you mean 'labelled'"):
+        config.override_study(study, ["study.labeled=[3]"])
+
+
+def test_roots_follow_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    monkeypatch.setenv("CLSEG_DATA", str(tmp_path / "d"))
+    assert paths.runs_root() == tmp_path / "runs"
+    assert paths.data_root() == tmp_path / "d"
+    monkeypatch.delenv("CLSEG_OUT")
+    assert paths.runs_root() == paths.PROJECT / "runs"

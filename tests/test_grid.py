@@ -1,0 +1,158 @@
+"""Studies: what a grid holds, that it is done once whatever happens, and what it leaves. Kernels are real here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clseg import cli, config, grid, runs
+from clseg.config import RequestError
+
+TINY = [
+    "--set=dataset.options.subjects=10",
+    "--set=dataset.protocols.seeded.test=3",
+    "--set=dataset.protocols.seeded.validation=1",
+    "--set=study.methods=[random, gd]",
+    "--set=study.labelled=[1]",
+    "--set=study.draws=[1]",
+]
+
+
+def words(*more):
+    return ["run", "quickstart", "--profile", "smoke", *TINY, *more]
+
+
+def start(root, *more):
+    environment = os.environ | {"CLSEG_OUT": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "clseg", *words(*more)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def table(root):
+    return (root / "paper_figures/smoke/phantom/quickstart/table.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A small grid left alone."""
+    root = tmp_path_factory.mktemp("whole")
+    process = start(root)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return root, output
+
+
+def expand(name, dataset, profile="smoke", overrides=()):
+    return grid.expand(config.read_study(name), dataset, profile, overrides)
+
+
+def test_the_papers_grid_on_acdc():
+    plan = expand("glcl_strategies", "acdc", "paper")
+    assert len(plan.finetune) == 7 * (5 + 5 + 3) + 1
+    names = [run.name.rpartition("-seed")[0] for run in plan.pretrain]
+    contrasts = ["pretrain-contrast-instance", "pretrain-contrast-gd-", "pretrain-contrast-gd"]
+    locals_ = ["pretrain-local-lr", "pretrain-local-lr", "pretrain-local-ld"]
+    assert sorted(names) == sorted(contrasts + locals_)
+    for index, run in enumerate(plan.pretrain):
+        assert run.parent is None or run.parent.name in [before.name for before in plan.pretrain[:index]]
+    assert plan.notes == [f"8 labelled, draw {draw}: not in the lists of protocol chaitanya" for draw in (4, 5)]
+
+
+def test_an_ablation_varies_one_key_and_names_it():
+    plan = expand("glcl_ablation", "phantom")
+    axes = config.read_study("glcl_ablation").axes
+    varied = [run for run in plan.finetune if run.parameters.variant]
+    assert len(varied) == 3 * sum(len(axis.values) * len(axis.methods) for axis in axes)
+    run = next(run for run in varied if run.method == "gd [stages.0.temperature=0.5]")
+    assert run.experiment.stages[0].temperature == 0.5
+    assert run.parent.experiment.stages[0].temperature == 0.5
+
+
+def test_an_override_that_no_method_can_take_is_refused():
+    with pytest.raises(RequestError, match=r"stages.5.slices=4"):
+        expand("quickstart", "phantom", overrides=["stages.5.slices=4"])
+
+
+def test_dry_run_prints_the_grid_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    assert cli.main(words("--dry-run")) == 0
+    output = capsys.readouterr().out
+    assert "1 pre-trainings, 2 fine-tunings, 0 of them done" in output
+    assert output.count("to do") == 3
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
+    root, output = whole
+    folder = root / "paper_figures/smoke/phantom/quickstart"
+    assert {"table.csv", "summary.csv", "comparison.csv", "provenance.json"} <= {path.name for path in folder.iterdir()}
+    assert str(folder) in output
+    done = list(root.glob("runs/phantom/smoke/*/status.json"))
+    assert len(done) == 3
+    assert all((path.parent / "notebook.ipynb").is_file() for path in done)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["runs"] == {"done": 3, "expected": 3}
+    frame = runs.read_table(folder / "table.csv")
+    assert tuple(frame.columns) == runs.TABLE_COLUMNS
+    assert set(frame["method"]) == {"random", "gd"} and frame["subject"].nunique() == 3
+
+
+def test_a_finished_grid_is_not_done_again(whole):
+    root, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in root.glob("runs/phantom/smoke/*/status.json")}
+    process = start(root)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "3 of them done" in output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_grid_killed_and_resumed_gives_the_same_table(whole, tmp_path):
+    for _ in range(2):
+        process = start(tmp_path, "--jobs=2")
+        seen = len(list(tmp_path.glob("runs/phantom/smoke/*/parameters.json")))
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("runs/phantom/smoke/*/parameters.json"))) <= seen and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(tmp_path, "--jobs=2")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert table(tmp_path) == table(whole[0])
+
+
+def test_two_coordinators_on_one_folder_do_each_run_once(whole, tmp_path):
+    both = [start(tmp_path, "--jobs=1") for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert table(tmp_path) == table(whole[0])
+    for path in tmp_path.glob("runs/phantom/smoke/*/notebook.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        assert all(cell.get("execution_count") for cell in cells if cell["cell_type"] == "code")
+    assert not list(tmp_path.glob("runs/phantom/smoke/*/*.running.ipynb"))
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
+    process = start(tmp_path, "--set=stages.0.learning_rate=1e30")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "2 of 3 runs failed" in errors and "runs/phantom/smoke/pretrain-contrast-gd" in errors
+    assert "Traceback" not in errors
+    assert len(list(tmp_path.glob("runs/phantom/smoke/finetune-random*/status.json"))) == 1
+
+
+def test_a_misspelt_notebook_parameter_is_a_request_error(tmp_path):
+    from clseg import paths
+
+    with pytest.raises(RequestError, match="labeled"):
+        grid.execute_notebook(paths.NOTEBOOKS / "21_finetune.ipynb", tmp_path / "out.ipynb", {"labeled": 2})
+    assert not (tmp_path / "out.ipynb").exists()

@@ -1,0 +1,102 @@
+"""The training loop: minimises, keeps the best, resumes to the same numbers, never leaves half a file."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from clseg.loop import fit, seed_of, step_generator, write_atomically
+
+
+class Killed(Exception):
+    pass
+
+
+def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None):
+    """A small regression whose batches depend on the step alone; `kill_at` raises before that step."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    folder.mkdir(exist_ok=True)
+
+    def step_loss(step):
+        if step == kill_at:
+            raise Killed
+        x = torch.randn(16, 5, generator=step_generator(7, "test", step))
+        return (network(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    def evaluate():
+        return -network[0].weight.detach().abs().sum().item() if scores is None else next(scores)
+
+    result = fit(network, optimiser, step_loss, steps, folder, checkpoint_every, evaluate=evaluate, evaluate_every=4)
+    return result, {k: v.clone() for k, v in network.state_dict().items()}
+
+
+def test_it_minimises(tmp_path):
+    result, _ = problem(tmp_path, steps=150)
+    assert result.log["loss"].iloc[-10:].mean() < 0.3 * result.log["loss"].iloc[:10].mean()
+
+
+@pytest.mark.parametrize("kills", [[5], [1, 4, 8], [11], [3, 6, 9]])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, kills):
+    expected, weights = problem(tmp_path / "whole")
+    for kill in kills:
+        with pytest.raises(Killed):
+            problem(tmp_path / "killed", kill_at=kill)
+    result, resumed = problem(tmp_path / "killed")
+    pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
+    assert result.best_step == expected.best_step
+    assert all(torch.equal(weights[k], resumed[k]) for k in weights)
+    assert all(torch.equal(expected.best_state[k], result.best_state[k]) for k in weights)
+
+
+def test_a_damaged_checkpoint_means_starting_again(tmp_path, capsys):
+    expected, _ = problem(tmp_path / "whole")
+    with pytest.raises(Killed):
+        problem(tmp_path / "killed", kill_at=7)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
+    result, _ = problem(tmp_path / "killed")
+    assert "starts from the beginning" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
+
+
+def test_best_is_the_first_of_the_highest_scores(tmp_path):
+    result, _ = problem(tmp_path, scores=iter([0.2, 0.9, 0.9]))
+    assert result.best_step == 8
+    assert result.log["validation"].dropna().tolist() == [0.2, 0.9, 0.9]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
+    network = nn.Linear(1, 1)
+    optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="step 3 "):
+        fit(
+            network, optimiser, lambda step: network.weight.sum() * (float("nan") if step == 2 else 1.0), 5, tmp_path, 5
+        )
+
+
+def test_streams_steps_and_seeds_are_independent():
+    draws = {
+        (seed, stream, step): torch.rand(1, generator=step_generator(seed, stream, step)).item()
+        for seed in range(3)
+        for stream in ("contrast", "local")
+        for step in range(5)
+    }
+    assert len(set(draws.values())) == len(draws)
+    assert draws[0, "contrast", 0] == torch.rand(1, generator=step_generator(0, "contrast", 0)).item()
+    assert seed_of(0, "network") == seed_of(0, "network") != seed_of(1, "network")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, lambda p: p.write_text("old"))
+
+    def fails(p):
+        p.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fails)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
