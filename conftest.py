@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-from build import clean_room
+from build import ONE_THREAD, clean_room
 
 _OUT = pytest.StashKey[Path]()
 
@@ -17,8 +17,7 @@ def pytest_configure(config):
     out = tempfile.TemporaryDirectory(prefix="clseg-test-", ignore_cleanup_errors=True)
     config.add_cleanup(out.cleanup)
     config.stash[_OUT] = Path(out.name)
-    os.environ["CLSEG_OUT"] = out.name
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"CLSEG_OUT": out.name, **ONE_THREAD}
 
 
 def pytest_collectstart(collector):

@@ -26,6 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 CHECKED = "nbval-check-output"
 LARGEST_BYTES = 1_000_000
 CELL_LIMIT_S = 900
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # two threads sum in another order: other last digits
 
 WIDGET = re.compile(r"application/vnd\.jupyter\.widget")
 # What a reader's machine cannot have or the next run will not repeat. A "/" between words, the tail of a URL and the
@@ -61,7 +62,7 @@ def convert(script: Path) -> NotebookNode:
 @contextmanager
 def clean_room(out: Path) -> Iterator[None]:
     """Environment for a kernel started inside: one thread, results under `out`, no real data, pictures inline."""
-    wanted = {"CLSEG_OUT": str(out), "CLSEG_DATA": str(out / "no-data"), "OMP_NUM_THREADS": "1", "MPLBACKEND": None}
+    wanted = {"CLSEG_OUT": str(out), "CLSEG_DATA": str(out / "no-data"), "MPLBACKEND": None, **ONE_THREAD}
     before = {name: os.environ.get(name) for name in wanted}
     _set_environment(wanted)
     try:
