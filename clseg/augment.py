@@ -1,6 +1,6 @@
 """Augmentation of whole batches at once, on the device of the batch.
 
-Random numbers are drawn on the CPU from the generator that is passed in, so a step gives the same views on every device.
+Random numbers are drawn on the CPU from the generator that is passed in: a step gives the same views on every device.
 Lengths that the papers give in pixels of a 192-pixel image are kept as fractions of the image side.
 """
 
@@ -76,9 +76,9 @@ def elastic_field(batch: int, size: tuple[int, int], generator: Generator) -> Te
 def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """The published fine-tuning augmentation, the same deformation for image and label.
 
-    Each image gets one of five with equal probability: rotation U(-15, 15) degrees, scale U(0.95, 1.05), horizontal flip
-    (then with probability 1/2), rotation by a random multiple of 45 degrees, nothing. The images from a random index
-    U{1..B-2} to the end are also deformed elastically.
+    Each image gets one of five with equal probability: rotation U(-15, 15) degrees, scale U(0.95, 1.05), horizontal
+    flip (then with probability 1/2), rotation by a random multiple of 45 degrees, nothing. The images from a random
+    index U{1..B-2} to the end are also deformed elastically.
 
     image [B, C, H, W] float, label [B, H, W] int64 -> the same shapes. Source: Chaitanya et al., released code.
     *Deviation*: the released code computes brightness and contrast changes here and drops them; they are left out.

@@ -1,4 +1,4 @@
-"""Typed, validated parameters: data set, method, profile, run, study. An unknown or mistyped key is an error that names it.
+"""Typed, validated parameters: data set, method, profile, run, study. A wrong key is an error that names it.
 
 A method, a data set and a profile are YAML files under `params/`; `resolve` puts one of each together, applies
 `KEY=VALUE` overrides and returns an `Experiment`: everything that decides the numbers except labelled, draw and seed.
@@ -60,7 +60,7 @@ class Geometry(Strict):
 
 
 class Normalisation(Strict):
-    """Intensities of one volume and channel: (v - p_low) / (p_high - p_low), not clipped; `n4` corrects the bias first."""
+    """Intensities per volume and channel: (v - p_low) / (p_high - p_low), not clipped; `n4` corrects the bias first."""
 
     low: float = Field(default=1.0, ge=0, le=100)
     high: float = Field(default=99.0, ge=0, le=100)

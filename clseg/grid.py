@@ -37,7 +37,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a study on one data set; `pretrain` in an order in which parents come first. `notes`: what was left out."""
+    """The runs of a study on one data set; in `pretrain` parents come first. `notes`: what was left out."""
 
     study: StudyConfig
     dataset: str
@@ -163,7 +163,7 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], thr
 
 
 def execute_run(run: Run) -> tuple[str, str]:
-    """Execute a run's notebook in this process's child kernel. Returns ('done' | 'busy' | 'request' | 'failed', message)."""
+    """Execute a run's notebook in a kernel. Returns ('done' | 'busy' | 'request' | 'failed', message)."""
     os.environ[runs.WORKER] = "1"
     with runs.locked(run.folder / ".claim", wait=False) as mine:
         if not mine:
@@ -305,7 +305,7 @@ def write_results(grid: Grid, command: str) -> Path:
 
 @dataclass(frozen=True)
 class Results:
-    """What a study left on one data set, for its figure notebook. `missing`: cells of the grid without a finished run."""
+    """What a study left on one data set, for its figure notebook. `missing`: cells of the grid without a run."""
 
     folder: Path
     table: pd.DataFrame

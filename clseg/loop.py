@@ -49,7 +49,7 @@ class Fit:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the new one."""
+    """Let `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""The network of Chaitanya et al. (released code): encoder, decoder, output, and the two heads used only in pre-training.
+"""The network of Chaitanya et al. (released code): encoder, decoder, output, and two heads for pre-training only.
 
 | part | layers (published filters) |
 |---|---|
@@ -25,7 +25,7 @@ EMBEDDING = 128
 
 
 def _conv(inputs: int, outputs: int, kernel: int, momentum: float) -> nn.Sequential:
-    """Convolution with bias, batch norm, ReLU; the size stays (an even kernel is padded below and right, as TensorFlow does)."""
+    """Convolution with bias, batch norm, ReLU; the size stays (even kernels are padded below and right, as released)."""
     pad = [] if kernel % 2 else [nn.ZeroPad2d((kernel // 2 - 1, kernel // 2) * 2)]
     return nn.Sequential(
         *pad,
@@ -126,7 +126,7 @@ class GlobalHead(nn.Module):
 
 
 class LocalHead(nn.Module):
-    """g2: a decoder map [B, C, h, w] and region corners [R, 2] to embeddings [B, R, 128] (K = 3) or [B, R, C] (K = 1)."""
+    """g2: a decoder map [B, C, h, w] and corners [R, 2] to embeddings [B, R, 128] (K = 3) or [B, R, C] (K = 1)."""
 
     def __init__(self, config: NetworkConfig, blocks: int, size: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Runs: one pre-training stage or one fine-tuning each, with a folder that holds all that is known about it.
 
 The folder is named by readable fields and a hash of everything that decides the run's numbers. Files are complete or
-absent; `status.json` comes last and names the hash of `record.json`, which names the size of every other file. A run counts
-as done only while all of that agrees.
+absent; `status.json` comes last and names the hash of `record.json`, which names the size of every other file. A run
+counts as done only while all of that agrees.
 """
 
 import fcntl
@@ -38,7 +38,8 @@ from clseg.recipes.evaluation import scores, validation_dice
 from clseg.stages import STAGES
 
 TABLE_COLUMNS = (
-    ["study", "dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed", "run"]
+    *("study", "dataset", "profile", "method", "labelled", "draw", "seed"),
+    *("subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed", "run"),
 )
 WORKER = (
     "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, after the executed notebook is in place
@@ -131,7 +132,7 @@ def pretrain_run(parameters: PretrainParameters) -> Run:
     stages = parameters.experiment().stages
     if parameters.stage >= len(stages):
         raise RequestError(
-            f"stage {parameters.stage}: method {parameters.method!r} has {len(stages)} pre-training stages, counted from 0"
+            f"stage {parameters.stage}: method {parameters.method!r} has {len(stages)} pre-training stages, from 0 on"
         )
     before = parameters.model_copy(update={"stage": parameters.stage - 1})
     return Run(parameters, pretrain_run(before) if parameters.stage else None)
@@ -411,7 +412,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def table(folders: Iterable[Path], study: str | None = None, name: str = "metrics") -> pd.DataFrame:
-    """Tidy results of finished fine-tunings, one row per subject, phase and class; `study` overrides the recorded one."""
+    """Tidy results of finished fine-tunings, a row per subject, phase and class; `study` overrides the recorded one."""
     tables = []
     for folder in sorted(folders):
         if (folder / f"{name}.csv").is_file() and is_done(folder):

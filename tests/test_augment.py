@@ -25,8 +25,10 @@ def test_crop_covers_100_of_192_of_the_side_within_the_published_corners():
         extent = (high - low) * side / (side - 1)
         torch.testing.assert_close(extent, torch.full_like(extent, 100 / 192), atol=2e-3, rtol=0)
         corner = low * side
-        assert corner.min() >= 10 and corner.max() < 71
-        assert corner.min() < 12 and corner.max() > 68
+        assert corner.min() >= 10
+        assert corner.max() < 71
+        assert corner.min() < 12
+        assert corner.max() > 68
 
 
 def test_intensity_is_affine_per_image_within_the_published_ranges():
@@ -35,9 +37,11 @@ def test_intensity_is_affine_per_image_within_the_published_ranges():
     centred = (image - image.mean(dim=(2, 3), keepdim=True)).flatten(2)
     factor = (view.flatten(2) * centred).sum(2) / (centred**2).sum(2)  # slope of view against image, [B, C]
     torch.testing.assert_close(factor[:, 0], factor[:, 1], atol=1e-4, rtol=0)
-    assert 0.7 <= factor.min() < 0.72 and 1.28 < factor.max() <= 1.3
+    assert 0.7 <= factor.min() < 0.72
+    assert 1.28 < factor.max() <= 1.3
     shift = (view - image).mean(dim=(1, 2, 3))
-    assert -0.3001 <= shift.min() < -0.29 and 0.29 < shift.max() <= 0.3001
+    assert -0.3001 <= shift.min() < -0.29
+    assert 0.29 < shift.max() <= 0.3001
     assert (augment.intensity(image + 5, generator(1)) <= 1.5).all()
     assert (augment.intensity(image - 5, generator(1)) >= 0).all()
 
@@ -75,7 +79,8 @@ def test_fine_tuning_choices_keep_the_published_limits():
         _, moved = augment.finetune_views(label[:, None].float(), label, generator(seed))
         areas.append(moved[0].float().sum() / disc.sum())  # the first image is never deformed elastically
     areas = torch.stack(areas)
-    assert areas.min() >= 0.95**2 - 0.02 and areas.max() <= 1.05**2 + 0.02
+    assert areas.min() >= 0.95**2 - 0.02
+    assert areas.max() <= 1.05**2 + 0.02
     assert areas.std() > 0.005
 
 

@@ -103,7 +103,8 @@ def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
     assert provenance["runs"] == {"done": 3, "expected": 3}
     frame = runs.read_table(folder / "table.csv")
     assert tuple(frame.columns) == runs.TABLE_COLUMNS
-    assert set(frame["method"]) == {"random", "gd"} and frame["subject"].nunique() == 3
+    assert set(frame["method"]) == {"random", "gd"}
+    assert frame["subject"].nunique() == 3
 
 
 def test_a_finished_grid_is_not_done_again(whole):
@@ -111,7 +112,8 @@ def test_a_finished_grid_is_not_done_again(whole):
     before = {path: path.stat().st_mtime_ns for path in root.glob("runs/phantom/smoke/*/status.json")}
     process = start(root)
     output, _ = process.communicate()
-    assert process.returncode == 0 and "3 of them done" in output
+    assert process.returncode == 0
+    assert "3 of them done" in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -145,7 +147,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
     process = start(tmp_path, "--set=stages.0.learning_rate=1e30")
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert "2 of 3 runs failed" in errors and "runs/phantom/smoke/pretrain-contrast-gd" in errors
+    assert "2 of 3 runs failed" in errors
+    assert "runs/phantom/smoke/pretrain-contrast-gd" in errors
     assert "Traceback" not in errors
     assert len(list(tmp_path.glob("runs/phantom/smoke/finetune-random*/status.json"))) == 1
 

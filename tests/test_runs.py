@@ -82,22 +82,26 @@ def test_a_stage_that_a_method_does_not_have_is_refused():
 
 def test_a_finished_run_holds_everything_that_is_known_of_it(out):
     run = finetuning()
-    assert run.is_done() and run.parent.is_done() and run.parent.parent.is_done()
+    assert run.is_done()
+    assert run.parent.is_done()
+    assert run.parent.parent.is_done()
     assert {path.name for path in run.folder.iterdir() if not path.name.startswith(".")} == FILES
     subjects = json.loads((run.folder / "subjects.json").read_text())
-    assert len(subjects["labelled"]) == 1 and len(subjects["test"]) == 3 and len(subjects["validation"]) == 2
+    assert len(subjects["labelled"]) == 1
+    assert len(subjects["test"]) == 3
+    assert len(subjects["validation"]) == 2
     assert not set(subjects["test"]) & {*subjects["pretrain"], *subjects["labelled"], *subjects["validation"]}
     metrics = run.read("metrics")
     assert list(metrics.columns) == [c for c in runs.TABLE_COLUMNS if c != "study"]
-    assert len(metrics) == 3 * 3 and set(metrics["run"]) == {run.name}
+    assert len(metrics) == 3 * 3
+    assert set(metrics["run"]) == {run.name}
     assert metrics["dice"].dropna().between(0, 1).all()
     record = json.loads((run.folder / "record.json").read_text())
-    assert (
-        record["best_step"] in (4, 8)
-        and record["provenance"]["packages"]["torch"] == torch.__version__.partition("+")[0]
-    )
+    assert record["best_step"] in (4, 8)
+    assert record["provenance"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     adaptation = runs.adaptation(run.folder / "weights.safetensors")
-    assert adaptation["filters"] == run.experiment.network.filters and adaptation["classes"]["3"] == "left ventricle"
+    assert adaptation["filters"] == run.experiment.network.filters
+    assert adaptation["classes"]["3"] == "left ventricle"
 
 
 def test_stages_train_what_they_should_and_hand_it_on(out):
@@ -119,7 +123,8 @@ def test_stages_train_what_they_should_and_hand_it_on(out):
     start = runs.build_network(run, store).state_dict()
     assert all(torch.equal(start[k].cpu(), local[k]) for k in names)
     weight = "decoder.blocks.0.reduce.1.weight"
-    assert torch.equal(start[weight].cpu(), local[weight]) and not torch.equal(start[weight].cpu(), fresh[weight].cpu())
+    assert torch.equal(start[weight].cpu(), local[weight])
+    assert not torch.equal(start[weight].cpu(), fresh[weight].cpu())
 
 
 def test_repeated_under_smoke_it_gives_the_same_bytes(out, tmp_path, monkeypatch):
@@ -154,7 +159,8 @@ def test_a_damaged_run_is_not_taken_for_done_and_is_mended(out, damage):
         (run.folder / "status.json").write_text('{"status": "done"')
     assert not run.is_done()
     runs.train(run)
-    assert run.is_done() and (run.folder / "metrics.csv").read_bytes() == metrics
+    assert run.is_done()
+    assert (run.folder / "metrics.csv").read_bytes() == metrics
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(out, tmp_path):
@@ -195,7 +201,8 @@ runs.train(finetuning(overrides={slow!r}))
 def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path):
     path = tmp_path / "lock"
     with runs.locked(path) as first, runs.locked(path, wait=False) as second:
-        assert first and not second
+        assert first
+        assert not second
     with runs.locked(path, wait=False) as again:
         assert again
 
@@ -207,7 +214,8 @@ def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     (other.folder / "status.json").unlink()
     table = runs.table(path.parent for path in paths.runs_root().rglob("parameters.json"))
     assert tuple(table.columns) == runs.TABLE_COLUMNS
-    assert run.name in set(table["run"]) and other.name not in set(table["run"])
+    assert run.name in set(table["run"])
+    assert other.name not in set(table["run"])
     assert set(runs.table([run.folder], "mine")["study"]) == {"mine"}
     assert runs.table([]).empty
 

@@ -20,7 +20,7 @@ from clseg.models import UNet
 def supervised(
     network: UNet, store: Store, rows: np.ndarray, recipe: SupervisedRecipe, batch_size: int, seed: int
 ) -> Callable[[int], Tensor]:
-    """The loss of one step as a function of the step, for `loop.fit`; `rows` are labelled slices, drawn with repetition."""
+    """The loss of one step as a function of the step, for `loop.fit`; `rows`: labelled slices, drawn repeatedly."""
     device = next(network.parameters()).device
     segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
 

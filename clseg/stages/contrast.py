@@ -1,8 +1,8 @@
 """Global contrast: slices that are alike get similar embeddings. The strategies differ only in their pairs and views.
 
 Source: Chaitanya et al., NeurIPS 2020, stage 1, and its released code.
-*Deviation*: batches hold only real slices (the released sampler leaves zero images in them); brightness and contrast are
-drawn per image; the positives of `gd` join all volumes of the batch, not sets of two.
+*Deviation*: batches hold only real slices (the released sampler leaves zero images in them); brightness and contrast
+are drawn per image; the positives of `gd` join all volumes of the batch, not sets of two.
 """
 
 from collections.abc import Callable

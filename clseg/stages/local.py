@@ -1,6 +1,7 @@
 """Local contrast: a region of one view is like the same region of another view and unlike its neighbours.
 
-The encoder is frozen (its batch norm stays in training mode, as released); the first l decoder blocks and the head learn.
+The encoder is frozen (its batch norm stays in training mode, as released); the first l decoder blocks and the head
+learn.
 Source: Chaitanya et al., NeurIPS 2020, stage 2, and its released code.
 *Deviation*: brightness and contrast are drawn per image, not once per batch.
 """
