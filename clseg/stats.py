@@ -1,0 +1,170 @@
+"""From the tidy result table to means, intervals and paired tests; the unit of all of them is the test subject.
+
+The volumes, structures and runs of one subject are not independent observations: they are averaged inside the subject
+before anything is resampled or tested, so n is always a number of subjects. Rows where reference and prediction are
+both empty carry NaN (`metrics.score`): they are left out of every mean, and counted. Missed structures are rows like
+others, with Dice 0 and the image diagonal as HD95.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata, wilcoxon
+
+GROUP = ["study", "dataset", "profile", "labelled"]  # what is compared with each other; never averaged across
+CELL = ["study", "dataset", "profile", "method", "labelled"]
+RUN = ["draw", "seed"]
+SUMMARY_COLUMNS = [
+    *CELL,
+    *["n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],
+    *["dice_mean", "dice_low", "dice_high", "dice_sd_draws"],
+    *["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows", "empty_rows"],
+]
+COMPARISON_COLUMNS = [
+    *CELL,
+    *["baseline", "n_subjects", "n_runs", "runs_left_out"],
+    *["median_difference", "rank_biserial", "p", "p_holm", "note"],
+]
+
+
+def per_subject(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice and HD95 of each subject in each run, over its structures and phases.
+
+    Returns columns study, dataset, profile, method, labelled, draw, seed, subject, dice, hd95; NaN for a subject of
+    whom no row is left. Sorted, so the order of the rows of `table` does not matter, not even for rounding.
+    """
+    table = table.sort_values([*CELL, *RUN, "subject", "phase", "class_name"], kind="stable")
+    return table.groupby([*CELL, *RUN, "subject"], as_index=False)[["dice", "hd95"]].mean()
+
+
+def per_draw(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice of each draw of labelled subjects, over seeds and test subjects: `CELL` columns, draw, dice."""
+    return per_subject(table).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over subjects; `values` [n], one per subject.
+
+    NaN with fewer than two subjects. With few subjects it is a little too narrow: about 93 % coverage with 20, 91 %
+    with 10. Memory: 16 n * `resamples` bytes.
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    chosen = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])  # [resamples, n] -> [resamples]
+    return float(low), float(high)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
+
+    * `dice_mean`: over draws and seeds inside each test subject, then over test subjects. `dice_low`, `dice_high`: its
+      95 % bootstrap interval over test subjects. The interval says how far the mean depends on who was tested, given
+      the draws at hand; how far it depends on who was labelled says `dice_sd_draws`, the standard deviation (n - 1)
+      between the means of the draws, NaN with one draw.
+    * `runs_missing`: pairs of draw and seed that another method of the same group has and this one lacks. Where it is
+      not 0 the mean is over easier or harder draws than the others', and `compare`, which pairs them, is the better
+      answer.
+    * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
+      structure x run); `empty_rows`: rows where both are empty, in no mean.
+    * `hd95_mean` is averaged like Dice, in `hd95_unit`; NaN where a cell mixes mm and px.
+    """
+    subjects = per_subject(table)
+    runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
+    draws = per_draw(table).groupby(CELL)["dice"].std()
+    rows = []
+    of_cell = subjects.groupby(CELL)
+    for cell, raw in table.groupby(CELL):
+        place, own = dict(zip(CELL, cell, strict=True)), of_cell.get_group(cell)
+        runs = set(zip(own["draw"], own["seed"], strict=True))
+        dice = own.groupby("subject")["dice"].mean().dropna().to_numpy()
+        low, high = bootstrap_interval(dice)
+        units, empty = sorted(raw["hd95_unit"].unique()), int(raw["dice"].isna().sum())
+        missed, scored = int(raw["missed"].sum()), len(raw) - empty
+        rows.append(
+            place
+            | {
+                "n_subjects": len(dice),
+                "n_draws": own["draw"].nunique(),
+                "n_seeds": own["seed"].nunique(),
+                "n_runs": len(runs),
+                "runs_missing": len(runs_of_group[tuple(place[key] for key in GROUP)] - runs),
+                "dice_mean": dice.mean() if len(dice) else np.nan,
+                "dice_low": low,
+                "dice_high": high,
+                "dice_sd_draws": draws[cell],
+                "hd95_mean": own.groupby("subject")["hd95"].mean().mean() if len(units) == 1 else np.nan,
+                "hd95_unit": "+".join(units),
+                "missed": missed,
+                "missed_share": missed / scored if scored else np.nan,
+                "scored_rows": scored,
+                "empty_rows": empty,
+            }
+        )
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    r"""Holm's adjusted p-values, for sorted p $\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\,p_{(j)})$.
+
+    `p` [m]; NaN stays NaN and does not count in m. Source: S. Holm, Scand. J. Statist. 6 (1979) 65-70.
+    """
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return adjusted
+
+
+def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
+    """Two-sided Wilcoxon signed-rank test of paired differences [n], one per subject: p, effect, note.
+
+    Zeros are left out; p is exact for up to 50 differences without ties (SciPy decides), and 1 where nothing differs.
+    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), in [-1, 1]: 1 where every subject
+    gains. The note says where there are too few subjects for p to fall below 0.05.
+    """
+    difference = np.round(difference, 12)  # what differs by rounding only is equal
+    difference = difference[difference != 0]
+    n = len(difference)
+    if n == 0:
+        return 1.0, 0.0, "no subject differs"
+    ranks = rankdata(np.abs(difference))
+    effect = float((ranks * np.sign(difference)).sum() / ranks.sum())
+    note = f"only {n} subjects differ: p cannot fall below {2 / 2**n:.3g}" if n < 6 else ""
+    return float(wilcoxon(difference).pvalue), effect, note
+
+
+def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
+    """Paired test of every method against `baseline` with as many labelled subjects (`COMPARISON_COLUMNS`).
+
+    Pairs are test subjects: the Dice of each is averaged over the draws and seeds that both methods have
+    (`n_runs`; `runs_left_out` counts those that only one has), and a subject counts where both have a value in all of
+    them. `median_difference` is method minus baseline. `p_holm` is corrected over the methods of one study, data set,
+    profile and number of labelled subjects. Test and effect: `signed_rank_test`. A method without common runs keeps its
+    row, with n 0 and a note. `benchmark` is compared only where the baseline has its number of labelled subjects.
+    """
+    rows = []
+    for group, members in per_subject(table).groupby(GROUP):
+        values = members.pivot(index="subject", columns=["method", *RUN], values="dice")
+        methods = values.columns.unique("method")
+        base = values[baseline] if baseline in methods else values.iloc[:, :0].droplevel("method", axis=1)
+        for method in methods.drop(baseline, errors="ignore"):
+            if method == "benchmark" and base.empty:
+                continue
+            own = values[method]  # [subjects, runs]
+            runs = own.columns.intersection(base.columns)
+            difference = (own[runs] - base[runs]).dropna().mean(axis=1).dropna().to_numpy()
+            row = dict(zip(GROUP, group, strict=True)) | {"method": method, "baseline": baseline}
+            row |= {"n_subjects": len(difference), "n_runs": len(runs)}
+            row["runs_left_out"] = len(own.columns.union(base.columns)) - len(runs)
+            if len(difference):
+                row["median_difference"] = float(np.median(difference))
+                row["p"], row["rank_biserial"], row["note"] = signed_rank_test(difference)
+            else:
+                row["note"] = f"no {'subject' if len(runs) else 'run'} in common with {baseline}"
+            rows.append(row)
+    result = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
+    numbers = ["median_difference", "rank_biserial", "p", "p_holm"]
+    result[numbers] = result[numbers].astype(float)
+    for _, family in result.groupby(GROUP):
+        result.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())
+    return result
