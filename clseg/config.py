@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -43,6 +43,8 @@ class Strict(BaseModel):
                     raise ValueError(f"unknown key {key!r}, {nearest(key, cls.model_fields)}")
         return data
 
+
+AnyStrict = TypeVar("AnyStrict", bound=Strict)
 
 # ---------------------------------------------------------------------------------------------------------- data sets
 
@@ -278,6 +280,23 @@ class FinetuneParameters(RunParameters):
     draw: int = Field(default=1, ge=1)
 
 
+class DataParameters(Strict):
+    """What the notebook that shows a data set is told."""
+
+    dataset: str
+    profile: str
+    labelled: int = Field(ge=1)
+    draws: int = Field(ge=1)
+
+
+class FigureParameters(Strict):
+    """What a figure notebook is told: which study's table to read."""
+
+    study: str
+    dataset: str
+    profile: str
+
+
 # ------------------------------------------------------------------------------------------------------------ studies
 
 
@@ -365,7 +384,7 @@ def read_methods() -> dict[str, MethodConfig]:
     return _validated(dict[str, MethodConfig], read_yaml(path), str(path))
 
 
-def read_parameters(namespace: Mapping[str, Any], schema: type[RunParameters]) -> RunParameters:
+def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> AnyStrict:
     """The typed parameters of a notebook from its namespace (`globals()`), called right after the parameters cell.
 
     Every plain value defined so far must be a parameter and have its type, so that a misspelt or mistyped parameter,

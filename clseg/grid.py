@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from clseg import config, paths, runs, stats
@@ -278,8 +279,7 @@ def write_results(grid: Grid, command: str) -> Path:
     runs.write_table(folder / "comparison.csv", stats.compare(table))
     records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
     logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
-    if logs:
-        runs.write_table(folder / "pretraining.csv", pd.concat(logs))
+    runs.write_table(folder / "pretraining.csv", pd.concat([pd.DataFrame(columns=["step", "loss", "run"]), *logs]))
     runs.write_json(
         folder / "provenance.json",
         {
@@ -313,6 +313,7 @@ class Results:
     summary: pd.DataFrame
     comparison: pd.DataFrame
     provenance: dict[str, Any]
+    pretraining: pd.DataFrame
     missing: list[str]
     command: str
 
@@ -320,6 +321,13 @@ class Results:
     def shown(self) -> str:
         """The folder as a reader knows it, without the root."""
         return "/".join(self.folder.parts[-4:])
+
+    def save(self, figure: Figure, name: str) -> None:
+        """Write a figure beside the tables, as PNG, under the output root."""
+        profile, dataset, study = self.folder.parts[-3:]
+        folder = paths.results_dir(profile, dataset, study)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
 
 
 def read_results(study: str, dataset: str, profile: str) -> Results:
@@ -331,10 +339,8 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     )
     if folder is None:
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
-    tables = {
-        name: runs.read_table(folder / f"{name}.csv") for name in ("table", "table_last", "summary", "comparison")
-    }
-    table = tables["table"]
+    names = ("table", "table_last", "summary", "comparison", "pretraining")
+    table, last, summary, comparison, pretraining = (runs.read_table(folder / f"{name}.csv") for name in names)
     there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
     benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
     missing = []
@@ -345,9 +351,25 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
                 f"{run.method}, {run.key['labelled']} labelled, draw {run.key['draw']}, seed {run.parameters.seed}"
             )
     provenance = json.loads((folder / "provenance.json").read_bytes())
-    return Results(
-        folder, table, tables["table_last"], tables["summary"], tables["comparison"], provenance, missing, command
-    )
+    return Results(folder, table, last, summary, comparison, provenance, pretraining, missing, command)
+
+
+def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary rows of an ablation, one per axis and value: columns axis, value, base (the method's own value), and
+    those of the summary."""
+    rows = []
+    for axis in config.read_study(study).axes:
+        key = axis.key.split(".")
+        for method in axis.methods:
+            tree = config.resolve(dataset, profile, method).model_dump()
+            for part in key:
+                tree = tree[int(part) if part.isdigit() else part]
+            names = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
+            found = summary[summary["method"].isin(names)]
+            value = found["method"].map(names)
+            rows.append(found.assign(axis=axis.name, value=value, base=found["method"] == method, method=method))
+    table = pd.concat(rows)
+    return table[["axis", "value", "base", *[c for c in table.columns if c not in ("axis", "value", "base")]]]
 
 
 def draw_figures(grid: Grid) -> Path:

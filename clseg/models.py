@@ -25,7 +25,7 @@ EMBEDDING = 128
 
 
 def _conv(inputs: int, outputs: int, kernel: int, momentum: float) -> nn.Sequential:
-    """Convolution with bias, batch norm, ReLU; the size stays (even kernels are padded below and right, as released)."""
+    """Convolution with bias, batch norm, ReLU; size kept (even kernels are padded below and right, as released)."""
     pad = [] if kernel % 2 else [nn.ZeroPad2d((kernel // 2 - 1, kernel // 2) * 2)]
     return nn.Sequential(
         *pad,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clseg.augment import intensity
-from clseg.config import LocalStage
+from clseg.config import LocalStage, RequestError
 from clseg.data.prepare import Store
 from clseg.loop import step_generator
 from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
@@ -22,8 +22,11 @@ from clseg.stages.sampling import partition_slices, random_slices
 
 
 def regions(stage: LocalStage, map_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Corners [R', 2] and neighbours [R, M] of the stage's regions on a decoder map of this size."""
-    corners, neighbours = region_grid(map_size, stage.size, stage.regions)
+    """Corners [R', 2] and neighbours [R, M] on a decoder map of this size; `RequestError` where it is too small."""
+    try:
+        corners, neighbours = region_grid(map_size, stage.size, stage.regions)
+    except ValueError as error:
+        raise RequestError(f"stages: {error}; use larger images or more decoder_blocks") from None
     if stage.neighbours == "nearest":
         corners = corners[: stage.regions]
         neighbours = nearest_neighbours(corners, stage.negatives)

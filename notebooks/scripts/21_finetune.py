@@ -46,7 +46,9 @@ print(f"test: {len(split.test)} subjects")
 # %%
 rows = store.rows(split.labelled, labelled=True)[:16]
 batch = store.batch(rows, "cpu")
-plots.volume_grid(batch.image[:, 0].numpy(), batch.label.numpy(), title="labelled slices (at most 16)")
+plots.volume_grid(
+    batch.image[:, 0].numpy(), batch.label.numpy(), title="labelled slices (at most 16)", class_names=store.class_names
+)
 
 # %% [markdown]
 # ## Training

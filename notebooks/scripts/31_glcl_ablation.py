@@ -1,0 +1,57 @@
+# %% [markdown]
+# # Which choices matter?
+# **One choice of Chaitanya et al. changed at a time, the others as published: temperature, partitions, batch size,
+# unlabelled subjects, regions, decoder depth.** This notebook trains nothing; it reads the table of the study
+# `glcl_ablation`.
+#
+# You will see: Dice for every value of every axis with intervals, beside the published choice and `random`. Seconds on a
+# CPU. The paper's own ablation figures are not verified, so no published number is shown.
+
+# %%
+from clseg import config, grid, plots
+
+# %% tags=["parameters"]
+study: str = "glcl_ablation"  # a name under params/studies
+dataset: str = "phantom"  # a name under params/datasets
+profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
+
+# %%
+parameters = config.read_parameters(globals(), config.FigureParameters)
+results = grid.read_results(study, dataset, profile)
+print(f"{results.shown}\nmade by: {results.provenance['command']}")
+print(
+    f"{results.provenance['runs']['done']} runs, {results.provenance['training_seconds'] / 60:.0f} minutes of training"
+)
+if profile == "smoke":
+    print(
+        "\nsmoke profile: a handful of steps on 32 x 32 pixels; it proves that every cell runs, its numbers mean nothing"
+    )
+
+# %%
+print(f"{len(results.missing)} cells are missing")
+for cell in results.missing[:10]:
+    print(" ", cell)
+if results.missing:
+    print("make them with:", results.command)
+
+# %% [markdown]
+# ## One axis at a time
+# The marked value is the published one. Bars are 95 % bootstrap intervals over test subjects.
+
+# %%
+axes = grid.ablation_axes(study, dataset, profile, results.summary)
+figure = plots.ablation(axes)
+results.save(figure, "ablation")
+figure
+
+# %% tags=["nbval-check-output"]
+columns = ["axis", "value", "base", "method", "n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high"]
+print(axes[columns].round(2).to_string(index=False))
+
+# %% [markdown]
+# ## Paired tests against no pre-training
+# Wilcoxon's signed-rank test over test subjects, corrected by Holm for the number of rows.
+
+# %% tags=["nbval-check-output"]
+columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "p_holm"]
+print(results.comparison[columns].round(3).to_string(index=False))
