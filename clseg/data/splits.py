@@ -6,7 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from clseg.config import ListProtocol, RequestError, SeededProtocol
+from clseg.config import ListProtocol, Protocol, RequestError, SeededProtocol
+
+Count = int | Literal["all"]  # of subjects with labels
+Sets = tuple[list[str], list[str], list[str], list[str]]  # the four of `Split`
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,6 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
-    def check(self, transductive: bool) -> "Split":
-        """The split itself if no subject is used twice where it must not be, else `RequestError`."""
-        disjoint = [("labelled", "validation"), ("labelled", "test"), ("validation", "test")]
-        for first, second in disjoint if transductive else [*disjoint, ("pretrain", "test")]:
-            if both := sorted(set(getattr(self, first)) & set(getattr(self, second))):
-                raise RequestError(f"subjects {', '.join(both)} are both in {first} and {second}; correct the protocol")
-        return self
-
 
 def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
     """The first `limit` subjects of the pre-training set (all: None); a smaller limit is inside a larger one."""
@@ -34,82 +29,66 @@ def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
     return split.pretrain[:limit]
 
 
-def available_draws(protocol: SeededProtocol | ListProtocol, labelled: int | Literal["all"]) -> list[int] | None:
+def available_draws(protocol: Protocol, labelled: Count) -> list[int] | None:
     """The draws that exist for so many labelled subjects; None: any number of them."""
     if labelled == "all":
         return [1]
-    if isinstance(protocol, SeededProtocol):
-        return None
-    return sorted(protocol.labelled.get(labelled, {}))
+    return None if isinstance(protocol, SeededProtocol) else sorted(protocol.labelled.get(labelled, {}))
 
 
 def make_split(
-    protocol: SeededProtocol | ListProtocol,
-    subjects: Iterable[str],
-    labelled_subjects: Iterable[str],
-    labelled: int | Literal["all"],
-    draw: int,
+    protocol: Protocol, subjects: Iterable[str], labelled_subjects: Iterable[str], labelled: Count, draw: int
 ) -> Split:
     """The four sets for `labelled` subjects with labels (or "all"), in the given draw (from 1 on).
 
-    Raises `RequestError` if the protocol and the subjects of the folder do not offer it.
+    Raises `RequestError` if the protocol and the subjects of the folder do not offer it, or it uses a subject twice.
     """
     if draw < 1 or (labelled != "all" and labelled < 1):
         raise ValueError(f"labelled and draw start at 1 (given: {labelled}, {draw})")
     make = _seeded if isinstance(protocol, SeededProtocol) else _listed
-    return make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw).check(
-        protocol.transductive
-    )
+    sets = make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw)
+    pretrain, chosen, validation, test = map(tuple, sets)
+    if protocol.transductive:
+        pretrain = tuple(dict.fromkeys(pretrain + validation + test))
+    split = Split(pretrain, chosen, validation, test)
+    disjoint = [("labelled", "validation"), ("labelled", "test"), ("validation", "test")]
+    for first, second in disjoint if protocol.transductive else [*disjoint, ("pretrain", "test")]:
+        if both := sorted(set(getattr(split, first)) & set(getattr(split, second))):
+            raise RequestError(f"subjects {', '.join(both)} are both in {first} and {second}; correct the protocol")
+    return split
 
 
-def _seeded(
-    protocol: SeededProtocol, subjects: list[str], with_label: list[str], labelled: int | Literal["all"], draw: int
-) -> Split:
+def _seeded(protocol: SeededProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
     """One permutation gives test, validation and pool, in this order; the n-subject set is the start of the draw's."""
-    held_out = protocol.test + protocol.validation
-    wanted = 1 if labelled == "all" else labelled
+    wanted, held_out = 1 if labelled == "all" else labelled, protocol.test + protocol.validation
     if len(with_label) < held_out + wanted:
         raise RequestError(
             f"{wanted} labelled, {protocol.validation} validation and {protocol.test} test subjects are wanted and "
             f"{len(with_label)} have labels; lower `labelled`, or test and validation of the protocol"
         )
-    order = [str(subject) for subject in np.random.default_rng(protocol.seed).permutation(with_label)]
+    order = np.random.default_rng(protocol.seed).permutation(with_label).tolist()
     test, validation, pool = order[: protocol.test], order[protocol.test : held_out], order[held_out:]
-    chosen = [str(subject) for subject in np.random.default_rng([protocol.seed, draw]).permutation(pool)]
+    chosen = np.random.default_rng([protocol.seed, draw]).permutation(pool).tolist()[:wanted]
     # pre-training subjects in an order of their own, so that a limit on their number takes a random part
-    rest = np.random.default_rng(protocol.seed).permutation([s for s in subjects if s not in {*test, *validation}])
-    pretrain = [str(subject) for subject in rest]
-    if protocol.transductive:
-        pretrain += test + validation
-    return Split(
-        pretrain=tuple(pretrain),
-        labelled=tuple(sorted(pool) if labelled == "all" else chosen[:labelled]),
-        validation=tuple(validation),
-        test=tuple(test),
-    )
+    pretrain = np.random.default_rng(protocol.seed).permutation(sorted(set(subjects) - {*test, *validation})).tolist()
+    return pretrain, sorted(pool) if labelled == "all" else chosen, validation, test
 
 
-def _listed(
-    protocol: ListProtocol, subjects: list[str], with_label: list[str], labelled: int | Literal["all"], draw: int
-) -> Split:
+def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
+    test, validation = protocol.test, protocol.validation
     if labelled == "all":
-        validation = protocol.validation
-        chosen = [s for s in with_label if s not in {*protocol.test, *validation, *protocol.not_in_all}]
+        chosen = sorted(set(with_label) - {*test, *validation, *protocol.not_in_all})
     else:
-        if labelled not in protocol.labelled:
-            offered = ", ".join(map(str, sorted(protocol.labelled)))
-            raise RequestError(f"labelled={labelled}: the published lists offer {offered} or all")
-        draws = protocol.labelled[labelled]
+        draws = protocol.labelled.get(labelled, {})
         if draw not in draws:
-            offered = ", ".join(map(str, sorted(draws)))
-            raise RequestError(f"draw={draw}: the published lists with {labelled} labelled offer draws {offered}")
+            asked = f"labelled={labelled}, draw={draw}" if draws else f"labelled={labelled}"
+            offered = ", ".join(map(str, sorted(draws or protocol.labelled)))
+            raise RequestError(f"{asked}: the published lists offer {offered}")
         chosen = draws[draw]
-        validation = protocol.validation_of.get(labelled, {}).get(draw, protocol.validation)
-    pretrain = protocol.pretrain
-    if protocol.transductive:
-        pretrain = list(dict.fromkeys([*pretrain, *validation, *protocol.test]))
-    if absent := sorted({*pretrain, *chosen, *validation, *protocol.test} - set(subjects)):
+        validation = protocol.validation_of.get(labelled, {}).get(draw, validation)
+    labels_needed = {*chosen, *validation, *test}
+    if absent := sorted({*protocol.pretrain, *labels_needed} - set(subjects)):
         raise RequestError(f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}")
-    if bare := sorted({*chosen, *validation, *protocol.test} - set(with_label)):
+    if bare := sorted(labels_needed - set(with_label)):
         raise RequestError(f"the protocol needs labels of subjects that have none: {', '.join(bare)}")
-    return Split(tuple(pretrain), tuple(chosen), tuple(validation), tuple(protocol.test))
+    return protocol.pretrain, chosen, validation, test
