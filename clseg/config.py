@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -23,7 +22,7 @@ class RequestError(Exception):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """'; did you mean X?' for the nearest valid name, or the list of valid names when none is near."""
+    """'did you mean X?' for the nearest valid name, or the list of valid names when none is near."""
     valid = sorted(map(str, valid))
     match = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"valid are {', '.join(valid)}"
@@ -37,50 +36,45 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}, {nearest(key, cls.model_fields)}")
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}, {nearest(key, cls.model_fields)}")
         return data
 
 
 AnyStrict = TypeVar("AnyStrict", bound=Strict)
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Positive = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Seed = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=32, multiple_of=32)]
 
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
 class Geometry(Strict):
-    """Grid that the network sees.
+    """Grid of the network: `size` [H, W] in pixels of `spacing_mm`, or of `step_px` native ones where no spacing is known."""
 
-    `size` [H, W] in network pixels; `spacing_mm` of a network pixel where the files carry a spacing, else `step_px`
-    native pixels per network pixel.
-    """
-
-    size: list[Annotated[int, Field(ge=32, multiple_of=32)]] = Field(min_length=2, max_length=2)
-    spacing_mm: float | None = Field(default=None, gt=0)
-    step_px: float = Field(default=1.0, gt=0)
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    spacing_mm: Positive | None = None
+    step_px: Positive = 1.0
 
 
 class Normalisation(Strict):
     """Intensities per volume and channel: (v - p_low) / (p_high - p_low), not clipped; `n4` corrects the bias first."""
 
-    low: float = Field(default=1.0, ge=0, le=100)
-    high: float = Field(default=99.0, ge=0, le=100)
+    low: Percent = 1.0
+    high: Percent = 99.0
     n4: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Normalisation":
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        return self
 
 
 class SeededProtocol(Strict):
     """Subjects drawn by a seed: `test` and `validation` subjects first, the rest is the pool of nested draws."""
 
     kind: Literal["seeded"]
-    test: int = Field(ge=1)
-    validation: int = Field(ge=1)
+    test: Count
+    validation: Count
     seed: int = 0
     transductive: bool = False
 
@@ -102,7 +96,11 @@ Protocol = Annotated[SeededProtocol | ListProtocol, Field(discriminator="kind")]
 
 
 class DatasetConfig(Strict):
-    """One data set: where it is, how it is read, what it may be used for, how its subjects are divided."""
+    """One data set: where it is, how it is read, what it may be used for, how its subjects are divided.
+
+    `classes`: label value in the files -> name, empty where the adapter knows; `phases`: those used, empty for all;
+    the first of `protocols` is the default.
+    """
 
     name: str
     title: str
@@ -115,29 +113,29 @@ class DatasetConfig(Strict):
     licence: str = ""
     citation: str = ""
     download_size: str = ""
-    channels: int = Field(default=1, ge=1)
-    classes: dict[int, str] = Field(default={}, description="label value in the file -> name; empty: the adapter knows")
-    phases: list[str] = Field(default=[], description="phases used; empty: all")
+    channels: Count = 1
+    classes: dict[int, str] = {}
+    phases: list[str] = []
     positions: Literal["known", "unknown"] = "known"
     normalisation: Normalisation = Normalisation()
     geometry: dict[str, Geometry]
-    protocols: dict[str, Protocol] = Field(min_length=1, description="the first is the default")
+    protocols: Annotated[dict[str, Protocol], Field(min_length=1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
 
 
 class ContrastStage(Strict):
-    """Contrastive pre-training of the encoder; `pairs` says who is alike (`clseg.pairs`)."""
+    """Contrastive pre-training of the encoder; `pairs` says who is alike, `slices` make a batch before augmentation."""
 
     stage: Literal["contrast"]
     pairs: Literal["instance", "partition"]
     strategy: Literal["gd-", "gd"] = "gd"
-    partitions: int = Field(default=4, ge=2)
-    slices: int = Field(default=12, ge=2, description="slices per batch, before augmentation")
-    temperature: float = Field(default=0.1, gt=0)
+    partitions: Several = 4
+    slices: Several = 12
+    temperature: Positive = 0.1
     denominator: Literal["all", "pair"] = "pair"
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: Positive = 1e-3
 
 
 class LocalStage(Strict):
@@ -145,15 +143,15 @@ class LocalStage(Strict):
 
     stage: Literal["local"]
     strategy: Literal["lr", "ld"] = "lr"
-    decoder_blocks: int = Field(default=3, ge=1, le=5)
+    decoder_blocks: Annotated[int, Field(ge=1, le=5)] = 3
     regions: Literal[9, 13] = 13
     size: Literal[1, 3] = 3
-    negatives: int = Field(default=5, ge=1, le=5)
+    negatives: Annotated[int, Field(ge=1, le=5)] = 5
     neighbours: Literal["published", "nearest"] = "published"
-    partitions: int = Field(default=4, ge=2)
-    slices: int = Field(default=12, ge=2, description="slices per batch, before augmentation")
-    temperature: float = Field(default=0.1, gt=0)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    partitions: Several = 4
+    slices: Several = 12
+    temperature: Positive = 0.1
+    learning_rate: Positive = 1e-3
 
 
 Stage = Annotated[ContrastStage | LocalStage, Field(discriminator="stage")]
@@ -165,80 +163,81 @@ class SupervisedRecipe(Strict):
     recipe: Literal["supervised"]
     loss: Literal["dice", "cross_entropy", "dice+cross_entropy"] = "dice"
     augmentation: Literal["published", "none"] = "published"
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: Positive = 1e-3
 
 
 class MethodConfig(Strict):
-    """A list of pre-training stages and a fine-tuning recipe."""
+    """Pre-training stages and a recipe; `all_labels`: every subject outside test and validation (the ceiling)."""
 
     title: str
     stages: list[Stage] = []
     recipe: SupervisedRecipe
-    all_labels: bool = Field(
-        default=False, description="the ceiling: every subject outside test and validation is labelled"
-    )
+    all_labels: bool = False
 
 
-# ----------------------------------------------------------------------------------------------------------- profiles
+# ----------------------------------------------------------------------------------------- profiles, experiments, runs
 
 
 class NetworkConfig(Strict):
-    """Widths of the network; the published ones are the default (`papers.md`-style table in `models.UNet`)."""
+    """Widths of levels 1..6, as published by default; `norm_momentum`: share of a new batch in the running averages."""
 
-    filters: list[Annotated[int, Field(ge=1)]] = Field(default=[16, 32, 64, 128, 128, 128], min_length=6, max_length=6)
-    norm_momentum: float = Field(default=0.01, gt=0, le=1, description="share of a new batch in the running averages")
+    filters: Annotated[list[Count], Field(min_length=6, max_length=6)] = [16, 32, 64, 128, 128, 128]
+    norm_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
 
 
 class PretrainBudget(Strict):
-    steps: int = Field(ge=1)
-    max_slices: int | None = Field(default=None, ge=2, description="upper limit of a stage's slices per batch")
+    """Steps of a stage; `max_slices` limits its slices per batch."""
+
+    steps: Count
+    max_slices: Several | None = None
 
 
 class FinetuneBudget(Strict):
-    steps: int = Field(ge=1)
-    batch: int = Field(default=20, ge=1)
-    validate_every: int = Field(default=50, ge=1)
+    """Steps, slices per batch, steps between validations."""
+
+    steps: Count
+    batch: Count = 20
+    validate_every: Count = 50
 
 
-class ProfileConfig(Strict):
-    """How much is computed: budgets, widths, threads."""
+class Budget(Strict):
+    """How much is computed; `threads` of a CPU per run, `checkpoint_every` so many steps."""
 
-    name: str
-    title: str
-    threads: int = Field(default=1, ge=1, description="CPU threads of one run")
+    threads: Count = 1
     precision: Literal["float32", "bf16"] = "float32"
-    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
+    checkpoint_every: Count = 100
     network: NetworkConfig = NetworkConfig()
     pretrain: PretrainBudget
     finetune: FinetuneBudget
 
 
-# ------------------------------------------------------------------------------------------------- experiment and runs
+class ProfileConfig(Budget):
+    """A named budget."""
+
+    name: str
+    title: str
 
 
-class Experiment(Strict):
-    """Everything that decides a method's numbers on a data set, except labelled, draw and seed."""
+class Experiment(Budget):
+    """Everything that decides a method's numbers on a data set, except labelled, draw and seed.
+
+    `unlabelled` limits the subjects of pre-training (None: all).
+    """
 
     method: str
     profile: str
     dataset: DatasetConfig
     protocol: str
-    unlabelled: int | None = Field(default=None, ge=1, description="subjects for pre-training; null: all")
+    unlabelled: Count | None = None
     geometry: Geometry
-    network: NetworkConfig
     stages: list[Stage]
     recipe: SupervisedRecipe
     all_labels: bool
-    pretrain: PretrainBudget
-    finetune: FinetuneBudget
-    threads: int
-    precision: Literal["float32", "bf16"]
-    checkpoint_every: int
 
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
-        deciding = ("name", "adapter", "options", "channels", "classes", "phases", "normalisation")
-        return self.dataset.model_dump(include=set(deciding)) | {
+        deciding = {"name", "adapter", "options", "channels", "classes", "phases", "normalisation"}
+        return self.dataset.model_dump(include=deciding) | {
             "geometry": self.geometry.model_dump(),
             "protocol": self.dataset.protocols[self.protocol].model_dump(),
             "unlabelled": self.unlabelled,
@@ -249,17 +248,15 @@ OVERRIDABLE = ("dataset", "protocol", "unlabelled", "geometry", "network", "stag
 
 
 class RunParameters(Strict):
-    """What a worker notebook is told; the same for `20_pretrain` and `21_finetune`."""
+    """What a worker notebook is told. `variant`: an override that is also named in the results of an ablation."""
 
     dataset: str
     profile: str
     method: str
     protocol: str = ""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     overrides: list[str] = []
-    variant: str = Field(
-        default="", description="KEY=VALUE of an ablation: an override that is also named in the results"
-    )
+    variant: str = ""
     study: str = ""
 
     def experiment(self) -> Experiment:
@@ -270,14 +267,14 @@ class RunParameters(Strict):
 class PretrainParameters(RunParameters):
     """One pre-training stage; the stages before it are its parents."""
 
-    stage: int = Field(default=0, ge=0)
+    stage: Annotated[int, Field(ge=0)] = 0
 
 
 class FinetuneParameters(RunParameters):
-    """One fine-tuning: how many subjects carry labels, and which draw of them."""
+    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them."""
 
-    labelled: int = Field(default=1, ge=0, description="subjects with labels; 0 stands for all (benchmark)")
-    draw: int = Field(default=1, ge=1)
+    labelled: Annotated[int, Field(ge=0)] = 1
+    draw: Count = 1
 
 
 class DataParameters(Strict):
@@ -285,8 +282,8 @@ class DataParameters(Strict):
 
     dataset: str
     profile: str
-    labelled: int = Field(ge=1)
-    draws: int = Field(ge=1)
+    labelled: Count
+    draws: Count
 
 
 class FigureParameters(Strict):
@@ -295,9 +292,6 @@ class FigureParameters(Strict):
     study: str
     dataset: str
     profile: str
-
-
-# ------------------------------------------------------------------------------------------------------------ studies
 
 
 class Axis(Strict):
@@ -310,19 +304,22 @@ class Axis(Strict):
 
 
 class StudyConfig(Strict):
-    """A grid (method x labelled x draw x seed, per data set) and the notebook that turns its table into figures."""
+    """A grid (method x labelled x draw x seed, per data set) and the notebook that turns its table into figures.
+
+    The first of `datasets` is the default; `set`: overrides of this study by profile.
+    """
 
     name: str
     title: str
     notebook: str
-    datasets: list[str] = Field(min_length=1, description="data sets it is meant for; the first is the default")
-    methods: list[str] = Field(min_length=1)
-    labelled: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    draws: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = [0]
+    datasets: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    labelled: Annotated[list[Count], Field(min_length=1)]
+    draws: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     protocol: str = ""
     axes: list[Axis] = []
-    set: dict[str, list[str]] = Field(default={}, description="profile -> KEY=VALUE overrides of this study")
+    set: dict[str, list[str]] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -333,11 +330,10 @@ def _validated(schema: Any, data: Any, where: str) -> Any:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        loc = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        loc = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
         given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise RequestError(f"{where}: {loc + ': ' if loc else ''}{message}{given}{more}") from None
+        raise RequestError(f"{where}: {loc}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -347,17 +343,19 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).replace("\n", " ")
-        raise RequestError(f"{path}: is not valid YAML: {first}") from None
+        raise RequestError(f"{path}: is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
 
 
-def _named(kind: str, name: str, schema: type[Strict]) -> Any:
+def names(kind: str) -> list[str]:
+    """The names known under `params/<kind>`."""
+    return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml"))
+
+
+def _named(kind: str, name: str, schema: type[AnyStrict]) -> AnyStrict:
     """A data set, profile or study by its name under `params/`, or by the path of a YAML file."""
-    folder = paths.PARAMS / kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PARAMS / kind / f"{name}.yaml"
     if not path.is_file():
-        known = [file.stem for file in folder.glob("*.yaml")]
-        raise RequestError(f"{kind.removesuffix('s')} {name!r} is not known, {nearest(name, known)}")
+        raise RequestError(f"{kind.removesuffix('s')} {name!r} is not known, {nearest(name, names(kind))}")
     return _validated(schema, read_yaml(path), str(path))
 
 
@@ -373,11 +371,6 @@ def read_study(name: str) -> StudyConfig:
     return _named("studies", name, StudyConfig)
 
 
-def names(kind: str) -> list[str]:
-    """The names known under `params/<kind>`."""
-    return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml"))
-
-
 def read_methods() -> dict[str, MethodConfig]:
     """All methods of `params/methods.yaml`, by name."""
     path = paths.PARAMS / "methods.yaml"
@@ -390,59 +383,48 @@ def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> An
     Every plain value defined so far must be a parameter and have its type, so that a misspelt or mistyped parameter,
     injected by papermill or written by hand, fails here. Raises `RequestError`.
     """
-    ignored = {"In", "Out", "exit", "quit"}
     plain = {
         name: value
         for name, value in namespace.items()
         if not name.startswith("_")
-        and name not in ignored
-        and not isinstance(value, ModuleType)
+        and name not in ("In", "Out", "exit", "quit")
         and isinstance(value, str | int | float | list | dict | tuple | type(None))
     }
     return _validated(schema, plain, "notebook parameters")
 
 
-def parse_override(text: str, where: str = "--set") -> tuple[list[str], Any]:
+def parse_override(text: str) -> tuple[list[str], Any]:
     """'a.b=VALUE' as path and YAML value."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise RequestError(f"{where} {text!r}: must read KEY=VALUE, for example pretrain.steps=100")
+        raise RequestError(f"--set {text!r}: must read KEY=VALUE, for example pretrain.steps=100")
     try:
         return key.strip().split("."), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RequestError(f"{where} {text!r}: the value is not valid YAML") from None
+        raise RequestError(f"--set {text!r}: the value is not valid YAML") from None
 
 
 def override(tree: Any, key: list[str], value: Any) -> Any:
     """A copy of a nested tree of dicts and lists with one value replaced; an unknown key is a `RequestError`."""
-    head, *rest = key
-    if isinstance(tree, dict):
-        match = next((k for k in tree if str(k) == head), None)
-        valid: list[str] = [str(k) for k in tree]
-    elif isinstance(tree, list):
-        match = int(head) if head.isdigit() and int(head) < len(tree) else None
-        valid = [str(i) for i in range(len(tree))]
-    else:
-        match, valid = None, []
+    copy = dict(tree) if isinstance(tree, dict) else dict(enumerate(tree)) if isinstance(tree, list) else {}
+    match = next((k for k in copy if str(k) == key[0]), None)
     if match is None:
-        raise RequestError(f"--set: unknown key {head!r}, {nearest(head, valid) if valid else 'nothing is below it'}")
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    copy[match] = value if not rest else override(tree[match], rest, value)
-    return copy
+        raise RequestError(f"--set: unknown key {key[0]!r}, {nearest(key[0], copy) if copy else 'nothing is below it'}")
+    copy[match] = value if len(key) == 1 else override(copy[match], key[1:], value)
+    return list(copy.values()) if isinstance(tree, list) else copy
 
 
 def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrides: Iterable[str] = ()) -> Experiment:
     """Data set, profile and method by name, put together and overridden. Raises `RequestError`."""
     data, budget, methods = read_dataset(dataset), read_profile(profile), read_methods()
-    if method not in methods:
-        raise RequestError(f"method {method!r} is not known, {nearest(method, methods)}")
     protocol = protocol or next(iter(data.protocols))
-    if protocol not in data.protocols:
-        raise RequestError(f"data set {data.name!r} has no protocol {protocol!r}, {nearest(protocol, data.protocols)}")
-    if budget.name not in data.geometry:
-        raise RequestError(
-            f"data set {data.name!r} has no geometry for profile {budget.name!r}; add geometry.{budget.name}"
-        )
+    for what, name, valid in (
+        ("method", method, methods),
+        (f"protocol of data set {data.name}", protocol, data.protocols),
+        (f"geometry of data set {data.name} for profile", budget.name, data.geometry),
+    ):
+        if name not in valid:
+            raise RequestError(f"{what} {name!r} is not known, {nearest(name, valid)}")
     tree = {
         "method": method,
         "profile": budget.name,
@@ -458,8 +440,7 @@ def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrid
         if key[0] not in OVERRIDABLE:
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {nearest(key[0], OVERRIDABLE)}")
         tree = override(tree, key, value)
-    experiment = _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
-    return experiment
+    return _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
 
 
 def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyConfig, list[str]]:
@@ -476,13 +457,9 @@ def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyC
 
 def applicable(overrides: Iterable[str], method: MethodConfig) -> list[str]:
     """The overrides that concern a method: those of stages it does not have are left out."""
-    kept = []
-    for text in overrides:
-        key, _ = parse_override(text)
-        if key[0] == "stages" and len(key) > 1 and key[1].isdigit() and int(key[1]) >= len(method.stages):
-            continue
-        kept.append(text)
-    return kept
+    parsed = {text: parse_override(text)[0] for text in overrides}
+    absent = [str(number) for number in range(len(method.stages), 10)]
+    return [text for text, key in parsed.items() if key[0] != "stages" or len(key) == 1 or key[1] not in absent]
 
 
 def digest(tree: Any, length: int = 10) -> str:

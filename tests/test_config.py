@@ -73,7 +73,7 @@ def test_an_override_changes_only_what_it_names():
         (("phantm", "smoke", "gd"), "did you mean 'phantom'"),
         (("phantom", "smok", "gd"), "did you mean 'smoke'"),
         (("phantom", "smoke", "gd+lrr"), "did you mean 'gd"),
-        (("phantom", "smoke", "gd", "chaitanya"), "no protocol 'chaitanya'"),
+        (("phantom", "smoke", "gd", "chaitanya"), "protocol of data set phantom 'chaitanya'"),
     ],
 )
 def test_a_misspelt_name_is_told_the_nearest(names, message):

@@ -1,0 +1,384 @@
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgb
+
+from clseg import paths, plots, stats
+from clseg.config import RequestError
+
+GAINS = {"random": 0.0, "gr": 0.02, "gd": 0.03, "gd+lr": 0.06}
+
+
+def tidy(gains=GAINS, counts=(1, 2, 8), draws=(1, 2, 3), subjects=6, benchmark=77):
+    """A made-up tidy table with a benchmark."""
+    random, rows = np.random.default_rng(0), []
+    cells = [*itertools.product(gains, counts, draws), *([("benchmark", benchmark, 1)] if benchmark else [])]
+    for (method, labelled, draw), subject in itertools.product(cells, range(subjects)):
+        dice = 0.5 + 0.03 * labelled**0.5 + gains.get(method, 0.1) + random.normal(0, 0.03)
+        place = {"study": "s", "dataset": "d", "profile": "laptop", "method": method, "labelled": labelled}
+        found = {"dice": dice, "hd95": 5.0, "hd95_unit": "px", "missed": 0, "run": "r"}
+        rows.append(place | {"draw": draw, "seed": 0, "subject": f"p{subject}", "phase": "", "class_name": "c"} | found)
+    return pd.DataFrame(rows)
+
+
+def published(*rows):
+    return pd.DataFrame(rows, columns=["method", "labelled", "dice", "tag"]).astype({"labelled": "Int64"})
+
+
+def intervals(axes):
+    """The bars of each line collection: [n, 3] x, low, high."""
+    collections = [c for c in axes.collections if isinstance(c, LineCollection)]
+    return [np.array([[s[0, 0], s[0, 1], s[1, 1]] for s in c.get_segments()]) for c in collections]
+
+
+def points(axes, size):
+    """The scatters of one marker size: [n, 2] each."""
+    scatters = [c for c in axes.collections if isinstance(c, PathCollection) and c.get_sizes()[0] == size]
+    return [np.asarray(c.get_offsets()) for c in scatters]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def drawn(figure):
+    """The figure after a real rendering, which is where warnings and layout errors come from."""
+    figure.canvas.draw()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- label curve
+
+
+def test_label_curve_shows_every_mean_interval_and_draw():
+    table = tidy()
+    summary = stats.summary(table)
+    figure = drawn(plots.label_curve(summary, table))
+    (axes,) = figure.axes
+    assert legend(figure) == ["random", "gd", "gr", "gd+lr", "benchmark (77 labelled)", "one draw"]
+    bars, means, draws = intervals(axes), points(axes, 34), points(axes, 7)
+    assert len(bars) == len(means) == len(draws) == 4
+    for method, bar, mean, draw in zip(["random", "gd", "gr", "gd+lr"], bars, means, draws, strict=True):
+        rows = summary[summary["method"] == method].sort_values("labelled")
+        np.testing.assert_allclose(bar[:, 1:], rows[["dice_low", "dice_high"]])
+        np.testing.assert_allclose(mean[:, 1], rows["dice_mean"])
+        np.testing.assert_allclose(mean[:, 0], bar[:, 0])
+        np.testing.assert_allclose(np.round(np.log2(mean[:, 0])), [0, 1, 3])  # nearest tick is its own
+        expected = stats.per_draw(table)
+        np.testing.assert_allclose(np.sort(draw[:, 1]), np.sort(expected[expected["method"] == method]["dice"]))
+
+
+def test_label_curve_names_axes_counts_and_n():
+    figure = plots.label_curve(stats.summary(tidy()))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "8"]
+    assert axes.get_xticks().tolist() == [1, 2, 8]
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
+    assert axes.get_ylabel() == "Dice (mean over test subjects)"
+    assert "n = 6 test subjects" in axes.get_title()
+    assert "one draw" not in legend(figure)
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (4, 5, 6, 7), (3,)])
+def test_bars_never_overlap(counts):
+    methods = ["random", "gr", "gd-", "gd", "gr+lr", "gd+lr", "gd+ld", "lr"]
+    figure = drawn(plots.label_curve(stats.summary(tidy(dict.fromkeys(methods, 0.0), counts))))
+    (axes,) = figure.axes
+    pixels = np.sort(axes.transData.transform(np.concatenate(intervals(axes))[:, :2])[:, 0])
+    assert len(pixels) == len(methods) * len(counts)
+    assert np.diff(pixels).min() > 3  # a bar is 1.6 points wide, 2.2 px
+    places = np.concatenate([bar[:, 0] for bar in intervals(axes)])
+    low, high = axes.get_xlim()
+    assert low < places.min() <= places.max() < high
+
+
+def test_benchmark_is_a_line_across_with_its_interval():
+    summary = stats.summary(tidy())
+    (axes,) = plots.label_curve(summary).axes
+    row = summary[summary["method"] == "benchmark"].iloc[0]
+    (line,) = [line for line in axes.lines if line.get_linestyle() == "--" and set(line.get_xdata()) == {0, 1}]
+    assert line.get_ydata() == pytest.approx([row["dice_mean"]] * 2)
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((row["dice_low"], row["dice_high"]))
+
+
+def test_cells_with_fewer_draws_are_hollow():
+    table = tidy()
+    table = table[~((table["method"] == "gd") & (table["labelled"] == 2) & (table["draw"] == 3))]
+    figure = plots.label_curve(stats.summary(table))
+    assert legend(figure)[-1] == "fewer draws than others"
+    means = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and c.get_sizes()[0] == 34]
+    hollow = [[to_hex(face) == "#ffffff" for face in c.get_facecolors()] for c in means]
+    assert hollow == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
+
+
+def test_published_numbers_stand_only_beside_cells_of_ours():
+    rows = published(("gd+lr", 1, 0.725, "V2"), ("gd+lr", 4, 0.8, "V2"), ("pcl", 1, 0.9, "V"), ("gd", None, 0.5, "V2"))
+    figure = drawn(plots.label_curve(stats.summary(tidy()), None, rows))
+    crosses = np.concatenate(points(figure.axes[0], 30))
+    assert crosses.shape == (1, 2)
+    assert crosses[0, 1] == 0.725
+    assert round(np.log2(crosses[0, 0])) == 0
+    assert [text for text in legend(figure) if "published" in text] == ["gd+lr (× published, V2)"]
+
+
+@pytest.mark.parametrize("tag", ["U", "I", "v", ""])
+def test_other_tags_are_never_drawn(tag):
+    with pytest.raises(ValueError, match="V or V2 only"):
+        plots.label_curve(stats.summary(tidy()), None, published(("gd", 1, 0.7, tag)))
+
+
+def test_label_curve_refuses_to_mix_profiles():
+    table = tidy()
+    both = stats.summary(pd.concat([table, table.assign(profile="paper")]))
+    with pytest.raises(ValueError, match="not 2"):
+        plots.label_curve(both)
+
+
+def test_label_curve_of_little():
+    one = stats.summary(tidy({"random": 0}, (2,), (1,), subjects=1, benchmark=0))  # no interval
+    drawn(plots.label_curve(one))
+    drawn(plots.label_curve(stats.summary(tidy({}))))  # the benchmark alone
+
+
+# --------------------------------------------------------------------------------------------------------------- styles
+
+
+def test_styles_are_fixed_and_tell_methods_apart():
+    assert len({str(style) for style in plots.STYLES.values()}) == len(plots.STYLES)
+    assert plots.style("gd") == plots.style("gd [stages.0.temperature=0.5]")
+    assert plots.style("gd")[0] == plots.style("gr")[0] != plots.style("gd+lr")[0]
+    assert plots.style("my_method") == plots.UNKNOWN
+
+
+def test_families_differ_for_colour_blind_readers():
+    """Smallest distance of the palette's colours, as seen without red or green cones (Vienot et al. 1999)."""
+    blind = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])  # linear RGB, no L cones
+    linear = np.array([to_rgb(colour) for colour in plots.FAMILIES]) ** 2.2
+    seen = np.clip(linear @ blind.T, 0, 1) ** (1 / 2.2)
+    distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(len(seen))
+    assert distance.min() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- ablation
+
+
+def ablation_table():
+    methods = {"gd": 0, "gd [t=0.5]": 0.05, "gd [t=0.01]": -0.05, "gd+lr": 0.1, "gd+lr [a=9]": 0.08, "random": -0.1}
+    summary = stats.summary(tidy(methods, (2,), benchmark=0)).set_index("method")
+    where = {
+        "gd [t=0.5]": ("temperature", 0.5),
+        "gd": ("temperature", 0.1),
+        "gd [t=0.01]": ("temperature", 0.01),
+        "gd+lr [a=9]": ("regions", 9),
+        "gd+lr": ("regions", None),
+    }
+    rows = summary.loc[list(where)].assign(
+        axis=[axis for axis, _ in where.values()],
+        value=pd.Series([value for _, value in where.values()], index=list(where), dtype=object),
+        base=[name in ("gd", "gd+lr") for name in where],
+        method=["gd", "gd", "gd", "gd+lr", "gd+lr"],
+    )
+    return rows.reset_index(drop=True), summary.loc[["random"]].reset_index()
+
+
+def test_ablation_has_a_panel_per_axis_with_ordered_values_and_intervals():
+    table, random = ablation_table()
+    figure = drawn(plots.ablation(table, random))
+    temperature, regions = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["temperature", "regions"]
+    assert [label.get_text() for label in temperature.get_xticklabels()] == ["0.01", "0.1", "0.5"]
+    assert [label.get_text() for label in regions.get_xticklabels()] == ["9", "all"]
+    rows = table[table["axis"] == "temperature"].sort_values("value")
+    (bars,) = intervals(temperature)
+    np.testing.assert_allclose(bars, np.column_stack([range(3), rows["dice_low"], rows["dice_high"]]))
+    (ring,) = points(temperature, 110)
+    np.testing.assert_allclose(ring, [[1, rows["dice_mean"].iloc[1]]])
+    assert [label.get_fontweight() for label in temperature.get_xticklabels()] == ["normal", "bold", "normal"]
+    for axes in figure.axes:
+        assert axes.lines[-1].get_ydata() == pytest.approx([random["dice_mean"].iloc[0]] * 2)
+    assert legend(figure) == ["gd", "gd+lr", "the method's own value", "random"]
+
+
+def test_ablation_tells_numbers_of_labelled_subjects_apart():
+    table, _ = ablation_table()
+    figure = drawn(plots.ablation(pd.concat([table, table.assign(labelled=8)])))
+    assert legend(figure)[:2] == ["gd, 2 labelled", "gd, 8 labelled"]
+    two, eight = intervals(figure.axes[0])
+    assert (np.abs(two[:, 0] - eight[:, 0]) > 0.1).all()
+
+
+def test_ablation_without_runs_says_so():
+    table, _ = ablation_table()
+    assert plots.ablation(table.iloc[:0]).texts[0].get_text() == "no finished run"
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_curves_have_a_panel_per_column():
+    log = pd.DataFrame({"step": range(1, 101), "loss": np.linspace(2, 1, 100)})
+    log["validation"] = [value / 100 if value % 10 == 0 else np.nan for value in (*range(1, 91), *range(10, 0, -1))]
+    figure = drawn(plots.training_curves(log))
+    loss, validation = figure.axes
+    assert [loss.get_title(), validation.get_title()] == ["loss", "validation"]
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), log["loss"])
+    assert validation.lines[0].get_xdata().tolist() == [10, 20, 30, 40, 50, 60, 70, 80, 90, 91]
+    np.testing.assert_allclose(np.asarray(validation.collections[0].get_offsets()), [[90, 0.9]])
+    assert len(plots.training_curves(log[["step", "loss"]]).axes) == 1
+
+
+def test_training_curves_of_one_step():
+    drawn(plots.training_curves(pd.DataFrame({"step": [1], "loss": [0.5], "validation": [np.nan]})))
+
+
+def test_pretraining_curves_have_a_panel_per_run():
+    log = pd.concat(
+        [
+            pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}).assign(run=f"pretrain-gd-seed{n}")
+            for n in range(5)
+        ]
+    )
+    figure = drawn(plots.pretraining_curves(log))
+    assert [axes.get_title() for axes in figure.axes] == [f"gd-seed{n}" for n in range(5)]
+    assert plots.pretraining_curves(log.iloc[:0]).texts[0].get_text() == "no pre-training"
+
+
+# --------------------------------------------------------------------------------------------- pairs, gradients, images
+
+
+def test_similarity_matrix_keeps_values_and_marks_groups():
+    similarity = torch.linspace(-1, 1, 25, requires_grad=True).reshape(5, 5)
+    axes, bar = drawn(plots.similarity_matrix(similarity, "title", ["a", "a", "b", "b", "b"])).axes
+    np.testing.assert_allclose(axes.images[0].get_array(), similarity.detach())
+    assert axes.images[0].get_clim() == (-1, 1)
+    assert axes.get_xticks().tolist() == [0.5, 3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [line.get_ydata()[0] for line in axes.lines[::2]] == [1.5]
+    assert bar.get_ylabel() == "cosine similarity"
+
+
+def test_pairs_matrix_tells_positive_negative_neither_and_self():
+    positive = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    negative = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    figure = drawn(plots.pairs_matrix(SimpleNamespace(positive=positive, negative=negative)))
+    image = figure.axes[0].images[0]
+    assert image.get_array().tolist() == [[3, 2, 1], [2, 3, 0], [1, 1, 3]]
+    assert legend(figure) == ["itself", "positive (33%)", "negative (50%)", "neither (17%)"]
+    colours = [to_hex(image.cmap(image.norm(kind))) for kind in range(4)]
+    patches = [to_hex(patch.get_facecolor()) for patch in figure.legends[0].get_patches()]
+    assert colours == patches[::-1]
+
+
+def test_gradient_picture_points_downhill_from_the_circle():
+    embedding = torch.tensor([[2.0, 0.0], [0.0, 0.5]], requires_grad=True)
+    gradient = torch.tensor([[0.0, 3.0], [1.5, 0.0]])
+    figure = drawn(plots.gradient_picture(embedding, gradient, ["a", "b"]))
+    axes = figure.axes[0]
+    arrows = axes.collections[1]
+    np.testing.assert_allclose(np.asarray(axes.collections[0].get_offsets()), [[1, 0], [0, 1]])
+    np.testing.assert_allclose(np.column_stack([arrows.U, arrows.V]), [[0, -0.5], [-0.25, 0]], atol=1e-12)
+    assert legend(figure) == ["a", "b"]
+    drawn(plots.gradient_picture(embedding, 0 * gradient))
+    with pytest.raises(ValueError, match=r"\[B, 2\]"):
+        plots.gradient_picture(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_volume_grid_outlines_every_class_once():
+    images, labels = np.random.default_rng(0).normal(size=(5, 12, 16)), np.zeros((5, 12, 16), int)
+    labels[0, 3:6, 3:6], labels[0, 8:11, 8:11], labels[1] = 1, 2, 1
+    titles = [f"slice {n}" for n in range(5)]
+    figure = drawn(plots.volume_grid(images, labels, "volume", titles, {1: "ventricle", 2: "atrium"}))
+    assert len(figure.axes) == 5
+    assert [len(axes.collections) for axes in figure.axes] == [2, 1, 0, 0, 0]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1
+    assert legend(figure) == ["ventricle", "atrium"]
+    first = figure.axes[0].collections[0]
+    assert to_hex(first.get_edgecolor()[0]) == plots.STRUCTURES[0].lower()
+    outline = first.get_paths()[0].vertices
+    assert (outline.min(axis=0), outline.max(axis=0)) == (pytest.approx([2.5, 2.5]), pytest.approx([5.5, 5.5]))
+    whole = figure.axes[1].collections[0].get_paths()[0].vertices  # a class that fills the slice
+    assert (whole.min(), whole.max(axis=0).tolist()) == (-0.5, [15.5, 11.5])
+    assert not drawn(plots.volume_grid(torch.from_numpy(images))).legends
+
+
+# ------------------------------------------------------------------------------------------------- figures as such
+
+
+def test_figures_show_themselves_small_without_pyplot():
+    """In a fresh interpreter: no pyplot is imported, so no state is shared; the same table gives the same bytes."""
+    code = """
+import sys, pandas as pd
+from clseg import plots
+log = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]})
+first, second = (plots.training_curves(log)._repr_png_() for _ in range(2))
+assert first == second and first.startswith(b"\\x89PNG") and len(first) < 60_000
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_figures_of_a_study_are_small():
+    table = tidy()
+    assert len(plots.label_curve(stats.summary(table), table)._repr_png_()) < 100_000
+
+
+# ---------------------------------------------------------------------------------------------------- published numbers
+
+
+def write(path, *rows):
+    pd.DataFrame(rows, columns=plots.PUBLISHED_COLUMNS).to_csv(path, index=False)
+    return path
+
+
+ROW = ["Paper", "one two", "acdc", "gd", 1, "dice", 0.7, "V", "note"]
+
+
+def test_published_rows_are_chosen_by_data_set_and_study(tmp_path):
+    other = [["Paper", "three", *ROW[2:]], [*ROW[:2], "mmwhs", *ROW[3:]], [*ROW[:5], "hd95", *ROW[6:]]]
+    path = write(tmp_path / "p.csv", ROW, *other, [*ROW[:4], None, *ROW[5:]])
+    found = plots.published_for("acdc", "two", path)
+    assert found.columns.tolist() == ["method", "labelled", "dice", "tag", "source", "note"]
+    assert found["dice"].tolist() == [0.7, 0.7]
+    assert found["labelled"].tolist() == [1, pd.NA]
+    assert plots.published_for("acdc", "tw", path).empty
+
+
+@pytest.mark.parametrize("tag", ["U", "I", "", "v2", "NA"])
+def test_published_refuses_other_tags_wherever_they_are(tmp_path, tag):
+    path = write(tmp_path / "p.csv", ROW, ["Paper", "three", "else", *ROW[3:7], tag, ""])
+    with pytest.raises(RequestError, match=r"p\.csv, line 3: tag") as error:
+        plots.published_for("acdc", "one", path)
+    assert repr(tag) in str(error.value)
+
+
+def test_published_file_that_is_none(tmp_path):
+    with pytest.raises(RequestError, match=r"absent\.csv"):
+        plots.published_for("acdc", "one", tmp_path / "absent.csv")
+    (tmp_path / "p.csv").write_text("source,study\na,b\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="column 'dataset' is missing"):
+        plots.published_for("acdc", "one", tmp_path / "p.csv")
+    with pytest.raises(RequestError, match=r"p\.csv: cannot be read"):
+        plots.published_for("acdc", "one", write(tmp_path / "p.csv", [*ROW[:6], "high", *ROW[7:]]))
+
+
+def test_the_published_numbers_of_the_project():
+    strategies = plots.published_for("acdc", "glcl_strategies").set_index(["method", "labelled"])["dice"]
+    assert strategies.to_dict() == {("gr", 8): 0.847, ("gd+lr", 1): 0.725, ("gd+lr", 2): 0.789, ("gd+lr", 8): 0.872}
+    comparison = plots.published_for("acdc", "glcl_comparison")
+    assert set(comparison["tag"]) == {"V", "V2"}
+    assert comparison["dice"].between(0.5, 1).all()
+    assert not plots.published_for("mmwhs_ct", "glcl_comparison").empty
+    assert plots.published_for("mmwhs_mr", "glcl_comparison")["labelled"].isna().all()
+    everything = pd.read_csv(paths.PARAMS / "published.csv")
+    assert not everything.duplicated(["source", "dataset", "method", "labelled", "value"]).any()
