@@ -202,6 +202,7 @@ def test_signed_rank_by_hand():
     assert effect == pytest.approx((7 - 3) / 10)
     assert note == "only 4 subjects differ: p cannot fall below 0.125"
     assert stats.signed_rank_test(np.arange(1, 7) / 100) == (pytest.approx(2 / 2**6), 1.0, "")
+    assert stats.signed_rank_test(np.arange(1, 6))[2] == "only 5 subjects differ: p cannot fall below 0.0625"
 
 
 def test_identical_values_are_no_difference_and_no_crash():
