@@ -54,7 +54,7 @@ Side = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
 class Geometry(Strict):
-    """Grid of the network: `size` [H, W] in pixels of `spacing_mm`, or of `step_px` native ones where no spacing is known."""
+    """Grid of the network: `size` [H, W] in pixels of `spacing_mm`; of `step_px` native ones without a spacing."""
 
     size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     spacing_mm: Positive | None = None
@@ -186,9 +186,10 @@ class NetworkConfig(Strict):
 
 
 class PretrainBudget(Strict):
-    """Steps of a stage; `max_slices` limits its slices per batch."""
+    """Steps of a stage, `steps_of` those of stages with a number of their own; `max_slices` limits slices per batch."""
 
     steps: Count
+    steps_of: dict[Literal["contrast", "local"], Count] = {}
     max_slices: Several | None = None
 
 

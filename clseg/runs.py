@@ -77,7 +77,7 @@ class Run:
         }
         if isinstance(parameters, PretrainParameters):
             stage = experiment.stages[parameters.stage].model_dump()
-            return common | {"stage": stage, "budget": experiment.pretrain.model_dump()}
+            return common | {"stage": stage, "steps": self.steps, "max_slices": experiment.pretrain.max_slices}
         return common | {
             "recipe": experiment.recipe.model_dump(),
             "budget": experiment.finetune.model_dump(),
@@ -109,7 +109,10 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return (self.experiment.pretrain if self.kind == "pretrain" else self.experiment.finetune).steps
+        if isinstance(self.parameters, PretrainParameters):
+            stage, budget = self.experiment.stages[self.parameters.stage], self.experiment.pretrain
+            return budget.steps_of.get(stage.stage, budget.steps)
+        return self.experiment.finetune.steps
 
     @property
     def cost(self) -> float:

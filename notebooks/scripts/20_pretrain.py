@@ -4,7 +4,7 @@
 # for every pre-training of a study; open it to watch one, or to change a parameter and run it yourself.
 #
 # You will see: the parameters as they were understood, one batch with its positives and negatives, the loss over all
-# steps. Seconds under `smoke`, minutes under `laptop` on a CPU, about an hour under `paper` on a GPU (an estimate, not measured).
+# steps. Seconds under `smoke`, minutes under `laptop`, on a CPU.
 #
 # Pre-training sees only the subjects of the pre-training set: never a test subject.
 
@@ -29,11 +29,7 @@ study: str = ""  # the study this run belongs to, for the results table
 parameters = config.read_parameters(globals(), config.PretrainParameters)
 run = runs.pretrain_run(parameters)
 print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
-print(
-    yaml.safe_dump(
-        {"stage": run.key["stage"], "budget": run.key["budget"], "network": run.key["network"]}, sort_keys=False
-    )
-)
+print(yaml.safe_dump({key: run.key[key] for key in ("steps", "stage", "network")}, sort_keys=False))
 
 # %% [markdown]
 # ## One batch

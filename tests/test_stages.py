@@ -1,0 +1,173 @@
+"""Stages and recipe: which slices make a batch, who is alike in it, what learns, and that it learns."""
+
+import numpy as np
+import pytest
+import torch
+
+from clseg import config
+from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
+from clseg.data.prepare import prepare
+from clseg.models import GlobalHead, LocalHead, UNet
+from clseg.recipes import supervised
+from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
+from clseg.stages import contrast, local
+from clseg.stages.contrast import draw_batch
+from clseg.stages.local import regions
+from clseg.stages.sampling import partition_slices, random_slices
+
+SMALL = NetworkConfig(filters=[4, 8, 8, 16, 16, 16], norm_momentum=0.3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
+        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
+        return prepare(about, about.geometry["smoke"], progress=False)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_random_slices_are_distinct_and_at_most_all():
+    rows = np.arange(100, 120)
+    assert len(set(random_slices(rows, 12, generator()))) == 12
+    assert sorted(random_slices(rows, 50, generator())) == rows.tolist()
+
+
+@pytest.mark.parametrize("partitions", [3, 4, 6])
+def test_partitions_are_the_published_ones(store, partitions):
+    """Partition k holds the slices [k floor(D/S), (k+1) floor(D/S)); every one of them is drawn, no other ever."""
+    seen = set()
+    allowed = store.rows(store.subjects[:4])
+    for seed in range(300):
+        rows, partition = partition_slices(store, allowed, partitions, 3 * partitions, generator(seed))
+        assert partition.tolist() == list(range(partitions)) * 3
+        assert set(rows) <= set(allowed)
+        volumes = store.slices["volume"].to_numpy()[rows].reshape(3, partitions)
+        assert (volumes == volumes[:, :1]).all()
+        assert len(set(volumes[:, 0])) == 3
+        seen |= set(zip(rows.tolist(), partition.tolist(), strict=True))
+    expected = set()
+    for volume in np.unique(store.slices["volume"].to_numpy()[allowed]):
+        first, length = store.volumes["first_row"][volume], store.volumes["slices"][volume] // partitions
+        expected |= {(int(first + k * length + i), k) for k in range(partitions) for i in range(length)}
+    assert seen == expected
+
+
+def test_a_batch_that_cannot_be_filled_takes_what_is_there(store):
+    rows, _ = partition_slices(store, store.rows(store.subjects[:2]), 4, 12, generator())
+    assert len(rows) == 8
+    with pytest.raises(RequestError, match="no volume has 40 slices"):
+        partition_slices(store, store.rows(store.subjects), 40, 80, generator())
+
+
+@pytest.mark.parametrize(
+    ("fields", "views", "positives", "negatives"),
+    [
+        # per anchor, with 3 volumes x 4 partitions: counts from the sets of Chaitanya et al.
+        ({"pairs": "instance"}, 2, 1, 22),
+        ({"pairs": "partition", "strategy": "gd-"}, 3, 2, 27),
+        ({"pairs": "partition", "strategy": "gd"}, 2, 1 + 2, 18),
+    ],
+)
+def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
+    stage = ContrastStage(stage="contrast", **fields)
+    image, pairs = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 0, CPU)
+    assert image.shape == (12 * views, 1, 32, 32)
+    assert (pairs.positive.sum(dim=1) == positives).all()
+    assert (pairs.negative.sum(dim=1) == negatives).all()
+    blocks = image.reshape(views, 12, -1)
+    original = any(
+        np.array_equal(blocks[0, 0].numpy(), store.images[row].astype(np.float32).ravel())
+        for row in range(len(store.slices))
+    )
+    assert original == (fields["pairs"] == "partition")  # the slice itself is a view, but not in `gr`
+    again, _ = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 0, CPU)
+    other, _ = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 1, CPU)
+    assert torch.equal(image, again)
+    assert not torch.equal(image, other)
+
+
+def descend(step_loss, parameters, steps):
+    optimiser = torch.optim.Adam(parameters, lr=3e-3)
+    losses = []
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss = step_loss(step)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("strategy", ["gr", "gd-", "gd"])
+def test_global_contrast_learns(store, strategy):
+    fields = {"pairs": "instance"} if strategy == "gr" else {"pairs": "partition", "strategy": strategy}
+    stage = ContrastStage(stage="contrast", **fields)
+    torch.manual_seed(0)
+    network, head = UNet(1, 4, SMALL), GlobalHead(SMALL, [32, 32])
+    step_loss = contrast(network, head, store, store.rows(store.subjects), stage, 12, 0)
+    losses = descend(step_loss, [*network.encoder.parameters(), *head.parameters()], 40)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert all(p.grad is None for p in [*network.decoder.parameters(), *network.output.parameters()])
+
+
+@pytest.mark.parametrize("strategy", ["lr", "ld"])
+def test_local_contrast_learns_and_leaves_the_encoder_alone(store, strategy):
+    stage = LocalStage(stage="local", strategy=strategy)
+    torch.manual_seed(0)
+    network, head = UNet(1, 4, SMALL), LocalHead(SMALL, 3, 3)
+    step_loss = local(network, head, store, store.rows(store.subjects), stage, 8, 0)
+    learning = [*network.decoder.blocks[:3].parameters(), *head.parameters()]
+    losses = descend(step_loss, learning, 30)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert all(p.grad is None for p in [*network.encoder.parameters(), *network.decoder.blocks[3:].parameters()])
+    assert all(p.grad is not None for p in learning)
+
+
+def test_regions_of_a_stage():
+    corners, neighbours = regions(LocalStage(stage="local", negatives=4), (48, 48))
+    assert (corners.shape[0], neighbours.shape) == (17, (13, 4))
+    corners, neighbours = regions(LocalStage(stage="local", neighbours="nearest"), (48, 48))
+    assert (corners.shape[0], neighbours.shape) == (13, (13, 5))
+    with pytest.raises(RequestError, match="decoder_blocks"):
+        regions(LocalStage(stage="local"), (4, 4))
+
+
+@pytest.mark.parametrize("loss", ["dice", "cross_entropy", "dice+cross_entropy"])
+def test_the_supervised_recipe_learns_to_segment(store, loss):
+    torch.manual_seed(0)
+    network = UNet(1, 4, SMALL)
+    recipe = SupervisedRecipe(recipe="supervised", loss=loss)
+    before = validation_dice(network, store, store.subjects[:2])
+    network.train()
+    step_loss = supervised(network, store, store.rows(store.subjects[:2], labelled=True), recipe, 12, 0)
+    losses = descend(step_loss, list(network.parameters()), 40)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert validation_dice(network, store, store.subjects[:2]) > before + 0.1
+
+
+def test_without_augmentation_the_slices_are_used_as_they_are(store):
+    rows = store.rows(store.subjects[:1])
+    seen = []
+    network = UNet(1, 4, SMALL)
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    recipe = SupervisedRecipe(recipe="supervised", augmentation="none")
+    supervised(network, store, rows, recipe, 6, 0)(0)
+    known = {store.images[row].tobytes() for row in rows}
+    assert all(image.half().numpy().tobytes() in known for image in seen[0].contiguous())
+
+
+def test_scores_are_per_subject_and_structure_on_the_native_grid(store):
+    network = UNet(1, 4, SMALL)
+    volumes = labelled_volumes(store, store.subjects[2:4])
+    probability = probabilities(network, store, volumes[0])
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(len(probability), 32, 32))
+    rows = scores(network, store, store.subjects[2:4])
+    assert [(row["subject"], row["class_name"]) for row in rows] == [
+        (subject, name) for subject in store.subjects[2:4] for name in store.class_names.values()
+    ]
+    assert {row["hd95_unit"] for row in rows} == {"mm"}
