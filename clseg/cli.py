@@ -142,6 +142,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(f"clseg: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("clseg: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
