@@ -25,7 +25,7 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     With one positive per anchor the two are equal. A row that is neither in P_i nor in N_i takes no part.
 
     embedding: [B, D], any length; pairs: masks [B, B]. Returns a scalar ≥ 0, float32 or float64.
-    Memory: about four matrices [B, B] of that type, forward and backward together; time: 6 B² D multiplications.
+    Memory: about five matrices [B, B] of that type and 50 bytes per positive pair; time: 6 B² D multiplications.
     On several ranks: of gathered rows, see `gather`.
 
     Raises `ValueError` for a shape unlike that of the pairs, a temperature ≤ 0, another denominator, or no positive.

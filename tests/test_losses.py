@@ -1,4 +1,4 @@
-"""For each loss: literal cases, a slow reference, an outside library, reductions, invariances, gradients, precision, ranks."""
+"""Each loss: literal cases, slow reference, outside library, reductions, invariances, gradients, precision, ranks."""
 
 import importlib.util
 import math
@@ -44,6 +44,16 @@ def with_gradient(loss, *inputs: Tensor) -> tuple[Tensor, ...]:
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     value = loss(*inputs)
     return value.detach(), *torch.autograd.grad(value, inputs)
+
+
+def under_autocast(loss, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
+    """The loss computed under autocast; its gradient is computed outside, as in training."""
+
+    def value(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return loss(*inputs)
+
+    return value
 
 
 # ===================================================================================================== global contrast
@@ -247,9 +257,8 @@ def test_invariances(denominator):
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_views_change_places(denominator):
     first, second = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(10))
-    pairs = partition_pairs(
-        torch.arange(6).repeat(2), torch.arange(3).repeat(4), "gd", torch.arange(2).repeat_interleave(6)
-    )
+    slice_id, view = torch.arange(6).repeat(2), torch.arange(2).repeat_interleave(6)
+    pairs = partition_pairs(slice_id, slice_id % 3, "gd", view)
     value = contrastive_loss(torch.cat([first, second]), pairs, 0.1, denominator)
     close(contrastive_loss(torch.cat([second, first]), pairs, 0.1, denominator), value)
 
@@ -303,8 +312,7 @@ def test_autocast_does_not_reach_the_similarities(denominator):
     random = torch.Generator().manual_seed(13)
     z, pairs = torch.randn(9, 32, generator=random), random_pairs(9, random)
     expected = with_gradient(lambda z: contrastive_loss(z, pairs, 0.07, denominator), z)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradient(lambda z: contrastive_loss(z, pairs, 0.07, denominator), z)
+    found = with_gradient(under_autocast(lambda z: contrastive_loss(z, pairs, 0.07, denominator)), z)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -337,8 +345,8 @@ def test_on_the_gpu_under_autocast(denominator):
     random = torch.Generator().manual_seed(16)
     z, pairs = torch.randn(64, 32, generator=random).half(), random_pairs(64, random)
     there = Pairs(pairs.positive.cuda(), pairs.negative.cuda())
-    with torch.autocast("cuda", torch.float16):
-        found = with_gradient(lambda z: contrastive_loss(z, there, 0.07, denominator), z.cuda())
+    loss = under_autocast(lambda z: contrastive_loss(z, there, 0.07, denominator), "cuda", torch.float16)
+    found = with_gradient(loss, z.cuda())
     expected = with_gradient(lambda z: contrastive_loss(z, pairs, 0.07, denominator), z)
     close(found[0].cpu(), expected[0], 1e-5)
     close(found[1].cpu(), expected[1], 1e-3)
@@ -388,8 +396,8 @@ PAIR = instance_pairs(torch.tensor([0, 0, 1]))
         (lambda: contrastive_loss(torch.rand(3, 2), PAIR, -0.1), "temperature must be positive, not -0.1"),
         (lambda: contrastive_loss(torch.rand(3, 2), PAIR, float("nan")), "temperature must be positive"),
         (
-            lambda: contrastive_loss(torch.rand(3, 2), PAIR, 0.1, "both"),
-            "denominator must be 'all' or 'pair', not 'both'",
+            lambda: contrastive_loss(torch.rand(3, 2), PAIR, 0.1, "one"),
+            "denominator must be 'all' or 'pair', not 'one'",
         ),
         (lambda: contrastive_loss(torch.rand(3, 2), instance_pairs(torch.arange(3))), "no anchor has a positive"),
     ],
@@ -469,12 +477,12 @@ def test_image_pairs_by_hand():
 def test_local_value_and_gradient_of_the_formula(seed, paired):
     first, second, neighbours, image_pairs = random_local(seed)
     image_pairs, temperature = image_pairs if paired else None, (0.1, 0.5, 2.0)[seed % 3]
-    expected = with_gradient(lambda a, b: slow_local_loss(a, b, neighbours, temperature, image_pairs), first, second)
+    maps = first, second
+    expected = with_gradient(lambda a, b: slow_local_loss(a, b, neighbours, temperature, image_pairs), *maps)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         found = with_gradient(
             lambda a, b: local_contrastive_loss(a, b, neighbours, temperature, image_pairs),
-            first.to(dtype),
-            second.to(dtype),
+            *(embedding.to(dtype) for embedding in maps),
         )
         assert found[0].dtype == dtype
         for a, b in zip(found, expected, strict=True):
@@ -492,12 +500,8 @@ def test_local_loss_is_the_kernel_with_other_pairs():
         positive[here + r, there + r] = True
         negative[here + r, neighbours[r]] = True
         negative[here + r, regions + neighbours[r]] = True
-    expected = torch.stack(
-        [
-            contrastive_loss(torch.cat(maps), Pairs(positive, negative), 0.1, "pair")
-            for maps in zip(first, second, strict=True)
-        ]
-    ).mean()
+    pairs, images = Pairs(positive, negative), torch.cat([first, second], dim=1)
+    expected = sum(contrastive_loss(embedding, pairs, 0.1, "pair") for embedding in images) / len(images)
     close(local_contrastive_loss(first, second, neighbours, 0.1), expected)
 
 
@@ -536,8 +540,8 @@ def test_local_loss_in_half_precision(dtype):
     first, second, image_pairs = first.to(dtype), second.to(dtype), ~torch.eye(4, dtype=torch.bool)
     first[0, 0] = 0
     expected = local_contrastive_loss(first.float(), second.float(), neighbours, 0.07, image_pairs)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradient(lambda a, b: local_contrastive_loss(a, b, neighbours, 0.07, image_pairs), first, second)
+    loss = under_autocast(lambda a, b: local_contrastive_loss(a, b, neighbours, 0.07, image_pairs))
+    found = with_gradient(loss, first, second)
     assert found[0] == expected
     assert all(tensor.isfinite().all() for tensor in found)
     assert not found[1][0, 0].any()
@@ -554,7 +558,7 @@ LINE = torch.tensor([[1], [2], [0]])
         ((torch.rand(0, 3, 4), torch.rand(0, 3, 4), LINE), r"both be \[B, R, D\]"),
         (
             (torch.rand(2, 2, 4), torch.rand(2, 2, 4), LINE),
-            r"neighbours must be \[R, M\] with R from 1 to 2, not \[3, 1\]",
+            r"must be \[R, M\] with R from 1 to 2, not \[3, 1\]",
         ),
         ((torch.rand(2, 3, 4), torch.rand(2, 3, 4), LINE[0]), r"neighbours must be \[R, M\]"),
         ((torch.rand(2, 3, 4), torch.rand(2, 3, 4), LINE[:, :0]), r"neighbours must be \[R, M\]"),
@@ -692,10 +696,8 @@ def test_region_embeddings_are_slices(size):
     random = torch.Generator().manual_seed(0)
     feature_map = torch.randn(2, 5, 7, 9, generator=random)
     corners = torch.tensor([[0, 0], [2, 3], [7 - size, 9 - size], [2, 3]])
-    expected = torch.stack(
-        [feature_map[:, :, r : r + size, c : c + size].permute(0, 2, 3, 1).flatten(1) for r, c in corners.tolist()],
-        dim=1,
-    )
+    patches = [feature_map[:, :, r : r + size, c : c + size] for r, c in corners.tolist()]
+    expected = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in patches], dim=1)
     assert torch.equal(region_embeddings(feature_map, corners, size), expected)
     strided = feature_map.contiguous(memory_format=torch.channels_last)
     assert torch.equal(region_embeddings(strided, corners, size), expected)
@@ -714,7 +716,7 @@ def test_region_embeddings_gradcheck():
             (2, 3, 4),
             [[0, 0]],
             1,
-            r"feature_map must be \[B, D, H, W\] and corners \[R, 2\], not \[2, 3, 4\] and \[1, 2\]",
+            r"must be \[B, D, H, W\] and corners \[R, 2\], not \[2, 3, 4\] and \[1, 2\]",
         ),
         ((1, 2, 4, 4), [[0, 0, 0]], 1, r"corners \[R, 2\]"),
         ((1, 2, 4, 6), [[2, 0]], 3, "a region of size 3 is not inside the map of 4 x 6"),
@@ -800,8 +802,7 @@ def test_segmentation_losses_gradcheck_and_half_precision(name):
     label = torch.randint(0, 3, (2, 3, 2), generator=random)
     assert torch.autograd.gradcheck(lambda x: loss(x, label), logits)
     half = (100 * logits.detach()).half()
-    with torch.autocast("cpu", torch.bfloat16):
-        value, gradient = with_gradient(lambda x: loss(x, label), half)
+    value, gradient = with_gradient(under_autocast(lambda x: loss(x, label)), half)
     assert value == loss(half.float(), label)
     assert gradient.isfinite().all()
     order = torch.tensor([1, 0])
@@ -845,7 +846,13 @@ def test_two_ranks_are_one_process(tmp_path):
     torch.save({"about": about, "image": image, "weight": weight}, tmp_path / "inputs.pt")
     paths = os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(program), str(tmp_path)], env=environment, check=True, timeout=300)
+    command = [sys.executable, str(program), str(tmp_path)]
+    processes = [subprocess.Popen([*command, rank], env=environment) for rank in ("0", "1")]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for name, loss in two_ranks.LOSSES.items():

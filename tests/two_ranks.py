@@ -1,14 +1,14 @@
-"""Two gloo ranks under DistributedDataParallel, as a program: `python two_ranks.py FOLDER`.
+"""One of two gloo ranks, as a program: `python two_ranks.py FOLDER RANK`.
 
-Reads FOLDER/inputs.pt, gives each rank half of the rows, writes value and parameter gradient of every loss of `LOSSES` to
-FOLDER/rank0.pt and FOLDER/rank1.pt. `test_losses.py` computes the same in one process.
+Reads FOLDER/inputs.pt, takes this rank's half of the rows, and writes the value and the parameter gradient, averaged
+over the ranks as DistributedDataParallel does, of every loss of `LOSSES` to FOLDER/rank0.pt or rank1.pt.
+`test_losses.py` computes the same in one process.
 """
 
 import sys
 
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clseg.losses import contrastive_loss, gather, local_contrastive_loss
 from clseg.pairs import cluster_pairs, instance_pairs, partition_pairs, position_pairs
@@ -45,22 +45,23 @@ def linear(weight):
     return layer
 
 
-def work(rank, folder):
+def work(folder, rank):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     inputs = torch.load(f"{folder}/inputs.pt")
-    mine = {name: rows.chunk(2)[rank] for name, rows in inputs["about"].items()}
-    network = DistributedDataParallel(linear(inputs["weight"]))
+    image = inputs["image"].chunk(2)[rank]
+    about = {name: gather(rows.chunk(2)[rank]) for name, rows in inputs["about"].items()}
     found = {}
     for name, loss in LOSSES.items():
-        network.zero_grad()
-        embedding = network(inputs["image"].chunk(2)[rank])
-        value = loss(gather(embedding), {about: gather(rows) for about, rows in mine.items()})
+        network = linear(inputs["weight"])
+        value = loss(gather(network(image)), about)
         value.backward()
-        found[name] = value.detach(), network.module.weight.grad.clone()
+        gradient = network.weight.grad
+        distributed.all_reduce(gradient)
+        found[name] = value.detach(), gradient / 2
     torch.save(found, f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)
+    work(sys.argv[1], int(sys.argv[2]))
