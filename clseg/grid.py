@@ -267,6 +267,13 @@ def execute(grid: Grid, jobs: int) -> None:
 # ----------------------------------------------------------------------------------------------------------- results
 
 
+def _subjects(run: Run) -> dict[str, str]:
+    """The ids of every set of a finished run, a line each."""
+    sets = json.loads((run.folder / "subjects.json").read_bytes())
+    unused = ("labelled", "validation", "test") if run.kind == "pretrain" else ("pretrain",)
+    return {name: " ".join(ids) for name, ids in sets.items() if name not in unused}
+
+
 def write_results(grid: Grid, command: str) -> Path:
     """Tables, statistics and provenance of a grid's finished runs; returns their folder."""
     folder = paths.results_dir(grid.profile, grid.dataset, grid.study.name)
@@ -293,11 +300,7 @@ def write_results(grid: Grid, command: str) -> Path:
             "expected_runs": [run.name for run in grid.finetune],
             "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
             "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry"}),
-            "subjects": {
-                run.name: json.loads((run.folder / "subjects.json").read_bytes())
-                for run in grid.finetune
-                if run.is_done()
-            },
+            "subjects": {run.name: _subjects(run) for run in grid.all if run.is_done()},
         },
     )
     return folder
