@@ -97,7 +97,7 @@ def test_a_finished_run_holds_everything_that_is_known_of_it(out):
     assert set(metrics["run"]) == {run.name}
     assert metrics["dice"].dropna().between(0, 1).all()
     record = json.loads((run.folder / "record.json").read_text())
-    assert record["best_step"] in (4, 8)
+    assert record["best_step"] in (20, 40, 60)
     assert record["provenance"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     adaptation = runs.adaptation(run.folder / "weights.safetensors")
     assert adaptation["filters"] == run.experiment.network.filters
