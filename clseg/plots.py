@@ -56,6 +56,7 @@ class Figure(MatplotlibFigure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
+        self.draw_without_rendering()  # with axes of fixed aspect the layout needs two passes
         self.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
 

@@ -1,0 +1,499 @@
+# %% [markdown]
+# # Which slices are alike?
+# **Global contrast trains an encoder without labels: slices that are alike get similar embeddings, all others different
+# ones. Everything depends on the answer to one question: who is alike?**
+#
+# You will see: the idea of Fig. 1 (i) of Chaitanya et al. (2020) on slices of the phantom, the loss as a slow loop and as a
+# fast function, what it pulls and what it pushes, and what temperature, partitions and strategy change, each measured.
+# Nothing is downloaded; about half a minute on one CPU thread, and a GPU would not be noticed.
+
+# %%
+from math import log
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from IPython.display import display
+
+from clseg import augment, config, plots
+from clseg.data.prepare import prepare
+from clseg.loop import step_generator
+from clseg.losses import contrastive_loss
+from clseg.models import GlobalHead, UNet
+from clseg.pairs import instance_pairs, partition_pairs
+from clseg.stages.contrast import contrast, draw_batch
+from clseg.stages.sampling import partition_slices, random_slices
+
+# %% tags=["parameters"]
+stage: str = "contrast"  # the kind of stage: this notebook is about this one
+pairs: str = "partition"  # who is alike: instance (views of a slice) or partition (the same part of any volume)
+strategy: str = "gd"  # of the partition pairs: gd- or gd
+partitions: int = 4  # S, equal parts of a volume
+slices: int = 12  # slices in a batch, before they are augmented
+temperature: float = 0.1  # tau
+denominator: str = "pair"  # pair (Chaitanya et al.) or all (the positives are in the denominator, too)
+
+# %%
+parameters = config.read_parameters(globals(), config.ContrastStage)
+print(parameters.model_dump_json(indent=1))
+
+# %% [markdown]
+# ## The idea
+# Nobody has labelled these slices. But a volume is not a bag of slices: it runs from the base of the heart to its apex, in
+# every subject. So cut every volume into S equal parts, the *partitions*, and take one slice of each.
+
+# %%
+about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
+store = prepare(about, about.geometry["laptop"], progress=False)
+training, held_out = store.subjects[:16], store.subjects[16:]
+rows = store.rows(training)
+
+chosen, partition = partition_slices(
+    store, rows, parameters.partitions, parameters.slices, step_generator(0, "idea", 0)
+)
+batch = store.batch(chosen)
+plots.volume_grid(
+    batch.image[:, 0],
+    batch.label,
+    title="one slice per partition of every volume",
+    titles=[f"volume {v}, partition {p}" for v, p in zip(batch.volume, partition, strict=True)],
+    class_names=store.class_names,
+)
+
+# %% [markdown]
+# Look down a column (with S = 4 a row is a volume): other patients, other scanners, and yet the same part of the heart. Look
+# along a row: one patient, and the heart changes. Global contrast says: **a column is alike, a row is not.** The outlines are
+# there for you; no network sees them in this notebook.
+#
+# Is it true? The masks can tell. If $a_k$ and $b_k$ are the areas of structure $k$ in two slices, then
+# $2\sum_k\min(a_k,b_k)\,/\,\sum_k(a_k+b_k)$ is the Dice that their masks would have if every structure of one could be moved
+# onto that of the other. We take it over pairs of slices **of different volumes** in many batches.
+
+# %%
+area = torch.stack([torch.from_numpy((store.labels == index).sum(axis=(1, 2))) for index in store.class_names], dim=1)
+
+
+def between_volumes(setting, batches=50):
+    """Pairs of slices of different volumes in many batches: alike or not, how far apart, how similar their masks."""
+    tables = []
+    for step in range(batches):
+        generator = step_generator(0, "contrast", step)
+        if setting.pairs == "instance":
+            slice_id = torch.from_numpy(random_slices(rows, setting.slices, generator))
+            partition, alike = torch.zeros_like(slice_id), instance_pairs(slice_id)
+        else:
+            chosen, partition = partition_slices(store, rows, setting.partitions, setting.slices, generator)
+            slice_id = torch.from_numpy(chosen)
+            alike = partition_pairs(slice_id, partition, setting.strategy)
+        known = store.batch(slice_id.numpy())
+        i, j = torch.where(known.volume[:, None] != known.volume[None, :])
+        a, b = area[slice_id[i]], area[slice_id[j]]  # [pairs, K]
+        columns = {
+            "positive": alike.positive[i, j],
+            "negative": alike.negative[i, j],
+            "partitions_apart": (partition[i] - partition[j]).abs(),
+            "distance": (known.position[i] - known.position[j]).abs(),
+            "overlap": 2 * torch.minimum(a, b).sum(dim=1) / (a + b).sum(dim=1),
+        }
+        tables.append(pd.DataFrame({name: values.numpy() for name, values in columns.items()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+published = config.ContrastStage(stage="contrast", pairs="partition")
+seen = between_volumes(published)
+for apart, of_both in seen.groupby("partitions_apart"):
+    print(f"{apart} partitions apart: overlap {of_both['overlap'].mean():.2f}")
+
+# %% [markdown]
+# Alike decreases with every partition, so the rule holds on average. It is no sharp line: neighbouring partitions are nearly
+# as alike as the same one. That price comes back below.
+
+# %% [markdown]
+# ## The views
+# An augmented copy of a slice is a *view* of it: a random crop of 100/192 of the side at the full size again, then another
+# brightness and contrast. A view must change what does not matter and keep what does.
+
+# %%
+shown = batch.image[1:3]
+views = [augment.contrast_view(shown, step_generator(0, "views", number)) for number in (1, 2)]
+plots.volume_grid(
+    torch.stack([shown, *views], dim=1).flatten(0, 1)[:, 0],
+    title="two slices and two views of each",
+    titles=[f"{what} {number}" for number in range(2) for what in ("slice", "view 1 of", "view 2 of")],
+)
+
+# %% [markdown]
+# Notice how little a view keeps of the image around the heart, how much brightness and contrast change, and that left stays
+# left: no flip, no rotation. Does the heart stay inside? The same crop of a mask shows how much of it is left.
+
+# %%
+heart = (store.batch(rows).label > 0).float()[:, None]  # [N, 1, H, W]
+heart = heart[heart.sum(dim=(1, 2, 3)) > 0]
+cropped = torch.stack([augment.crop_resize(heart, step_generator(0, "crops", number)) for number in range(3)])
+kept = cropped.sum(dim=(2, 3, 4)) * augment.CROP**2 / heart.sum(dim=(1, 2, 3))  # [3, N]
+print(f"a view keeps {augment.CROP**2:.0%} of the image and on average {kept.mean():.0%} of the heart")
+print(f"in {(kept < 0.75).float().mean():.0%} of the views a quarter of the heart or more is lost")
+
+# %% [markdown]
+# That works because the heart is in the middle of these images. On a data set where the organ is at the border, look at the
+# views before you train.
+
+# %% [markdown]
+# ## Tiny tensors
+# Two volumes, two partitions, one slice of each, two views: eight rows, and embeddings of two dimensions, so that everything
+# can be drawn. View 0 is the slice itself, view 1 an augmented copy, as in the released code.
+
+# %%
+degrees = torch.tensor([15.0, 40.0, 70.0, 130.0, 80.0, 110.0, 160.0, 200.0], dtype=torch.float64)
+embedding = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)  # [8, 2], of length 1
+tiny = {
+    "slice": torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
+    "partition": torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+    "view": torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]),
+}
+name_of_row = [f"slice {s}" for s in tiny["slice"].tolist()]
+alike = partition_pairs(tiny["slice"], tiny["partition"], "gd", tiny["view"])
+plots.pairs_matrix(alike, "gd: who is alike", groups=name_of_row)
+
+# %% [markdown]
+# Read a row: for anchor 0 (slice 0 itself) its own view is positive, and so is slice 1, the slice of the other volume in the
+# same partition; the other view of slice 1 is *neither*; all of partition 1 is negative.
+#
+# ## The loss, slowly
+# With $s_{ij}=\cos(z_i,z_j)/\tau$, positives $P$ and the negatives $N_i$ of anchor $i$ (Chaitanya et al., released code; we
+# take a plain mean over the pairs):
+# $$\mathcal L=\frac1{|P|}\sum_{(i,j)\in P}-\log\frac{e^{s_{ij}}}{e^{s_{ij}}+\sum_{k\in N_i}e^{s_{ik}}}$$
+# Only the positive of this pair is in the denominator, never the other positives: they do not compete with each other.
+
+
+# %%
+def slow_loss(embedding, alike, temperature):
+    """The formula, word for word, in float64."""
+    z = [vector / vector.norm() for vector in embedding.double()]
+    s = [[z_i @ z_j / temperature for z_j in z] for z_i in z]
+    terms = []
+    for i in range(len(z)):
+        for j in range(len(z)):
+            if alike.positive[i, j]:
+                negatives = sum(s[i][k].exp() for k in range(len(z)) if alike.negative[i, k])
+                terms.append(-torch.log(s[i][j].exp() / (s[i][j].exp() + negatives)))
+    return sum(terms) / len(terms)
+
+
+# %% [markdown]
+# The package does the same with matrices, without a loop over anchors and without overflow. Do they agree, in value and
+# in gradient?
+
+# %% tags=["nbval-check-output"]
+for tau in (0.1, 1.0):
+    slow, fast = embedding.clone().requires_grad_(), embedding.clone().requires_grad_()
+    slow_value = slow_loss(slow, alike, tau)
+    fast_value = contrastive_loss(fast, alike, tau, denominator="pair")
+    slow_value.backward()
+    fast_value.backward()
+    apart = max((slow_value - fast_value).abs(), (slow.grad - fast.grad).abs().max())
+    print(
+        f"temperature {tau}: slow {slow_value:.4f}, fast {fast_value:.4f}, the same within 1e-10: {bool(apart < 1e-10)}"
+    )
+
+# %% [markdown]
+# With `denominator="all"` (Zeng et al., Zhang et al.) the other positives are in the denominator, too. Where every anchor has
+# one positive, as in SimCLR, the two are one loss:
+
+# %%
+views_alike = instance_pairs(tiny["slice"])
+for name, positives in {"gr, one positive each": views_alike, "gd, two positives each": alike}.items():
+    both = [contrastive_loss(embedding, positives, 0.1, denominator=which).item() for which in ("pair", "all")]
+    print(f"{name}: pair {both[0]:.4f}, all {both[1]:.4f}")
+
+# %% [markdown]
+# ## What the loss sees and what it does
+# It sees similarities only. Two blocks should be red (the partitions) and the rest blue; slices 1 and 2 stand in the way.
+
+# %%
+plots.similarity_matrix(embedding @ embedding.T, "tiny embeddings", groups=name_of_row)
+
+# %% [markdown]
+# And it moves the embeddings: every arrow is the way of steepest descent of one row. The arrows lie along the circle, because
+# the length of an embedding does not matter.
+
+
+# %%
+def gradient(embedding, alike, temperature):
+    leaf = embedding.clone().requires_grad_()
+    return torch.autograd.grad(contrastive_loss(leaf, alike, temperature, denominator="pair"), leaf)[0]
+
+
+for tau in (0.1, 1.0):
+    arrows = gradient(embedding, alike, tau)
+    display(plots.gradient_picture(embedding, arrows, groups=name_of_row, title=f"gd, temperature {tau}"))
+
+# %% [markdown]
+# At 0.1 only rows that sit among their negatives move: slices 1 and 2, which overlap. At 1 the others have arrows, too: slice 3 is
+# pushed although nothing is wrong with it.
+#
+# ## Temperature: who is listened to?
+# The gradient of a term with respect to the similarity of negative $k$ is its share of the denominator, so among the negatives
+# it is shared out by a softmax of $s_{ik}$. How much falls on the hardest, the most similar, negative? Ask autograd, for
+# anchor 2 and its other view (four negatives, so an equal share is 0.25). "All together" is the push times $\tau$: 1 if
+# the positive has no part of the denominator, 0 if it has all of it.
+
+# %% tags=["nbval-check-output"]
+cosine = (embedding @ embedding.T)[2]  # [8] similarities of anchor 2
+negatives = alike.negative[2]
+for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+    leaf = cosine.clone().requires_grad_()
+    s = leaf / tau
+    term = -s[3] + torch.cat([s[3:4], s[negatives]]).logsumexp(dim=0)
+    push = torch.autograd.grad(term, leaf)[0][negatives]
+    print(f"temperature {tau}: hardest negative {push.max() / push.sum():.2f}, all together {push.sum() * tau:.2f}")
+
+# %% [markdown]
+# A low temperature listens to one negative only, a high one to all alike. Hard negatives are the most informative ones, and
+# the first to be *wrong*: a neighbouring partition of another volume, nearly the same anatomy. So temperature and
+# partitions belong together.
+#
+# ## Where it leads
+# Let the eight points follow their arrows: gradient descent on the embeddings themselves, without a network in between.
+
+# %%
+strategies = {
+    "gr": views_alike,
+    "gd-": partition_pairs(tiny["slice"], tiny["partition"], "gd-"),
+    "gd": alike,
+}
+figure, axes = plt.subplots(2, 3, figsize=(6.4, 4.6))
+for of_tau, tau in zip(axes, (0.1, 0.5), strict=True):
+    for axis, (name, positives) in zip(of_tau, strategies.items(), strict=True):
+        points = embedding.clone()
+        for _ in range(600):
+            points = F.normalize(points - 0.1 * gradient(points, positives, tau), dim=1)
+        axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.7"))
+        for number, colour in enumerate((plots.BLUE, plots.RED, plots.GREEN, plots.PINK)):
+            own = points[tiny["slice"] == number]
+            axis.scatter(*own.T, color=colour, marker="os"[number // 2], s=60, alpha=0.6, label=f"slice {number}")
+        axis.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        axis.set_title(f"{name}, temperature {tau}", fontsize=9)
+        axis.set_axis_off()
+axes[0, 0].legend(fontsize=7, loc="center", frameon=False)
+figure.suptitle("round: partition 0, square: partition 1", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# `gr` spreads the slices over the circle: that slices 0 and 1 show the same part of the heart counts for nothing. `gd` brings each
+# partition together. At temperature 0.1 it stops there, with nothing left to gain; at 0.5 it goes on to opposite ends.
+# `gd-` is the surprise: nothing pulls slices 0 and 1 towards each other, and at 0.1 they stay where `gr` has them, apart. At 0.5
+# they end in one point all the same: both flee from the same negatives. Pushing alone can gather what is alike.
+#
+# ## A real batch
+# The same three answers for batches as training draws them, with the published S = 4 and 12 slices. The rows are sorted by
+# partition (`gr`: by slice).
+
+# %%
+settings = {
+    "gr": published.model_copy(update={"pairs": "instance"}),
+    "gd-": published.model_copy(update={"strategy": "gd-"}),
+    "gd": published,
+}
+drawn = {name: draw_batch(store, rows, setting, 12, 0, 0, torch.device("cpu"))[1] for name, setting in settings.items()}
+for name, of_batch in drawn.items():
+    count = len(of_batch.positive)  # rows come view after view, and in each volume after volume
+    place = torch.arange(count) % 12
+    order = (place if name == "gr" else place % 4 * 12 + place).argsort(stable=True)
+    ordered = type(of_batch)(of_batch.positive[order][:, order], of_batch.negative[order][:, order])
+    groups = place[order] if name == "gr" else [f"part {p}" for p in place[order] % 4]
+    display(plots.pairs_matrix(ordered, f"{name}: {count} rows of 12 slices", groups=groups))
+
+# %% [markdown]
+# `gr` sees negatives everywhere. `gd-` has three views per slice, the slice itself and two copies, and greys out what it
+# does not know. `gd` fills part of the grey with positives; the pattern inside a block is the work of `view`: slices are paired
+# with slices and copies with copies, as in the released code (without `view`, the whole block would be blue).
+
+# %% tags=["nbval-check-output"]
+number = torch.arange(12).repeat(2)
+counted = drawn | {"gd without view": partition_pairs(number, number % 4, "gd")}
+for name, of_batch in counted.items():
+    p, n = (int(mask.sum(dim=1).unique().item()) for mask in (of_batch.positive, of_batch.negative))
+    print(
+        f"{name}: {len(of_batch.positive)} rows, {p} positives and {n} negatives per anchor, loss of equal embeddings {log(1 + n):.2f}"
+    )
+
+# %% [markdown]
+# The last column is the loss of an encoder that has learned nothing and gives all rows the same embedding. Losses of different
+# strategies start from different values, so never compare their curves.
+#
+# How many of these negatives are wrong? Over 50 batches, among negatives of other volumes: the share that lies within 0.1 of
+# the anchor's position, and the share whose mask overlaps the anchor's more than that of a typical (the median) positive of
+# `gd` does.
+
+# %%
+typical = seen.loc[seen["positive"], "overlap"].median()
+for name, setting in settings.items():
+    negative = between_volumes(setting).query("negative")
+    near, similar = (negative["distance"] <= 0.1).mean(), (negative["overlap"] > typical).mean()
+    print(f"{name}: {near:.0%} of the negatives are within 0.1, {similar:.0%} more alike than a typical positive")
+
+# %% [markdown]
+# By position, partitions remove two thirds of the near negatives of `gr`; the rest are neighbours across a border.
+# (`gd-` and `gd` have the same negatives; they differ in their positives.) By the masks, they change next to nothing: hearts of
+# two patients differ in size as much as two parts of one heart do. The phantom has normal, dilated and
+# hypertrophic hearts, as clinics have. "Alike" has more than one meaning, and partitions know one of them.
+#
+# ## How many partitions?
+# A batch of 12 slices holds 12 / S volumes. More partitions make the positives more alike, and fewer, and put more borders
+# into a volume.
+
+# %%
+table = []
+for count in (2, 3, 4, 6):
+    setting = published.model_copy(update={"partitions": count})
+    _, of_batch = draw_batch(store, rows, setting, 12, 0, 0, torch.device("cpu"))
+    pairs_seen = between_volumes(setting)
+    positive, negative = pairs_seen[pairs_seen["positive"]], pairs_seen[pairs_seen["negative"]]
+    table.append(
+        {
+            "S": count,
+            "volumes": 12 // count,
+            "positives": int(of_batch.positive[0].sum()),
+            "negatives": int(of_batch.negative[0].sum()),
+            "share_positive": of_batch.positive.float().mean().item(),
+            "overlap_positive": positive["overlap"].mean(),
+            "overlap_negative": negative["overlap"].mean(),
+            "similar_negatives": (negative["overlap"] > positive["overlap"].median()).mean(),
+        }
+    )
+pd.DataFrame(table).set_index("S").round(2)
+
+# %% [markdown]
+# With 6 partitions positives and negatives are hardly different in their masks, and a third of the negatives is more alike
+# than the typical positive: slices of a short-axis stack, ten to a volume, are too few to cut finer. With 2 the
+# contrast is clear but coarse. Which S is best for segmentation is another question: `31_glcl_ablation`.
+#
+# ## Does a network learn it?
+# A small encoder, 300 steps on 16 subjects at 32 pixels, with the parameters from the top. Then the slices of one draw
+# go through it as they are, from training subjects and from 8 subjects it has never seen.
+
+# %%
+small = prepare(about, about.geometry["smoke"], progress=False)
+width = config.NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
+torch.manual_seed(0)
+network, head = UNet(small.channels, small.num_classes, width), GlobalHead(width, list(small.size))
+step_loss = contrast(network, head, small, small.rows(training), parameters, parameters.slices, seed=0)
+optimiser = torch.optim.Adam([*network.encoder.parameters(), *head.parameters()], parameters.learning_rate)
+
+
+@torch.no_grad()
+def look(subjects):
+    """One slice per partition of these subjects, not augmented: similarities [n, n], partition and volume [n]."""
+    drawn, partition = partition_slices(
+        small, small.rows(subjects), parameters.partitions, 10**6, step_generator(0, "look", 0)
+    )
+    order = partition.argsort(stable=True)
+    shown = small.batch(drawn[order.numpy()])
+    z = F.normalize(head(network.encoder(shown.image)[-1]), dim=1)
+    return z @ z.T, partition[order], shown.volume
+
+
+def measured(when):
+    table = []
+    for who, subjects in {"training": training, "new": held_out}.items():
+        similarity, partition, volume = look(subjects)
+        other, same = volume[:, None] != volume[None, :], partition[:, None] == partition[None, :]
+        nearest = partition[similarity.masked_fill(~other, -2).argmax(dim=1)]
+        row = {"same partition": similarity[other & same].mean(), "other partition": similarity[other & ~same].mean()}
+        row["nearest in same"] = (nearest == partition).float().mean()
+        table.append({"when": when, "subjects": who} | {name: round(value.item(), 2) for name, value in row.items()})
+    return table
+
+
+before, losses = measured("before"), []
+for step in range(300):
+    loss = step_loss(step)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    losses.append(loss.item())
+print(f"loss: {sum(losses[:20]) / 20:.2f} in the first 20 steps, {sum(losses[-20:]) / 20:.2f} in the last 20")
+pd.DataFrame(before + measured("after")).set_index(["when", "subjects"])
+
+# %% [markdown]
+# Mean similarity of slices of different volumes, of the same and of another partition; and how often the nearest slice of
+# another volume is of the same partition, which by chance happens once in S times. The same as pictures, after training:
+
+# %%
+for who, subjects in {"training": training, "new": held_out}.items():
+    similarity, partition, _ = look(subjects)
+    display(
+        plots.similarity_matrix(similarity, f"{who} subjects, sorted by partition", [f"part {p}" for p in partition])
+    )
+
+# %% [markdown]
+# Compare the two. On the subjects it was trained on, the blocks on the diagonal stand out. On new subjects the same and another
+# partition differ much less, and with 32 slices the last column of the table is mostly noise. With so few subjects a good
+# part of the loss is reduced by remembering them. A falling loss does not prove that anatomy was learned; a look at subjects
+# that were in no batch is cheap.
+#
+# What does the temperature mean for *these* embeddings?
+
+# %%
+image, of_batch = draw_batch(small, small.rows(training), parameters, parameters.slices, 0, 999, torch.device("cpu"))
+with torch.no_grad():
+    z = F.normalize(head(network.encoder(image)[-1]), dim=1)
+for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+    share = (z @ z.T / tau).masked_fill(~of_batch.negative, -torch.inf).softmax(dim=1)  # [B, B], over the negatives
+    print(
+        f"temperature {tau}: the hardest of {int(of_batch.negative[0].sum())} negatives gets {share.amax(dim=1).mean():.0%} of the push"
+    )
+
+# %% [markdown]
+# An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets a few times that; in the tiny example it got
+# nearly all. The same temperature is mild where similarities lie close together and harsh where they do not.
+#
+# **Try it.** Set `strategy = "gd-"` or `pairs = "instance"` at the top, restart and run all: which of the two pictures changes
+# more?
+#
+# ## Exercise: the loss before training
+# A batch of `gd` has m volumes and S partitions, one slice of each, and two views. The encoder has learned nothing:
+# all rows have one and the same embedding. What is the loss (`denominator="pair"`) for m = 5, S = 4 and temperature 0.1? Work
+# it out on paper, and put the number below. It is worth knowing: a first loss far above it is a mistake in the code.
+
+# %%
+answer = None  # your number
+
+
+# %%
+def check(answer, m=5, S=4):
+    if answer is None:
+        return "not answered yet"
+    wrong = {
+        log(2 * m * S - 1): "you counted every other row; of its own partition an anchor has no negatives",
+        log(2 * m * (S - 1)): "nearly: the positive itself is in the denominator, too",
+        log(1 + m * (S - 1)): "nearly: each slice has two views, and both are negatives",
+        log(1 + 2 * (S - 1)): "slices of other volumes are negatives, too, if they are of another partition",
+    }
+    slice_id, partition = torch.arange(m * S).repeat(2), torch.arange(S).repeat(2 * m)
+    view = torch.arange(2).repeat_interleave(m * S)
+    truth = contrastive_loss(
+        torch.ones(2 * m * S, 3), partition_pairs(slice_id, partition, "gd", view), 0.1, "pair"
+    ).item()
+    if abs(answer - truth) < 0.01:
+        return "right"
+    near = [hint for value, hint in wrong.items() if abs(answer - value) < 0.01]
+    return near[0] if near else "no: all e^s are equal, so the fraction is 1 over how many terms?"
+
+
+check(answer)
+
+# %% [markdown]
+# <details><summary><b>Solution</b> (try first)</summary>
+#
+# All similarities are equal, so every term is $-\log\frac{1}{1+|N_i|}=\log(1+|N_i|)$, whatever the temperature. The negatives
+# of an anchor are the rows of the other S − 1 partitions: m volumes, two views, so $|N_i|=2m(S-1)=30$ and the loss is
+# $\log 31\approx 3.43$.
+# </details>
+#
+# The same in code, checked:
+
+# %% tags=["nbval-check-output"]
+print(f"log(1 + 2 * 5 * (4 - 1)) = {log(1 + 2 * 5 * (4 - 1)):.3f}: {check(log(1 + 2 * 5 * (4 - 1)))}")
