@@ -4,6 +4,7 @@ A method, a data set and a profile are YAML files under `params/`; `resolve` put
 `KEY=VALUE` overrides and returns an `Experiment`: everything that decides the numbers except labelled, draw and seed.
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -378,20 +379,27 @@ def read_methods() -> dict[str, MethodConfig]:
     return _validated(dict[str, MethodConfig], read_yaml(path), str(path))
 
 
-def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> AnyStrict:
-    """The typed parameters of a notebook from its namespace (`globals()`), called right after the parameters cell.
+def _assigned(cell: str) -> list[str]:
+    """The names a cell assigns if it assigns literals and does nothing else, as parameter cells do."""
+    names = []
+    try:
+        for statement in ast.parse(cell).body:
+            ast.literal_eval(statement.value)
+            names += [t.id for t in getattr(statement, "targets", None) or [statement.target]]
+    except (SyntaxError, AttributeError, TypeError, ValueError):
+        return []
+    return names
 
-    Every plain value defined so far must be a parameter and have its type, so that a misspelt or mistyped parameter,
-    injected by papermill or written by hand, fails here. Raises `RequestError`.
+
+def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> AnyStrict:
+    """The typed parameters of a notebook from its namespace (`globals()`).
+
+    Parameters are what cells with nothing but literal assignments define: the parameters cell, and the one papermill
+    injects. Each must be known to the schema and have its type, so that a misspelt or mistyped one fails here, loudly.
+    Raises `RequestError`.
     """
-    plain = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_")
-        and name not in ("In", "Out", "exit", "quit")
-        and isinstance(value, str | int | float | list | dict | tuple | type(None))
-    }
-    return _validated(schema, plain, "notebook parameters")
+    names = dict.fromkeys(name for cell in namespace["In"] for name in _assigned(cell))
+    return _validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

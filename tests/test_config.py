@@ -109,20 +109,34 @@ def test_a_wrong_study_file_is_named(tmp_path, text, message):
     assert "study.yaml" in str(caught.value)
 
 
-def test_notebook_parameters_must_be_known_and_typed():
-    namespace = {
-        "dataset": "phantom",
-        "profile": "smoke",
-        "method": "gd",
-        "labelled": 2,
-        "_hidden": 1,
-        "config": config,
-        "In": [],
-    }
-    assert config.read_parameters(namespace, FinetuneParameters).labelled == 2
-    for wrong in ({"labeled": 2}, {"labelled": "2"}, {"labelled": 2.5}, {"overrides": "pretrain.steps=1"}, {"draw": 0}):
-        with pytest.raises(RequestError, match=next(iter(wrong))):
-            config.read_parameters(namespace | wrong, FinetuneParameters)
+def notebook(*cells):
+    """The namespace of a notebook that has executed these cells."""
+    namespace = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace
+
+
+CELLS = [
+    "import math\nscale = 2 * math.pi",
+    'dataset: str = "phantom"\nprofile: str = "smoke"\nmethod: str = "gd"\nlabelled: int = 2',
+]
+
+
+def test_notebook_parameters_are_those_of_the_parameter_cells():
+    assert config.read_parameters(notebook(*CELLS), FinetuneParameters).labelled == 2
+    assert config.read_parameters(notebook(*CELLS, "# Parameters\nlabelled = 4"), FinetuneParameters).labelled == 4
+    again = notebook(*CELLS, "for left_over in range(3):\n    pass", CELLS[1].replace("2", "8"))
+    assert config.read_parameters(again, FinetuneParameters).labelled == 8  # changed and run again in a live kernel
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["labeled = 2", "labelled = '2'", "labelled = 2.5", "overrides = 'pretrain.steps=1'", "draw = 0", "draw = None"],
+)
+def test_a_misspelt_or_mistyped_notebook_parameter_is_refused(wrong):
+    with pytest.raises(RequestError, match=wrong.split()[0]):
+        config.read_parameters(notebook(*CELLS, wrong), FinetuneParameters)
 
 
 def test_overrides_of_a_stage_concern_only_methods_that_have_it():

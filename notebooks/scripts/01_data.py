@@ -52,7 +52,8 @@ batch = store.batch(first)
 plots.volume_grid(
     batch.image[:, 0].numpy(),
     batch.label.numpy(),
-    title=f"{store.volumes['subject'][0]}, first to last slice: {', '.join(store.class_names.values())}",
+    title=f"{store.volumes['subject'][0]}, first to last slice",
+    class_names=store.class_names,
 )
 
 # %% [markdown]

@@ -450,7 +450,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
 # An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets a few times that; in the tiny example it got
 # nearly all. The same temperature is mild where similarities lie close together and harsh where they do not.
 #
-# **Try it.** Set `strategy = "gd-"` or `pairs = "instance"` at the top, restart and run all: which of the two pictures changes
+# **Try it.** Set `strategy = "gd-"` or `pairs = "instance"` at the top and run all cells again: which of the two pictures changes
 # more?
 #
 # ## Exercise: the loss before training

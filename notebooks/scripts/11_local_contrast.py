@@ -431,7 +431,7 @@ for kind, (network, _) in trained.items():
 # pre-trained, images are larger, and what counts is Dice after fine-tuning. Ask the runs: `30_glcl_strategies` compares `gd`
 # with `gd+lr` on the same footing.
 #
-# **Try it.** Set `size = 1`, or `decoder_blocks = 4`, restart and run all: does noise still suffice?
+# **Try it.** Set `size = 1`, or `decoder_blocks = 4`, and run all cells again: does noise still suffice?
 #
 # ## Exercise: a cheat
 # Write down embeddings of the 17 places (13 anchors, 4 negatives only) for two images and two views that **do not
