@@ -1,24 +1,21 @@
 """Volumes as they lie in a folder: adapters that list them cheaply (`scan`) and read them one at a time (`read`).
 
-Every adapter answers with the same `Volume`: image [C, Z, Y, X], label [Z, Y, X] of class indices, slices along Z.
-Whatever is wrong with a file is a `RequestError` that names it.
+Every adapter answers with the same `Volume`. Whatever is wrong with a file is a `RequestError` that names it.
 """
 
 import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from clseg import paths
 from clseg.config import DatasetConfig, RequestError, nearest
@@ -26,63 +23,77 @@ from clseg.config import DatasetConfig, RequestError, nearest
 
 @dataclass(frozen=True)
 class Volume:
-    """One 3-D image on its native grid, with its labels if it has any.
+    """One 3-D image on its native grid, slices along Z, with its labels if it has any."""
 
-    `image` float32 [C, Z, Y, X], native intensities; `label` uint8 [Z, Y, X], class indices 0..K (0 background), or
-    None; `spacing_mm` (z, y, x) or None where the files carry none; `phase` "" where a subject has one volume; `affine`
-    4 x 4 of the NIfTI file as stored (axes x, y, z) or None; `flips` the array axes (z, y, x) that were reversed on
-    reading, so that every axis runs the same way in all volumes of a data set.
-    """
-
-    image: np.ndarray
-    label: np.ndarray | None
-    spacing_mm: tuple[float, float, float] | None
+    image: np.ndarray  # float32 [C, Z, Y, X], native intensities
+    label: np.ndarray | None  # uint8 [Z, Y, X], class indices 0..K (0 background)
+    spacing_mm: tuple[float, float, float] | None  # (z, y, x); None where the files carry none
     subject: str
-    phase: str
-    affine: np.ndarray | None = None
+    phase: str  # "" where a subject has one volume
+    affine: np.ndarray | None = None  # 4 x 4 of the NIfTI file as stored (axes x, y, z)
+    # array axes (z, y, x) reversed on reading, so that every axis runs the same way in all volumes of a data set
     flips: tuple[bool, bool, bool] = (False, False, False)
 
 
 @dataclass(frozen=True)
 class VolumeRef:
-    """Where one volume lies: enough to read it and to notice that it changed.
-
-    `images` are its image files (one, one per channel, or one per slice); `label` the label file, None without labels
-    (h5: the label lies in the image files); `root` the folder that was scanned; `stamp` names what computes it.
-    """
+    """Where one volume lies: enough to read it and to notice that it changed."""
 
     subject: str
     phase: str
-    images: tuple[Path, ...]
-    label: Path | None
-    root: Path
-    stamp: str = ""
+    images: tuple[Path, ...]  # one, one per channel, or one per slice; none where it is computed
+    label: Path | None  # h5: the label lies in the image files
+    root: Path  # the folder that was scanned
+    stamp: str = ""  # what computes it, and its version
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that decides the volume, once."""
-        return tuple(dict.fromkeys([*self.images, *([self.label] if self.label else [])]))
+        return tuple(dict.fromkeys(filter(None, [*self.images, self.label])))
+
+    @property
+    def source(self) -> str:
+        """What a message about the volume names."""
+        return str(self.images[0]) if self.images else self.subject
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Make one sentence of what a library raises on a file that is absent or damaged; that can be almost anything."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
+        raise RequestError(f"{path}: cannot be read or is not valid {kind} ({reason}); replace the file") from None
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing if it is absent."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _nifti_file(stem: str) -> Path | None:
+    return next(filter(Path.is_file, (Path(stem + end) for end in (".nii.gz", ".nii"))), None)
 
 
 def checked(volume: Volume, source: str | Path) -> Volume:
     """The volume itself if it can be used, else a `RequestError` that names `source` and what is wrong with it."""
-    shape = volume.image.shape
+    shape, spacing = volume.image.shape, volume.spacing_mm
     if len(shape) != 4 or 0 in shape:
-        raise RequestError(f"{source}: holds no 3-D image (shape {list(shape)}); replace the file")
-    if not np.isfinite(volume.image).all():
-        raise RequestError(f"{source}: holds intensities that are NaN or infinite; repair or remove the volume")
-    for channel, image in enumerate(volume.image):
-        if image.min() == image.max():
-            raise RequestError(f"{source}: channel {channel} is constant; repair or remove the volume")
-    if volume.label is not None and volume.label.shape != shape[1:]:
-        raise RequestError(
-            f"{source}: the label has shape {list(volume.label.shape)} and the image {list(shape[1:])} (z, y, x); "
-            "they must be the same grid"
-        )
-    spacing = volume.spacing_mm
-    if spacing is not None and not (np.isfinite(spacing).all() and min(spacing) > 0):
-        raise RequestError(f"{source}: the header gives the voxel spacing {spacing}; it must be positive")
-    return volume
+        problem = f"holds no 3-D image (shape {list(shape)})"
+    elif not np.isfinite(volume.image).all():
+        problem = "holds intensities that are NaN or infinite"
+    elif constant := [channel for channel, image in enumerate(volume.image) if image.min() == image.max()]:
+        problem = f"channel {constant[0]} is constant"
+    elif volume.label is not None and volume.label.shape != shape[1:]:
+        problem = f"the label has shape {list(volume.label.shape)} and the image {list(shape[1:])} (z, y, x)"
+    elif spacing is not None and not (np.isfinite(spacing).all() and min(spacing) > 0):
+        problem = f"the header gives the voxel spacing {spacing}, which is not positive"
+    else:
+        return volume
+    raise RequestError(f"{source}: {problem}; repair or remove the volume")
 
 
 def class_indices(label: np.ndarray, classes: Mapping[int, str], source: str | Path) -> np.ndarray:
@@ -90,100 +101,52 @@ def class_indices(label: np.ndarray, classes: Mapping[int, str], source: str | P
     if label.dtype.kind not in "biuf":
         raise RequestError(f"{source}: the label is of type {label.dtype}; numbers are needed")
     values = np.array([0, *sorted(classes)])
-    present = np.unique(label)
-    undeclared = present[~np.isin(present, values)]
-    if undeclared.size:
-        shown = ", ".join(f"{float(value):g}" for value in undeclared[:5]) + (", ..." if undeclared.size > 5 else "")
-        raise RequestError(
-            f"{source}: holds label values {shown}, declared are {', '.join(map(str, values))}; "
-            "correct the file or `classes`"
-        )
-    return np.searchsorted(values, label).astype(np.uint8)
+    order = np.argsort(values)  # 0 comes first in `values` even if others are negative
+    if undeclared := sorted(set(np.unique(label).tolist()) - set(values.tolist())):
+        shown = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if undeclared[5:] else "")
+        declared = ", ".join(map(str, values))
+        raise RequestError(f"{source}: holds label values {shown}, declared are {declared}; correct file or `classes`")
+    return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
 
 # -------------------------------------------------------------------------------------------------------------- NIfTI
 
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    OverflowError,
-    MemoryError,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-)
-_NIFTI = re.compile(r"(?P<stem>.+)\.nii(\.gz)?")
 
-
-def _unreadable(path: Path, kind: str, error: Exception) -> RequestError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
-    return RequestError(f"{path}: cannot be read as {kind} ({reason}); replace the file or take it out of the data set")
-
-
-def _read_nifti(path: Path, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels as [Z, Y, X] or [C, Z, Y, X] as stored, and the affine."""
-    try:
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels [C, Z, Y, X] as stored, and the affine."""
+    with _reading(path, "NIfTI"):
         file = nib.load(path)
-        if len(file.shape) not in (3, 4) or 0 in file.shape or file.get_data_dtype().kind not in "biuf":
-            shape, kind = list(file.shape), file.get_data_dtype()
+        shape, kind = list(file.shape), file.get_data_dtype()
+        if len(shape) not in (3, 4) or 0 in shape or kind.kind not in "biuf":
             raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
-        data = np.asarray(file.dataobj, dtype=dtype)
-        affine = np.asarray(file.affine, dtype=float)
-    except _UNREADABLE as error:
-        raise _unreadable(path, "NIfTI", error) from None
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) == 0:
+        data, affine = np.asarray(file.dataobj).T, np.asarray(file.affine, dtype=float)
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise RequestError(f"{path}: its affine is not invertible; repair the header")
-    return data.T, affine  # [(C,) Z, Y, X]
-
-
-def _same_grid(shape: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether the corners of a [Z, Y, X] grid lie at the same place, to a tenth of a voxel, under two affines."""
-    corners = np.stack(np.meshgrid(*[(0, n) for n in reversed(shape)], [1], indexing="ij"), -1).reshape(-1, 4)
-    distance_mm = np.linalg.norm(corners @ (first - second).T, axis=1).max()
-    return bool(distance_mm <= 0.1 * nib.affines.voxel_sizes(first).min())
+    return data.reshape(-1, *data.shape[-3:]), affine
 
 
 def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool) -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
-    source = ref.images[0]
-    channels, affine = [], None
-    for path in ref.images:
-        data, own = _read_nifti(path, np.float32)
-        affine = own if affine is None else affine
-        data = data.reshape(-1, *data.shape[-3:])  # [C, Z, Y, X]
-        if channels and (data.shape[1:] != channels[0].shape[1:] or not _same_grid(data.shape[1:], affine, own)):
-            raise RequestError(f"{path}: lies on another grid than {source.name}; all channels must share one grid")
-        channels.append(data)
-    image = np.concatenate(channels)
-    label = None
-    if ref.label:
-        label, own = _read_nifti(ref.label)
-        label = label.reshape(label.shape[-3:]) if label.ndim == 4 and len(label) == 1 else label
-        if label.shape != image.shape[1:]:
-            raise RequestError(
-                f"{ref.label}: has shape {list(label.shape)} and its image {list(image.shape[1:])} (z, y, x); "
-                "image and label must be the same grid"
-            )
-        if not _same_grid(label.shape, affine, own):
-            raise RequestError(
-                f"{ref.label}: its affine is not that of {source.name}; image and label must be the same grid"
-            )
-        label = class_indices(label, classes, ref.label)
-    flips = tuple(bool(sign < 0) for sign in nib.io_orientation(affine)[::-1, 1]) if orient else (False, False, False)
-    axes = [axis for axis in range(3) if flips[axis]]
-    return Volume(
-        image=np.ascontiguousarray(np.flip(image, [axis + 1 for axis in axes])),
-        label=None if label is None else np.ascontiguousarray(np.flip(label, axes)),
-        spacing_mm=tuple(float(mm) for mm in nib.affines.voxel_sizes(affine)[::-1]),
-        subject=ref.subject,
-        phase=ref.phase,
-        affine=affine,
-        flips=flips,
-    )
+    files = [*ref.images, *filter(None, [ref.label])]
+    arrays, affines = zip(*map(_read_nifti, files), strict=True)
+    grid, affine = arrays[0].shape[1:], affines[0]
+    corners = list(product(*[(0, n) for n in reversed(grid)], [1]))  # (x, y, z, 1)
+    for path, array, own in zip(files, arrays, affines, strict=True):
+        distance_mm = np.linalg.norm(corners @ (own - affine).T, axis=1).max()
+        if array.shape[1:] != grid:
+            other = f"shape {list(array.shape[1:])} (z, y, x) is not the {list(grid)}"
+        elif distance_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
+            other = "affine is not that"
+        else:
+            continue
+        raise RequestError(f"{path}: its {other} of {files[0].name}; the files of a volume must share one grid")
+    flips = tuple(orient and sign < 0 for sign in nib.io_orientation(affine)[::-1, 1].tolist())
+    arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
+    image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
+    label = class_indices(arrays[-1], classes, ref.label) if ref.label else None
+    label = label[0] if label is not None and len(label) == 1 else label
+    spacing_mm = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist())
+    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips)
 
 
 # ------------------------------------------------------------------------------------------------------------ phantom
@@ -194,12 +157,9 @@ def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
 
     count = dataset.options.get("subjects")
     if type(count) is not int or count < 1:
-        raise RequestError(
-            f"data set {dataset.name!r}: options.subjects must be a positive whole number (given: {count!r})"
-        )
-    stamp = f"phantom {phantom.VERSION}"
-    phases = ("ED", "ES")
-    return [VolumeRef(f"phantom{i:03d}", phase, (), None, folder, stamp) for i in range(count) for phase in phases]
+        raise RequestError(f"data set {dataset.name!r}: options.subjects must be a positive number (given: {count!r})")
+    names, stamp = (f"phantom{number:03d}" for number in range(count)), f"phantom {phantom.VERSION}"
+    return [VolumeRef(name, phase, (), None, folder, stamp) for name in names for phase in ("ED", "ES")]
 
 
 def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
@@ -212,92 +172,50 @@ def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
 # Both layouts store the basal slice first. The NIfTI headers carry no patient orientation (identity rotation), so
 # nothing is turned: that keeps base to apex, and makes the two layouts agree.
 
-_ACDC_H5 = re.compile(r"(?P<subject>patient\d+)_frame(?P<frame>\d+)(_slice_(?P<slice>\d+))?\.h5")
-_ACDC_NIFTI = re.compile(r"(?P<subject>patient\d+)_frame(?P<frame>\d+)(?P<label>_gt)?\.nii(\.gz)?")
+
+def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
+    return _scan_acdc_h5(folder) if (folder / "data").is_dir() else _scan_acdc_nifti(folder)
 
 
-def _scan_acdc(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
-    h5_folders = [sub for sub in (folder / "data", folder / "data" / "slices") if sub.is_dir()]
-    if h5_folders:
-        return _scan_acdc_h5(folder, h5_folders)
-    roots = [folder / part for part in ("", "training", "testing", "database/training", "database/testing")]
-    patients = [
-        Path(entry.path)
-        for root in roots
-        if root.is_dir()
-        for entry in os.scandir(root)
-        if re.fullmatch(r"patient\d+", entry.name) and entry.is_dir()
-    ]
-    return [ref for patient in patients for ref in _scan_acdc_patient(folder, patient)]
+def _scan_acdc_nifti(folder: Path) -> Iterator[VolumeRef]:
+    """ED and ES of the official release; its other files (the whole cycle, `_4d`) are left alone."""
+    parts = ("", "training", "testing", "database/training", "database/testing")
+    entries = [entry for part in parts for entry in _entries(folder / part)]
+    for patient in [entry for entry in entries if re.fullmatch(r"patient\d+", entry.name)]:
+        info = patient / "Info.cfg"
+        with _reading(info, "text"):
+            text = info.read_text(encoding="utf-8")
+        for phase in ("ED", "ES"):
+            line = re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)
+            if not line:
+                raise RequestError(f"{info}: names no {phase} frame; a line like '{phase}: 1' is needed")
+            stem = f"{patient}/{patient.name}_frame{int(line[1]):02d}"
+            image, label = (_nifti_file(stem + end) for end in ("", "_gt"))
+            if not image:
+                raise RequestError(
+                    f"{patient}: the image of frame {line[1]} ({phase} in Info.cfg) is missing; complete the download"
+                )
+            yield VolumeRef(patient.name, phase, (image,), label, folder)
 
 
-def _scan_acdc_patient(folder: Path, patient: Path) -> list[VolumeRef]:
-    """ED and ES of one patient of the official release; the other files (the whole cycle, `_4d`) are left alone."""
-    info = patient / "Info.cfg"
-    try:
-        text = info.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(info, "text", error) from None
-    found: dict[tuple[int, bool], Path] = {}
-    for entry in os.scandir(patient):
-        if (match := _ACDC_NIFTI.fullmatch(entry.name)) and match["subject"] == patient.name:
-            found[int(match["frame"]), bool(match["label"])] = Path(entry.path)
-    refs = []
-    for phase in ("ED", "ES"):
-        line = re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)
-        if not line:
-            raise RequestError(f"{info}: names no {phase} frame; a line like '{phase}: 1' is needed")
-        frame = int(line[1])
-        if (frame, False) not in found:
-            raise RequestError(
-                f"{patient}: the image of frame {frame} ({phase} in Info.cfg) is missing; complete the download"
-            )
-        refs.append(VolumeRef(patient.name, phase, (found[frame, False],), found.get((frame, True)), folder))
-    return refs
-
-
-def _scan_acdc_h5(folder: Path, h5_folders: list[Path]) -> list[VolumeRef]:
+def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
     """Whole volumes and slices, mixed; a volume that is there both ways is taken whole."""
-    whole: dict[tuple[str, int], Path] = {}
-    slices: dict[tuple[str, int], dict[int, Path]] = {}
-    for entry in (entry for sub in h5_folders for entry in os.scandir(sub)):
-        if match := _ACDC_H5.fullmatch(entry.name):
-            key = match["subject"], int(match["frame"])
-            if match["slice"]:
-                slices.setdefault(key, {})[int(match["slice"])] = Path(entry.path)
-            else:
-                whole[key] = Path(entry.path)
-    frames: dict[str, list[int]] = {}
-    for subject, frame in sorted(whole.keys() | slices.keys()):
-        frames.setdefault(subject, []).append(frame)
-    refs = []
-    for subject, own in frames.items():
-        if len(own) > 2:
-            raise RequestError(
-                f"{h5_folders[0]}: {subject} has {len(own)} frames; at most two (ED and ES) are expected"
-            )
-        for frame in own:
-            key = subject, frame
-            numbered = slices.get(key, {})
-            gaps = sorted(set(range(1, max(numbered, default=0) + 1)) - set(numbered))
-            if gaps and key not in whole:
-                raise RequestError(f"{h5_folders[0]}: slice {gaps[0]} of {subject}_frame{frame:02d} is missing")
-            images = (whole[key],) if key in whole else tuple(numbered[number] for number in sorted(numbered))
+    found: dict[str, dict[int, dict[int, Path]]] = {}  # subject, frame, slice; slice -1 is the whole volume
+    for path in [*_entries(folder / "data"), *_entries(folder / "data" / "slices")]:
+        if match := re.fullmatch(r"(patient\d+)_frame(\d+)(?:_slice_(\d+))?\.h5", path.name):
+            subject, frame, number = match.groups(default=-1)
+            found.setdefault(subject, {}).setdefault(int(frame), {})[int(number)] = path
+    for subject, frames in found.items():
+        if len(frames) > 2:
+            raise RequestError(f"{folder}: {subject} has {len(frames)} frames; at most two (ED and ES) are expected")
+        for frame, files in frames.items():
+            numbers = [-1] if -1 in files else sorted(files)
+            if gaps := sorted(set(range(1, numbers[-1])) - set(numbers)):
+                raise RequestError(f"{folder}: slice {gaps[0]} of {subject}_frame{frame:02d} is missing")
+            images = tuple(files[number] for number in numbers)
             # the frames of this copy are numbered 1 and 2; the lower is end-diastole
-            phase = "ED" if frame == (min(own) if len(own) == 2 else 1) else "ES"
-            refs.append(VolumeRef(subject, phase, images, images[0], folder))
-    return refs
-
-
-def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with h5py.File(path, "r") as file:
-            if "image" not in file:
-                raise RequestError(f"{path}: holds no data set 'image'; it holds {', '.join(file) or 'nothing'}")
-            image = np.asarray(file["image"], dtype=np.float32)
-            return image, np.asarray(file["label"]) if "label" in file else None
-    except _UNREADABLE as error:
-        raise _unreadable(path, "HDF5", error) from None
+            phase = "ED" if frame == (min(frames) if len(frames) == 2 else 1) else "ES"
+            yield VolumeRef(subject, phase, images, images[0], folder)
 
 
 def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
@@ -306,22 +224,20 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
         return _nifti_volume(ref, classes, orient=False)
     images, labels = [], []
     for path in ref.images:
-        image, label = _read_h5(path)
-        image = image[None] if len(ref.images) > 1 or image.ndim == 2 else image  # [Z, Y, X]
-        label = label[None] if label is not None and label.ndim == image.ndim - 1 else label
-        if image.ndim != 3 or (images and image.shape[1:] != images[0].shape[1:]):
-            raise RequestError(
-                f"{path}: has shape {list(image.shape)}, which does not fit the other slices of its volume"
-            )
-        if label is not None and label.shape != image.shape:
-            raise RequestError(f"{path}: the label has shape {list(label.shape)} and the image {list(image.shape)}")
+        with _reading(path, "HDF5"), h5py.File(path) as file:
+            if "image" not in file:
+                raise RequestError(f"{path}: holds no data set 'image'; it holds {', '.join(file) or 'nothing'}")
+            image = np.array(file["image"], np.float32, ndmin=3)  # [Z, Y, X]; a slice is [1, Y, X]
+            label = np.array(file["label"], ndmin=3) if "label" in file else None
         images.append(image)
+        if image.ndim != 3 or (len(ref.images) > 1 and image.shape != (1, *images[0].shape[1:])):
+            raise RequestError(f"{path}: has shape {list(image.shape)}, unlike the other slices of its volume")
         if label is not None:
+            if label.shape != image.shape:
+                raise RequestError(f"{path}: the label has shape {list(label.shape)} and the image {list(image.shape)}")
             labels.append(class_indices(label, classes, path))
-    if labels and len(labels) != len(images):
-        raise RequestError(
-            f"{ref.images[0]}: only {len(labels)} of the {len(images)} slices of its volume have a label"
-        )
+    if 0 < len(labels) < len(images):
+        raise RequestError(f"{ref.source}: only {len(labels)} of the {len(images)} slices of its volume have a label")
     label = np.concatenate(labels) if labels else None
     return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
 
@@ -331,83 +247,51 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / "dataset.json"
-    try:
+    with _reading(path, "JSON"):
         info = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror}); a data set folder holds one") from None
-    except ValueError as error:
-        raise RequestError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(info, dict):
         raise RequestError(f"{path}: must be a JSON object")
     return path, info
-
-
-def _msd_class_names(folder: Path) -> dict[int, str]:
-    """Label value -> name, from MSD's {"1": name} or nnU-Net's {name: 1}."""
-    path, info = _dataset_json(folder)
-    labels = info.get("labels")
-    if not isinstance(labels, dict):
-        raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
-    named = {}
-    for key, value in labels.items():
-        number, name = (value, key) if "channel_names" in info else (key, value)
-        if name == "ignore" or not re.fullmatch(r"\d+", str(number)):
-            raise RequestError(
-                f"{path}: label {name!r} ({number!r}) is not a plain class; give each class one whole number"
-            )
-        named[int(number)] = str(name)
-    named.pop(0, None)
-    return dict(sorted(named.items()))
 
 
 def _inside(folder: Path, name: Any, source: Path) -> Path:
     """The path of a file that `dataset.json` names; it must lie in the folder."""
     path = Path(os.path.normpath(folder / str(name)))
     if not isinstance(name, str) or not path.is_relative_to(os.path.normpath(folder)):
-        raise RequestError(
-            f"{source}: names {name!r}, which is not a file in {folder}; use paths relative to the folder"
-        )
+        raise RequestError(f"{source}: names {name!r}, which is not a file in {folder}; use paths relative to it")
     return path
 
 
-def _scan_msd(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
-    """`training` and `test` of `dataset.json`; volumes without a label file, and all of `imagesTs`, are unlabelled."""
+def _scan_msd(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
+    """Decathlon or nnU-Net v2; volumes without a label file, and all of `imagesTs`, are unlabelled."""
     source, info = _dataset_json(folder)
     if "channel_names" in info:
-        return _scan_nnunet(folder, source, info)
-    if not isinstance(info.get("training"), list):
+        yield from _scan_nnunet(folder, source, info)
+    elif isinstance(info.get("training"), list):
+        for entry in [*info["training"], *(info.get("test") or [])]:
+            entry = entry if isinstance(entry, dict) else {"image": entry}
+            image = _inside(folder, entry.get("image"), source)
+            label = _inside(folder, entry.get("label") or "", source)
+            name = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name)
+            if not name or not image.is_file():
+                raise RequestError(f"{source}: names the image {image}, which is not a NIfTI file that is there")
+            yield VolumeRef(name[1], "", (image,), label if label.is_file() else None, folder)
+    else:
         raise RequestError(f"{source}: has neither 'training' (Decathlon) nor 'channel_names' (nnU-Net v2)")
-    refs = []
-    for entry in [*info["training"], *(info.get("test") or [])]:
-        entry = entry if isinstance(entry, dict) else {"image": entry}
-        image = _inside(folder, entry.get("image"), source)
-        label = _inside(folder, entry["label"], source) if entry.get("label") else None
-        name = _NIFTI.fullmatch(image.name)
-        if not name or not image.is_file():
-            raise RequestError(f"{source}: names the image {entry['image']!r}, which is not a NIfTI file in {folder}")
-        refs.append(VolumeRef(name["stem"], "", (image,), label if label and label.is_file() else None, folder))
-    return refs
 
 
-def _scan_nnunet(folder: Path, source: Path, info: dict[str, Any]) -> list[VolumeRef]:
+def _scan_nnunet(folder: Path, source: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
     ending, channels = info.get("file_ending", ".nii.gz"), len(info["channel_names"])
     if ending not in (".nii.gz", ".nii"):
         raise RequestError(f"{source}: file_ending {ending!r} is not supported; convert the volumes to .nii.gz")
-    refs = []
-    for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "")):
-        names = set(os.listdir(folder / images)) if (folder / images).is_dir() else set()
-        pattern = re.compile(rf"(?P<case>[^.].*)_\d{{4}}{re.escape(ending)}")
-        for case in sorted({match["case"] for name in names if (match := pattern.fullmatch(name))}):
-            files = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
-            for name in files:
-                if name not in names:
-                    raise RequestError(
-                        f"{folder / images / name}: is missing; {source.name} declares {channels} channels"
-                    )
-            label = folder / labels / f"{case}{ending}"
-            paths_of = tuple(folder / images / name for name in files)
-            refs.append(VolumeRef(case, "", paths_of, label if labels and label.is_file() else None, folder))
-    return refs
+    for part in ("imagesTr", "imagesTs"):
+        names = [re.fullmatch(rf"([^.].*)_\d{{4}}{re.escape(ending)}", path.name) for path in _entries(folder / part)]
+        for case in sorted({name[1] for name in names if name}):
+            images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
+            if missing := [image for image in images if not image.is_file()]:
+                raise RequestError(f"{missing[0]}: is missing; {source.name} declares {channels} channels")
+            label = folder / "labelsTr" / f"{case}{ending}"
+            yield VolumeRef(case, "", images, label if part == "imagesTr" and label.is_file() else None, folder)
 
 
 def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
@@ -426,14 +310,13 @@ def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
 class Adapter(NamedTuple):
     """`scan(folder, dataset)` lists volumes without opening them, `read(ref, dataset)` reads one; `options` it has."""
 
-    scan: Callable[[Path, DatasetConfig], list[VolumeRef]]
+    scan: Callable[[Path, DatasetConfig], Iterable[VolumeRef]]
     read: Callable[[VolumeRef, DatasetConfig], Volume]
     options: tuple[str, ...] = ()
-    computed: bool = False
 
 
 ADAPTERS = {
-    "phantom": Adapter(_scan_phantom, _read_phantom, ("subjects",), computed=True),
+    "phantom": Adapter(_scan_phantom, _read_phantom, ("subjects",)),
     "acdc": Adapter(_scan_acdc, _read_acdc),
     "msd": Adapter(_scan_msd, _read_msd, ("channel",)),
 }
@@ -441,13 +324,19 @@ ADAPTERS = {
 
 def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
     """Label value -> name, in the order of class indices 1..K; from `dataset.json` where the data set names none."""
-    if dataset.classes:
-        return {value: name for value, name in sorted(dataset.classes.items()) if value != 0}
-    if dataset.adapter == "msd":
-        return _msd_class_names(folder)
-    raise RequestError(
-        f"data set {dataset.name!r}: its files name no classes; declare `classes` as label value and name"
-    )
+    classes = dict(dataset.classes)
+    if not classes and dataset.adapter != "msd":
+        raise RequestError(f"data set {dataset.name!r}: its files name no classes; declare `classes` as value and name")
+    if not classes:
+        path, info = _dataset_json(folder)
+        if not isinstance(info.get("labels"), dict):
+            raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
+        for key, value in info["labels"].items():
+            number, name = (value, key) if "channel_names" in info else (key, value)  # nnU-Net: {name: 1}
+            if name == "ignore" or not re.fullmatch(r"\d+", str(number)):
+                raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
+            classes[int(number)] = str(name)
+    return {value: name for value, name in sorted(classes.items()) if value != 0}
 
 
 def scan(dataset: DatasetConfig) -> list[VolumeRef]:
@@ -455,20 +344,18 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
 
     Raises `RequestError` if the folder is absent (with source, terms and expected files), empty or inconsistent.
     """
+    about, folder = f"data set {dataset.name!r}", paths.data_root() / dataset.folder
     if dataset.adapter not in ADAPTERS:
-        raise RequestError(
-            f"data set {dataset.name!r}: unknown adapter {dataset.adapter!r}, {nearest(dataset.adapter, ADAPTERS)}"
-        )
+        raise RequestError(f"{about}: unknown adapter {dataset.adapter!r}, {nearest(dataset.adapter, ADAPTERS)}")
     adapter = ADAPTERS[dataset.adapter]
-    for option in dataset.options:
-        if option not in adapter.options:
-            known = nearest(option, adapter.options) if adapter.options else f"adapter {dataset.adapter!r} has none"
-            raise RequestError(f"data set {dataset.name!r}: unknown option {option!r}, {known}")
-    folder = paths.data_root() / dataset.folder
-    expected = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
-    if not adapter.computed and not folder.is_dir():
+    if unknown := sorted(set(dataset.options) - set(adapter.options)):
         raise RequestError(
-            f"{folder}: data set {dataset.name!r} is not there; get it from {dataset.source or 'its owner'} "
+            f"{about}: unknown option {unknown[0]!r}, {nearest(unknown[0], adapter.options or ['none'])}"
+        )
+    expected = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
+    if dataset.folder and not folder.is_dir():
+        raise RequestError(
+            f"{folder}: {about} is not there; get it from {dataset.source or 'its owner'} "
             f"(terms: {dataset.licence or 'unknown'}) and put below CLSEG_DATA or --data: {expected}"
         )
     try:
@@ -476,20 +363,16 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
-        raise RequestError(f"{folder}: holds no volume of data set {dataset.name!r}; expected is {expected}")
+        raise RequestError(f"{folder}: holds no volume of {about}; expected is {expected}")
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
-            raise RequestError(f"{second.images[0]}: {second.subject} is there twice; remove one copy")
-    present = sorted({ref.phase for ref in refs})
-    for phase in dataset.phases:
-        if phase not in present:
-            raise RequestError(
-                f"data set {dataset.name!r}: has no volume of phase {phase!r}, {nearest(phase, present)}"
-            )
+            raise RequestError(f"{second.source}: {second.subject} is there twice; remove one copy")
+    present = {ref.phase for ref in refs}
+    if absent := sorted(set(dataset.phases) - present):
+        raise RequestError(f"{about}: has no volume of phase {absent[0]!r}, {nearest(absent[0], present)}")
     return [ref for ref in refs if not dataset.phases or ref.phase in dataset.phases]
 
 
 def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     """One checked volume; `RequestError` names the file that cannot be used."""
-    volume = ADAPTERS[dataset.adapter].read(ref, dataset)
-    return checked(volume, ref.images[0] if ref.images else ref.subject)
+    return checked(ADAPTERS[dataset.adapter].read(ref, dataset), ref.source)

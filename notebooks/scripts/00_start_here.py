@@ -64,7 +64,8 @@ print(results.summary[columns].round(2).to_string(index=False))
 
 # %% tags=["nbval-check-output"]
 columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "p_holm"]
-print(results.comparison[columns].round(3).to_string(index=False))
+comparison = results.comparison[columns].round(3)
+print(comparison.assign(p_holm=results.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False))
 
 # %% [markdown]
 # ## Where to go from here

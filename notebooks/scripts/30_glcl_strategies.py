@@ -72,7 +72,8 @@ published
 
 # %% tags=["nbval-check-output"]
 columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial", "p_holm"]
-print(results.comparison[columns].round(3).to_string(index=False))
+comparison = results.comparison[columns].round(3)
+print(comparison.assign(p_holm=results.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False))
 
 # %% [markdown]
 # ## Best on validation, and last step
