@@ -12,7 +12,7 @@ from clseg.config import RequestError
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from clseg import grid, runs  # torch is imported only where it is needed
+    from clseg import grid, paths, runs  # torch is imported only where it is needed
 
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
     dataset = arguments.dataset or study.datasets[0]
@@ -43,8 +43,9 @@ def _run(arguments: argparse.Namespace) -> int:
         failure = error
     repeat = ["clseg", "run", study.name, "--dataset", dataset, "--profile", profile]
     repeat += [word for text in arguments.set for word in ("--set", text)]
-    folder = grid.write_results(plan, shlex.join(repeat))
-    notebook = grid.draw_figures(plan)
+    with runs.locked(paths.runs_root() / dataset / profile / f".{study.name}.lock"):
+        folder = grid.write_results(plan, shlex.join(repeat))
+        notebook = grid.draw_figures(plan)
     print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
     if failure is not None:
         print(f"clseg: {failure}", file=sys.stderr)

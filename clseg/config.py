@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -394,11 +395,11 @@ def _assigned(cell: str) -> list[str]:
 def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> AnyStrict:
     """The typed parameters of a notebook from its namespace (`globals()`).
 
-    Parameters are what cells with nothing but literal assignments define: the parameters cell, and the one papermill
-    injects. Each must be known to the schema and have its type, so that a misspelt or mistyped one fails here, loudly.
-    Raises `RequestError`.
+    Those are the fields of the schema, and whatever else was assigned by cells with nothing but literal assignments,
+    such as the parameters cell and the one papermill injects: a misspelt or mistyped one fails here, loudly. Where the
+    kernel keeps no history (nbval) only the fields are looked at. Raises `RequestError`.
     """
-    names = dict.fromkeys(name for cell in namespace["In"] for name in _assigned(cell))
+    names = {*schema.model_fields, *(name for cell in namespace.get("In", ()) for name in _assigned(cell))}
     return _validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
 
 
@@ -408,9 +409,12 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key.strip():
         raise RequestError(f"--set {text!r}: must read KEY=VALUE, for example pretrain.steps=100")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise RequestError(f"--set {text!r}: the value is not valid YAML") from None
+    with suppress(ValueError):
+        parsed = float(parsed) if isinstance(parsed, str) else parsed  # YAML takes 1e-4 for a word
+    return key.strip().split("."), parsed
 
 
 def override(tree: Any, key: list[str], value: Any) -> Any:

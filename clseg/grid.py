@@ -94,6 +94,11 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
                     run = runs.finetune_run(parameters)
                     protocol = run.experiment.dataset.protocols[run.experiment.protocol]
                     offered = available_draws(protocol, labelled) if labelled else None
+                    if offered == []:
+                        raise RequestError(
+                            f"study {study.name}: protocol {run.experiment.protocol} of {dataset} has no lists with "
+                            f"{labelled} labelled subjects; it has {', '.join(map(str, protocol.labelled))}"
+                        )
                     if offered is not None and draw not in offered:
                         notes[
                             f"{labelled} labelled, draw {draw}: not in the lists of protocol {run.experiment.protocol}"

@@ -316,11 +316,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table as `write_table` left it; empty text stays text, subjects stay text."""
-    text = {"phase": str, "subject": str, "class_name": str, "hd95_unit": str, "method": str, "study": str}
-    return pd.read_csv(
-        path, dtype=text, keep_default_na=False, na_values={"dice": [""], "hd95": [""], "validation": [""]}
-    )
+    """A table as `write_table` left it: names and ids stay text, also where they are empty or look like numbers."""
+    text = ["study", "method", "subject", "phase", "class_name", "hd95_unit", "note", "run"]
+    table = pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""])
+    return table.fillna(dict.fromkeys(table.columns.intersection(text), ""))
 
 
 def provenance() -> dict[str, Any]:
@@ -405,7 +404,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
                     yield False
                     return
                 if not said:
-                    print(f"waiting for another process that is doing {path.parent.name}")
+                    print(f"waiting for another process that holds {path}")
                     said = True
                 time.sleep(0.5)
         try:

@@ -61,6 +61,12 @@ def test_a_wrong_override_names_itself_and_the_remedy(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_may_be_written_with_an_exponent():
+    assert (
+        config.resolve("phantom", "smoke", "gd", overrides=["recipe.learning_rate=1e-4"]).recipe.learning_rate == 1e-4
+    )
+
+
 def test_an_override_changes_only_what_it_names():
     base, changed = (config.resolve("phantom", "smoke", "gd", overrides=o) for o in ([], ["stages.0.temperature=0.5"]))
     assert changed.stages[0].temperature == 0.5
@@ -127,6 +133,7 @@ def test_notebook_parameters_are_those_of_the_parameter_cells():
     assert config.read_parameters(notebook(*CELLS), FinetuneParameters).labelled == 2
     assert config.read_parameters(notebook(*CELLS, "# Parameters\nlabelled = 4"), FinetuneParameters).labelled == 4
     again = notebook(*CELLS, "for left_over in range(3):\n    pass", CELLS[1].replace("2", "8"))
+    assert config.read_parameters({**notebook(CELLS[1]), "In": []}, FinetuneParameters).labelled == 2  # as under nbval
     assert config.read_parameters(again, FinetuneParameters).labelled == 8  # changed and run again in a live kernel
 
 

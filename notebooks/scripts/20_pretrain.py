@@ -11,6 +11,7 @@
 # %%
 import torch
 import yaml
+from IPython.display import display
 
 from clseg import config, plots, runs
 
@@ -50,11 +51,11 @@ if stage_config.stage == "contrast":
     images, pairs = draw_batch(
         store, rows, stage_config, min(stage_config.slices, 8), run.parameters.seed, 0, torch.device("cpu")
     )
-    plots.pairs_matrix(pairs)
+    display(plots.pairs_matrix(pairs))
 
 # %%
 if stage_config.stage == "contrast":
-    plots.volume_grid(images[:16, 0].numpy(), title="the views of one batch (at most 16)")
+    display(plots.volume_grid(images[:16, 0].numpy(), title="the views of one batch (at most 16)"))
 
 # %% [markdown]
 # ## Training

@@ -36,11 +36,11 @@ if results.missing:
 
 # %% [markdown]
 # ## One axis at a time
-# The marked value is the published one. Bars are 95 % bootstrap intervals over test subjects.
+# The ringed value is the method's own, as published unless the study overrides it; the dashed line is `random`. Bars are 95 % bootstrap intervals over test subjects.
 
 # %%
 axes = grid.ablation_axes(study, dataset, profile, results.summary)
-figure = plots.ablation(axes)
+figure = plots.ablation(axes, results.summary[results.summary["method"] == "random"])
 results.save(figure, "ablation")
 figure
 
