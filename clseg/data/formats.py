@@ -4,7 +4,6 @@ Every adapter answers with the same `Volume`. Whatever is wrong with a file is a
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +30,7 @@ class Volume:
     subject: str
     phase: str  # "" where a subject has one volume
     affine: np.ndarray | None = None  # 4 x 4 of the NIfTI file as stored (axes x, y, z)
-    # array axes (z, y, x) reversed on reading, so that every axis runs the same way in all volumes of a data set
-    flips: tuple[bool, bool, bool] = (False, False, False)
+    flips: tuple[bool, bool, bool] = (False, False, False)  # array axes (z, y, x) that were reversed on reading
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,6 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise RequestError(f"{path}: cannot be read or is not valid {kind} ({reason}); replace the file") from None
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted; nothing if it is absent."""
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _nifti_file(stem: str) -> Path | None:
-    return next(filter(Path.is_file, (Path(stem + end) for end in (".nii.gz", ".nii"))), None)
-
-
 def checked(volume: Volume, source: str | Path) -> Volume:
     """The volume itself if it can be used, else a `RequestError` that names `source` and what is wrong with it."""
     shape, spacing = volume.image.shape, volume.spacing_mm
@@ -98,18 +87,12 @@ def checked(volume: Volume, source: str | Path) -> Volume:
 
 def class_indices(label: np.ndarray, classes: Mapping[int, str], source: str | Path) -> np.ndarray:
     """Label values of a file as class indices 0..K, uint8; K follows the order of the declared values."""
-    if label.dtype.kind not in "biuf":
-        raise RequestError(f"{source}: the label is of type {label.dtype}; numbers are needed")
-    values = np.array([0, *sorted(classes)])
+    values = [0, *sorted(classes)]
     order = np.argsort(values)  # 0 comes first in `values` even if others are negative
-    if undeclared := sorted(set(np.unique(label).tolist()) - set(values.tolist())):
-        shown = ", ".join(f"{value:g}" for value in undeclared[:5]) + (", ..." if undeclared[5:] else "")
-        declared = ", ".join(map(str, values))
+    if undeclared := [value for value in np.unique(label).tolist() if value not in values]:
+        shown, declared = (", ".join(map(str, some)) for some in (undeclared[:5], values))
         raise RequestError(f"{source}: holds label values {shown}, declared are {declared}; correct file or `classes`")
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
-
-
-# -------------------------------------------------------------------------------------------------------------- NIfTI
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -127,19 +110,13 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool) -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
-    files = [*ref.images, *filter(None, [ref.label])]
-    arrays, affines = zip(*map(_read_nifti, files), strict=True)
-    grid, affine = arrays[0].shape[1:], affines[0]
+    arrays, affines = zip(*map(_read_nifti, ref.files), strict=True)
+    name, grid, affine = ref.images[0].name, arrays[0].shape[1:], affines[0]
     corners = list(product(*[(0, n) for n in reversed(grid)], [1]))  # (x, y, z, 1)
-    for path, array, own in zip(files, arrays, affines, strict=True):
-        distance_mm = np.linalg.norm(corners @ (own - affine).T, axis=1).max()
-        if array.shape[1:] != grid:
-            other = f"shape {list(array.shape[1:])} (z, y, x) is not the {list(grid)}"
-        elif distance_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
-            other = "affine is not that"
-        else:
-            continue
-        raise RequestError(f"{path}: its {other} of {files[0].name}; the files of a volume must share one grid")
+    for path, array, own in zip(ref.files, arrays, affines, strict=True):
+        shape, distance_mm = array.shape[1:], np.linalg.norm(corners @ (own - affine).T, axis=1).max()
+        if shape != grid or distance_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
+            raise RequestError(f"{path}: grid {list(shape)} or affine is not that of {name} {list(grid)}; resample it")
     flips = tuple(orient and sign < 0 for sign in nib.io_orientation(affine)[::-1, 1].tolist())
     arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
     image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
@@ -149,39 +126,13 @@ def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool) -> V
     return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips)
 
 
-# ------------------------------------------------------------------------------------------------------------ phantom
-
-
-def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
-    from clseg.data import phantom  # it imports Volume from here
-
-    count = dataset.options.get("subjects")
-    if type(count) is not int or count < 1:
-        raise RequestError(f"data set {dataset.name!r}: options.subjects must be a positive number (given: {count!r})")
-    names, stamp = (f"phantom{number:03d}" for number in range(count)), f"phantom {phantom.VERSION}"
-    return [VolumeRef(name, phase, (), None, folder, stamp) for name in names for phase in ("ED", "ES")]
-
-
-def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    from clseg.data import phantom
-
-    return phantom.phantom_volume(ref.subject, ref.phase)
-
-
-# --------------------------------------------------------------------------------------------------------------- ACDC
-# Both layouts store the basal slice first. The NIfTI headers carry no patient orientation (identity rotation), so
-# nothing is turned: that keeps base to apex, and makes the two layouts agree.
-
-
 def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
-    return _scan_acdc_h5(folder) if (folder / "data").is_dir() else _scan_acdc_nifti(folder)
-
-
-def _scan_acdc_nifti(folder: Path) -> Iterator[VolumeRef]:
-    """ED and ES of the official release; its other files (the whole cycle, `_4d`) are left alone."""
+    """The h5 copy, or ED and ES of the official release, whose other files (the whole cycle, `_4d`) are left alone."""
+    if (folder / "data").is_dir():
+        yield from _scan_acdc_h5(folder)
+        return
     parts = ("", "training", "testing", "database/training", "database/testing")
-    entries = [entry for part in parts for entry in _entries(folder / part)]
-    for patient in [entry for entry in entries if re.fullmatch(r"patient\d+", entry.name)]:
+    for patient in [path for part in parts for path in (folder / part).glob("patient[0-9]*/")]:
         info = patient / "Info.cfg"
         with _reading(info, "text"):
             text = info.read_text(encoding="utf-8")
@@ -189,19 +140,17 @@ def _scan_acdc_nifti(folder: Path) -> Iterator[VolumeRef]:
             line = re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)
             if not line:
                 raise RequestError(f"{info}: names no {phase} frame; a line like '{phase}: 1' is needed")
-            stem = f"{patient}/{patient.name}_frame{int(line[1]):02d}"
-            image, label = (_nifti_file(stem + end) for end in ("", "_gt"))
+            stem = f"{patient.name}_frame{int(line[1]):02d}"
+            image, label = (min(patient.glob(f"{name}.nii*"), default=None) for name in (stem, f"{stem}_gt"))
             if not image:
-                raise RequestError(
-                    f"{patient}: the image of frame {line[1]} ({phase} in Info.cfg) is missing; complete the download"
-                )
+                raise RequestError(f"{patient}: frame {line[1]} ({phase} in Info.cfg) is missing; download it again")
             yield VolumeRef(patient.name, phase, (image,), label, folder)
 
 
 def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
     """Whole volumes and slices, mixed; a volume that is there both ways is taken whole."""
     found: dict[str, dict[int, dict[int, Path]]] = {}  # subject, frame, slice; slice -1 is the whole volume
-    for path in [*_entries(folder / "data"), *_entries(folder / "data" / "slices")]:
+    for path in [*folder.glob("data/*.h5"), *folder.glob("data/slices/*.h5")]:
         if match := re.fullmatch(r"(patient\d+)_frame(\d+)(?:_slice_(\d+))?\.h5", path.name):
             subject, frame, number = match.groups(default=-1)
             found.setdefault(subject, {}).setdefault(int(frame), {})[int(number)] = path
@@ -221,6 +170,7 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
 def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     classes = class_names(dataset, ref.root)
     if ref.images[0].suffix != ".h5":
+        # the headers carry no patient orientation (identity); as stored, the basal slice is first, as in the h5 copy
         return _nifti_volume(ref, classes, orient=False)
     images, labels = [], []
     for path in ref.images:
@@ -230,19 +180,16 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
             image = np.array(file["image"], np.float32, ndmin=3)  # [Z, Y, X]; a slice is [1, Y, X]
             label = np.array(file["label"], ndmin=3) if "label" in file else None
         images.append(image)
-        if image.ndim != 3 or (len(ref.images) > 1 and image.shape != (1, *images[0].shape[1:])):
-            raise RequestError(f"{path}: has shape {list(image.shape)}, unlike the other slices of its volume")
+        expected = image.shape[:3] if len(ref.images) == 1 else (1, *images[0].shape[1:])
+        for name, array in {"image": image, "label": label}.items():
+            if array is not None and array.shape != expected:
+                raise RequestError(f"{path}: its {name} has shape {list(array.shape)} and not {list(expected)}")
         if label is not None:
-            if label.shape != image.shape:
-                raise RequestError(f"{path}: the label has shape {list(label.shape)} and the image {list(image.shape)}")
             labels.append(class_indices(label, classes, path))
     if 0 < len(labels) < len(images):
         raise RequestError(f"{ref.source}: only {len(labels)} of the {len(images)} slices of its volume have a label")
     label = np.concatenate(labels) if labels else None
     return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
-
-
-# ------------------------------------------------------------------------ Medical Segmentation Decathlon and nnU-Net v2
 
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -254,57 +201,65 @@ def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, info
 
 
-def _inside(folder: Path, name: Any, source: Path) -> Path:
-    """The path of a file that `dataset.json` names; it must lie in the folder."""
-    path = Path(os.path.normpath(folder / str(name)))
-    if not isinstance(name, str) or not path.is_relative_to(os.path.normpath(folder)):
-        raise RequestError(f"{source}: names {name!r}, which is not a file in {folder}; use paths relative to it")
-    return path
-
-
 def _scan_msd(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
     """Decathlon or nnU-Net v2; volumes without a label file, and all of `imagesTs`, are unlabelled."""
     source, info = _dataset_json(folder)
     if "channel_names" in info:
-        yield from _scan_nnunet(folder, source, info)
-    elif isinstance(info.get("training"), list):
-        for entry in [*info["training"], *(info.get("test") or [])]:
-            entry = entry if isinstance(entry, dict) else {"image": entry}
-            image = _inside(folder, entry.get("image"), source)
-            label = _inside(folder, entry.get("label") or "", source)
-            name = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name)
-            if not name or not image.is_file():
-                raise RequestError(f"{source}: names the image {image}, which is not a NIfTI file that is there")
-            yield VolumeRef(name[1], "", (image,), label if label.is_file() else None, folder)
-    else:
+        yield from _scan_nnunet(folder, info)
+        return
+    if not isinstance(info.get("training"), list):
         raise RequestError(f"{source}: has neither 'training' (Decathlon) nor 'channel_names' (nnU-Net v2)")
+    for entry in [*info["training"], *(info.get("test") or [])]:
+        entry = entry if isinstance(entry, dict) else {"image": entry}
+        names = [entry.get("image"), entry.get("label") or ""]
+        for name in names:
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RequestError(f"{source}: names {name!r}; use a path relative to {folder}")
+        image, label = (folder / name for name in names)
+        stem = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name)
+        if not stem or not image.is_file():
+            raise RequestError(f"{source}: names the image {names[0]!r}, which is not a NIfTI file in {folder}")
+        yield VolumeRef(stem[1], "", (image,), label if label.is_file() else None, folder)
 
 
-def _scan_nnunet(folder: Path, source: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
+def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
     ending, channels = info.get("file_ending", ".nii.gz"), len(info["channel_names"])
     if ending not in (".nii.gz", ".nii"):
-        raise RequestError(f"{source}: file_ending {ending!r} is not supported; convert the volumes to .nii.gz")
+        raise RequestError(f"{folder}/dataset.json: file_ending {ending!r} is not supported; convert to .nii.gz")
     for part in ("imagesTr", "imagesTs"):
-        names = [re.fullmatch(rf"([^.].*)_\d{{4}}{re.escape(ending)}", path.name) for path in _entries(folder / part)]
+        names = [re.fullmatch(rf"([^.].*)_\d{{4}}{re.escape(ending)}", path.name) for path in folder.glob(f"{part}/*")]
         for case in sorted({name[1] for name in names if name}):
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
-                raise RequestError(f"{missing[0]}: is missing; {source.name} declares {channels} channels")
+                raise RequestError(f"{missing[0]}: is missing; dataset.json declares {channels} channels")
             label = folder / "labelsTr" / f"{case}{ending}"
             yield VolumeRef(case, "", images, label if part == "imagesTr" and label.is_file() else None, folder)
 
 
 def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     volume = _nifti_volume(ref, class_names(dataset, ref.root), orient=True)
-    if "channel" not in dataset.options:
+    channel, last = dataset.options.get("channel"), len(volume.image) - 1
+    if channel is None:
         return volume
-    channel, count = dataset.options["channel"], len(volume.image)
-    if type(channel) is not int or not 0 <= channel < count:
-        raise RequestError(f"{ref.images[0]}: has channels 0 to {count - 1}; options.channel is {channel!r}")
+    if type(channel) is not int or not 0 <= channel <= last:
+        raise RequestError(f"{ref.source}: has channels 0 to {last}; options.channel is {channel!r}")
     return replace(volume, image=volume.image[[channel]])
 
 
-# ---------------------------------------------------------------------------------------------------------- all of them
+def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
+    from clseg.data import phantom  # it imports Volume from here
+
+    count = dataset.options.get("subjects")
+    if type(count) is not int or count < 1:
+        raise RequestError(f"data set {dataset.name!r}: options.subjects must be a positive number (given: {count!r})")
+    names, stamp = (f"phantom{number:03d}" for number in range(count)), f"phantom {phantom.VERSION}"
+    return [VolumeRef(name, phase, (), None, folder, stamp) for name in names for phase in ("ED", "ES")]
+
+
+def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
+    from clseg.data import phantom
+
+    return phantom.phantom_volume(ref.subject, ref.phase)
 
 
 class Adapter(NamedTuple):
@@ -340,18 +295,13 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
 
 
 def scan(dataset: DatasetConfig) -> list[VolumeRef]:
-    """Every volume of a data set in its phases, sorted by subject and phase, without opening one.
-
-    Raises `RequestError` if the folder is absent (with source, terms and expected files), empty or inconsistent.
-    """
+    """Every volume of a data set in its phases, sorted, none opened; `RequestError` if the folder cannot be used."""
     about, folder = f"data set {dataset.name!r}", paths.data_root() / dataset.folder
     if dataset.adapter not in ADAPTERS:
         raise RequestError(f"{about}: unknown adapter {dataset.adapter!r}, {nearest(dataset.adapter, ADAPTERS)}")
     adapter = ADAPTERS[dataset.adapter]
-    if unknown := sorted(set(dataset.options) - set(adapter.options)):
-        raise RequestError(
-            f"{about}: unknown option {unknown[0]!r}, {nearest(unknown[0], adapter.options or ['none'])}"
-        )
+    if wrong := sorted(set(dataset.options) - set(adapter.options)):
+        raise RequestError(f"{about}: unknown option {wrong[0]!r}, {nearest(wrong[0], adapter.options or ['none'])}")
     expected = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
     if dataset.folder and not folder.is_dir():
         raise RequestError(
@@ -363,7 +313,7 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
-        raise RequestError(f"{folder}: holds no volume of {about}; expected is {expected}")
+        raise RequestError(f"{folder}: holds no volume of {about} that can be read; expected is {expected}")
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.source}: {second.subject} is there twice; remove one copy")

@@ -180,6 +180,7 @@ def test_label_values_become_indices_in_their_order():
     indices = class_indices(label, {500: "left ventricle", 200: "myocardium", 600: "right ventricle"}, "file")
     assert indices.tolist() == [[[0, 3, 1, 2]]]
     assert indices.dtype == np.uint8
+    assert class_indices(np.array([[[0, 3, -1]]]), {3: "b", -1: "a"}, "file").tolist() == [[[0, 2, 1]]]
 
 
 def test_scan_opens_no_volume(msd, describe, monkeypatch):
