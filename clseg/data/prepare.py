@@ -8,9 +8,10 @@ import fcntl
 import json
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -25,56 +26,27 @@ from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, d
 from clseg.data.formats import Volume, VolumeRef, class_names, read, scan
 
 STORE_VERSION = 1
-_COLUMNS = {
-    "subject": str,
-    "phase": str,
-    "labelled": bool,
-    "first_row": int,
-    "slices": int,
-    "native_y": int,
-    "native_x": int,
-    "resampled_y": int,
-    "resampled_x": int,
-    "spacing_z": float,
-    "spacing_y": float,
-    "spacing_x": float,
-    "slice_axis": str,
-    "label_offset": int,
-    "label_bytes": int,
-}
+_SPACING = ("spacing_z", "spacing_y", "spacing_x")
+_GRIDS = ("native_y", "native_x", "resampled_y", "resampled_x", *_SPACING)
 
 
 @dataclass
 class SliceBatch:
-    """Slices and what is known of them: image [B, C, H, W] float32; label [B, H, W] int64, None unless all have one.
+    """Slices and what is known of them."""
 
-    `row` [B] int64 is the slice id; `volume` and `subject` [B] int64 number volumes and subjects of the store;
-    `position` [B] float32 in (0, 1] is the place along the volume, m / n for the m-th of n slices.
-    """
-
-    image: Tensor
-    label: Tensor | None
-    row: Tensor
-    volume: Tensor
-    subject: Tensor
-    position: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
+    image: Tensor  # float32 [B, C, H, W]
+    label: Tensor | None  # int64 [B, H, W]; None unless all slices have one
+    row: Tensor  # int64 [B], the slice id
+    volume: Tensor  # int64 [B], numbers the volumes of the store
+    subject: Tensor  # int64 [B], numbers its subjects
+    position: Tensor  # float32 [B] in (0, 1], place along the volume: m / n for the m-th of n slices
 
     def to(self, device: torch.device | str) -> "SliceBatch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
-
-
-# ------------------------------------------------------------------------------------------------------- preprocessing
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 def correct_bias(image: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> np.ndarray:
-    """N4 bias field correction of one channel [Z, Y, X]: 4 levels of at most 50 iterations, convergence 1e-3, no mask.
-
-    Source: Chaitanya et al., released `N4_bias_correction.py`. Raises `RequestError` without SimpleITK.
-    """
+    """N4 bias field correction of a channel [Z, Y, X], as in `N4_bias_correction.py` of Chaitanya et al.: no mask."""
     try:
         import SimpleITK as sitk
     except ImportError:
@@ -91,44 +63,32 @@ def correct_bias(image: np.ndarray, spacing_mm: tuple[float, float, float] | Non
 def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.ndarray:
     """(v - p_low) / (p_high - p_low) per channel of the whole volume, not clipped; float32 [C, Z, Y, X].
 
-    Source: Chaitanya et al., 1st and 99th percentile. Raises `RequestError` if the percentiles coincide.
+    Source: Chaitanya et al., 1st and 99th percentile. `RequestError` if they coincide, or without SimpleITK for N4.
     """
     channels = []
     for channel, image in enumerate(volume.image):
         image = correct_bias(image, volume.spacing_mm) if setting.n4 else image
         low, high = np.percentile(image, [setting.low, setting.high])
         if not high > low:
-            raise RequestError(
-                f"{source}: percentiles {setting.low:g} and {setting.high:g} of channel {channel} are both {low:g}; "
-                "the image is nearly constant, remove it or widen normalisation.low and .high"
-            )
+            percentiles = f"percentiles {setting.low:g} and {setting.high:g} of channel {channel} are both {low:g}"
+            raise RequestError(f"{source}: {percentiles}; remove the image or widen normalisation.low and .high")
         channels.append((image - np.float32(low)) / np.float32(high - low))
     return np.stack(channels)
 
 
 def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int]:
     """In-plane size (y, x) resampled to `spacing_mm`, or by `step_px` where volume or geometry has none."""
-    native = volume.image.shape[2:]
+    factors = [1 / geometry.step_px] * 2
     if volume.spacing_mm and geometry.spacing_mm:
         factors = [mm / geometry.spacing_mm for mm in volume.spacing_mm[1:]]
-    else:
-        factors = [1 / geometry.step_px] * 2
-    y, x = (max(1, round(n * factor)) for n, factor in zip(native, factors, strict=True))
-    return y, x
-
-
-def _overlap(have: int, want: int) -> tuple[slice, slice]:
-    """Where `have` and `want` pixels with one centre overlap, as a slice of each; the other way round, the inverse."""
-    start, length = int((have - want) / 2), min(have, want)  # rounds toward zero, so that a crop and its pad agree
-    return slice(max(start, 0), max(start, 0) + length), slice(max(-start, 0), max(-start, 0) + length)
+    return tuple(max(1, round(n * factor)) for n, factor in zip(volume.image.shape[2:], factors, strict=True))
 
 
 def _fit(image: Tensor, size: tuple[int, int] | list[int]) -> Tensor:
     """Centre crop or zero pad the last two axes to `size`."""
-    (y_from, y_to), (x_from, x_to) = (_overlap(have, want) for have, want in zip(image.shape[-2:], size, strict=True))
-    fitted = image.new_zeros(*image.shape[:-2], *size)
-    fitted[..., y_to, x_to] = image[..., y_from, x_from]
-    return fitted
+    missing_y, missing_x = (want - have for want, have in zip(size, image.shape[-2:], strict=True))
+    top, left = int(missing_y / 2), int(missing_x / 2)  # rounded toward zero, so that a crop and its pad agree
+    return F.pad(image, (left, missing_x - left, top, missing_y - top))
 
 
 def to_network(
@@ -140,31 +100,24 @@ def to_network(
     """
     slices = torch.from_numpy(np.ascontiguousarray(image.swapaxes(0, 1)))  # [Z, C, Y, X]
     slices = F.interpolate(slices, resampled, mode="bilinear", antialias=True)
-    limit = torch.finfo(torch.float16).max
-    slices = _fit(slices, size).clamp(-limit, limit).half()
-    if label is None:
-        return slices.numpy(), np.zeros((len(slices), *size), np.uint8)
-    classes = F.interpolate(torch.from_numpy(label)[:, None], resampled, mode="nearest-exact")[:, 0]  # [Z, H', W']
-    return slices.numpy(), _fit(classes, size).numpy()
+    slices = slices.clamp(-65504, 65504).half()  # the range of float16
+    classes = torch.from_numpy(np.zeros(image.shape[1:], np.uint8) if label is None else label)[:, None]
+    classes = F.interpolate(classes, resampled, mode="nearest-exact")[:, 0]  # [Z, H', W']
+    return _fit(slices, size).numpy(), _fit(classes, size).numpy()
 
 
 def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int, int]) -> np.ndarray:
     """Class probabilities [Z, K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native grid.
 
-    Put back where they were cropped (outside: background), resized bilinearly, argmax; slice by slice, to need the
-    memory of one. Source: Chaitanya et al., released inference.
+    Put back where they were cropped (outside: background), resized bilinearly, argmax, as Chaitanya et al. released it.
     """
     labels = np.empty((len(probability), *native), np.uint8)
-    for z, plane in enumerate(probability.detach().float().cpu()):
-        outside = torch.zeros(len(plane), 1, 1)
-        outside[0] = 1
+    outside = torch.eye(probability.shape[1])[0, :, None, None]  # [K, 1, 1], background
+    for z, plane in enumerate(probability.detach().float().cpu()):  # by itself, to need the memory of one slice
         # padding with zeros is right for all but the background, so shift it: p - outside is zero there
         canvas = _fit(plane - outside, resampled) + outside  # [K, H', W']
         labels[z] = F.interpolate(canvas[None], native, mode="bilinear")[0].argmax(0).numpy()
     return labels
-
-
-# --------------------------------------------------------------------------------------------------------------- store
 
 
 class Store:
@@ -176,49 +129,38 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise self._incomplete("index.json") from None
+        with self._reading("index.json") as path:
+            index = json.loads(path.read_text(encoding="utf-8"))
         self.channels: int = index["channels"]
         self.size: tuple[int, int] = tuple(index["size"])
         self.class_names: dict[int, str] = dict(enumerate(index["class_names"], start=1))
         self.num_classes = len(self.class_names) + 1
-        self.volumes = pd.DataFrame(index["volumes"]).astype(_COLUMNS)
-        axes = self.volumes["slice_axis"].unique()
-        self.positions_known: bool = index["positions"] == "known" and len(axes) == 1
-        codes, subjects = pd.factorize(self.volumes["subject"], sort=True)
+        self.volumes = pd.DataFrame(index["volumes"]).astype(dict.fromkeys(_SPACING, float))
+        self.positions_known: bool = index["positions"] == "known" and self.volumes["slice_axis"].nunique() == 1
+        self._subject, subjects = pd.factorize(self.volumes["subject"], sort=True)  # of each volume
         self.subjects: tuple[str, ...] = tuple(subjects)
-        labelled = self.volumes.loc[self.volumes["labelled"], "subject"]
-        self.labelled_subjects: tuple[str, ...] = tuple(sorted(labelled.unique()))
-        count = self.volumes["slices"].to_numpy()
-        volume = np.repeat(np.arange(len(count)), count)
-        number = np.arange(len(volume)) - self.volumes["first_row"].to_numpy()[volume]
-        self.slices = pd.DataFrame(
-            {
-                "volume": volume,
-                "slice": number,
-                "slices_in_volume": count[volume],
-                "position": (number + 1) / count[volume],
-            }
-        )
-        self._volume, self._subject = volume, codes[volume]
-        self._position = self.slices["position"].to_numpy(np.float32)
-        self._labelled = self.volumes["labelled"].to_numpy()[volume]
-        self.images = self._mapped("images.f16", np.float16, (len(volume), self.channels, *self.size))
-        self.labels = self._mapped("labels.u8", np.uint8, (len(volume), *self.size))
+        self.labelled_subjects: tuple[str, ...] = tuple(sorted({*self.volumes["subject"][self.volumes["labelled"]]}))
+        for start, size in (("first_row", "slices"), ("label_offset", "label_bytes")):
+            self.volumes[start] = self.volumes[size].cumsum() - self.volumes[size]
+        self._volume = volume = np.repeat(np.arange(len(self.volumes)), self.volumes["slices"])  # of each slice
+        self.slices = pd.DataFrame({"volume": volume})
+        self.slices["slice"] = self.slices.groupby("volume").cumcount()
+        self.slices["slices_in_volume"] = self.volumes["slices"].to_numpy()[volume]
+        self.slices["position"] = (self.slices["slice"] + 1) / self.slices["slices_in_volume"]
+        with self._reading("images.f16") as path:
+            self.images = np.memmap(path, np.float16, "r").reshape(len(volume), self.channels, *self.size)
+        with self._reading("labels.u8") as path:
+            self.labels = np.memmap(path, np.uint8, "r").reshape(len(volume), *self.size)
 
-    def _mapped(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        path = self.folder / name
         try:
-            mapped = np.memmap(self.folder / name, dtype, mode="r")
-            return mapped.reshape(shape)
-        except (OSError, ValueError):
-            raise self._incomplete(name) from None
+            yield path
+        except (OSError, ValueError, zlib.error):
+            raise RequestError(f"{path}: is incomplete; delete {self.folder}, it is made again") from None
 
-    def _incomplete(self, name: str) -> RequestError:
-        return RequestError(f"{self.folder / name}: is incomplete; delete {self.folder}, it is made again")
-
-    def rows(self, subjects: Any, labelled: bool | None = None) -> np.ndarray:
+    def rows(self, subjects: Iterable[str], labelled: bool | None = None) -> np.ndarray:
         """Slice ids of these subjects, of their labelled (True), unlabelled (False) or all volumes (None), in order."""
         wanted = set(subjects)
         if unknown := sorted(wanted - set(self.subjects)):
@@ -230,33 +172,30 @@ class Store:
 
     def volume_rows(self, volume: int) -> np.ndarray:
         """Slice ids of one volume, in order of position."""
-        first = self.volumes["first_row"][volume]
-        return np.arange(first, first + self.volumes["slices"][volume])
+        return np.flatnonzero(self._volume == volume)
 
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> SliceBatch:
         """These slices, in this order, on the device."""
         rows = np.asarray(rows, dtype=np.int64)
-        labelled = bool(self._labelled[rows].all())
+        volume = self._volume[rows]
+        labelled = self.volumes["labelled"].to_numpy()[volume].all()
         return SliceBatch(
             image=torch.from_numpy(self.images[rows]).to(device).float(),
             label=torch.from_numpy(self.labels[rows]).to(device).long() if labelled else None,
-            row=torch.from_numpy(rows).to(device),
-            volume=torch.from_numpy(self._volume[rows]).to(device),
-            subject=torch.from_numpy(self._subject[rows]).to(device),
-            position=torch.from_numpy(self._position[rows]).to(device),
-        )
+            row=torch.from_numpy(rows),
+            volume=torch.from_numpy(volume),
+            subject=torch.from_numpy(self._subject[volume]),
+            position=torch.from_numpy(self.slices["position"].to_numpy(np.float32)[rows]),
+        ).to(device)
 
     def native_label(self, volume: int) -> np.ndarray:
         """Reference label on the native grid, uint8 [Z, Y, X]; `ValueError` if the volume has none."""
         entry = self.volumes.iloc[volume]
         if not entry["labelled"]:
             raise ValueError(f"volume {volume} ({entry['subject']} {entry['phase']}) has no label")
-        try:
-            with open(self.folder / "native_labels.zlib", "rb") as file:
-                file.seek(entry["label_offset"])
-                label = zlib.decompress(file.read(entry["label_bytes"]))
-        except (OSError, zlib.error):
-            raise self._incomplete("native_labels.zlib") from None
+        with self._reading("native_labels.zlib") as path, open(path, "rb") as file:
+            file.seek(entry["label_offset"])
+            label = zlib.decompress(file.read(entry["label_bytes"]))
         return np.frombuffer(label, np.uint8).reshape(entry["slices"], entry["native_y"], entry["native_x"]).copy()
 
     def to_native(self, volume: int, probability: Tensor) -> np.ndarray:
@@ -269,10 +208,7 @@ class Store:
         return to_native(probability, resampled, native)
 
 
-# --------------------------------------------------------------------------------------------------------------- build
-
-
-def _stamps(refs: list[VolumeRef]) -> list[Any]:
+def _stamps(refs: list[VolumeRef]) -> list[list]:
     """Subject, phase and the name, size and modification time of every file of every volume."""
     stamps = []
     for ref in refs:
@@ -287,32 +223,26 @@ def _stamps(refs: list[VolumeRef]) -> list[Any]:
 def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -> Store:
     """The prepared store of a data set at a geometry: built the first time, opened afterwards.
 
-    One volume is in memory at a time. Two processes that ask at once build it once. Raises `RequestError` for whatever
-    is wrong with the data.
+    One volume is in memory at a time; processes that ask at once build it once. `RequestError` if the data are wrong.
     """
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})
     deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
-    key = {
-        "version": STORE_VERSION,
-        "dataset": dataset.model_dump(include=deciding),
-        "geometry": geometry.model_dump(),
-        "files": _stamps(refs),
-    }
+    key = {"version": STORE_VERSION, "geometry": geometry.model_dump(), "files": _stamps(refs)}
+    key["dataset"] = dataset.model_dump(include=deciding)
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
         try:
-            _build_once(folder, dataset, geometry, refs, progress)
+            _build(folder, dataset, geometry, refs, progress)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise RequestError(f"{folder}: cannot be written ({reason}); free space or choose another --out") from None
+            raise RequestError(
+                f"{folder}: cannot be written ({error.strerror or error}); choose another --out"
+            ) from None
     return Store(folder)
 
 
-def _build_once(
-    folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool
-) -> None:
-    """Build in a hidden sibling folder under a lock, then rename."""
+def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool) -> None:
+    """Write a hidden sibling folder under a lock, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
@@ -322,52 +252,34 @@ def _build_once(
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         try:
-            _build(partial, dataset, geometry, refs, progress)
+            bar = tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
+            _write(partial, dataset, geometry, bar)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool) -> None:
-    entries: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    first_row = 0
-    with (
-        open(folder / "images.f16", "wb") as images,
-        open(folder / "labels.u8", "wb") as labels,
-        open(folder / "native_labels.zlib", "wb") as native_labels,
-    ):
-        for ref in tqdm(refs, desc=f"prepare {dataset.name}", unit="volume", disable=not progress):
-            volume = read(ref, dataset)
-            source = ref.images[0] if ref.images else ref.subject
-            if len(volume.image) != dataset.channels:
-                raise RequestError(
-                    f"{source}: has {len(volume.image)} channels and data set {dataset.name!r} declares "
-                    f"{dataset.channels}; correct `channels`, or choose one by options.channel"
-                )
-            resampled = resampled_size(volume, geometry)
-            image, label = to_network(
-                normalise(volume, dataset.normalisation, source), volume.label, resampled, geometry.size
+def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
+    volumes = []
+    for ref in refs:
+        volume = read(ref, dataset)
+        channels, _, *native = volume.image.shape
+        if channels != dataset.channels:
+            raise RequestError(
+                f"{ref.source}: has {channels} channels and data set {dataset.name!r} declares {dataset.channels}; "
+                "correct `channels`, or choose one by options.channel"
             )
-            images.write(image.tobytes())
-            labels.write(label.tobytes())
-            packed = b"" if volume.label is None else zlib.compress(np.ascontiguousarray(volume.label), level=1)
-            native = volume.image.shape[2:]
-            spacing = volume.spacing_mm or (None, None, None)
-            axis = "" if volume.affine is None else "xyz"[int(nib.io_orientation(volume.affine)[2, 0])]
-            row = (
-                *(ref.subject, ref.phase, volume.label is not None, first_row, len(image)),
-                *(*native, *resampled, *spacing, axis, native_labels.tell(), len(packed)),
-            )
-            for name, value in zip(_COLUMNS, row, strict=True):
-                entries[name].append(value)
-            native_labels.write(packed)
-            first_row += len(image)
-    index = {
-        "dataset": dataset.name,
-        "channels": dataset.channels,
-        "size": geometry.size,
-        "class_names": list(dataset.classes.values()),
-        "positions": dataset.positions,
-        "volumes": entries,
-    }
+        normalised, resampled = normalise(volume, dataset.normalisation, ref.source), resampled_size(volume, geometry)
+        image, label = to_network(normalised, volume.label, resampled, geometry.size)
+        native_label = b"" if volume.label is None else zlib.compress(volume.label.tobytes(), level=1)
+        for name, data in {"images.f16": image, "labels.u8": label, "native_labels.zlib": native_label}.items():
+            with open(folder / name, "ab") as file:
+                file.write(data)
+        axis = "" if volume.affine is None else "xyz"[int(nib.io_orientation(volume.affine)[2, 0])]
+        about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None, "slice_axis": axis}
+        about |= {"slices": len(image), "label_bytes": len(native_label)}
+        grids = (*native, *resampled, *(volume.spacing_mm or [None] * 3))
+        volumes.append(about | dict(zip(_GRIDS, grids, strict=True)))
+    index = {"channels": dataset.channels, "size": geometry.size, "positions": dataset.positions}
+    index |= {"class_names": list(dataset.classes.values()), "volumes": volumes}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
