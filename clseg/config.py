@@ -49,18 +49,30 @@ Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Positive = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
-Side = Annotated[int, Field(ge=32, multiple_of=32)]
 
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
 class Geometry(Strict):
-    """Grid of the network: `size` [H, W] in pixels of `spacing_mm`; of `step_px` native ones without a spacing."""
+    """Grid of the network: `size` [H, W], or [D, H, W] for 3-D patches, in pixels of `spacing_mm` in the plane.
 
-    size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    Without a spacing a pixel is `step_px` native ones. 3-D: slices are resampled to `slice_mm` (None: kept) and patches
+    are taken from a stored plane of `plane` [H, W] (None: that of `size`). `resize`: whole images are resized to `size`
+    (photographs of any size) instead of cropped or padded.
+    """
+
+    size: Annotated[list[Count], Field(min_length=2, max_length=3)]
     spacing_mm: Positive | None = None
     step_px: Positive = 1.0
+    slice_mm: Positive | None = None
+    plane: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    resize: bool = False
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.size)
 
 
 class Normalisation(Strict):
@@ -81,6 +93,17 @@ class SeededProtocol(Strict):
     transductive: bool = False
 
 
+class FoldsProtocol(Strict):
+    """Cross-validation: draw f tests on fold f; labelled subjects come from the other folds, by `draw_seed`."""
+
+    kind: Literal["folds"]
+    folds: Several = 5
+    seed: int = 12345
+    draw_seed: int = 1234
+    validation: Count = 2
+    transductive: bool = False
+
+
 class ListProtocol(Strict):
     """Subject lists as published; `labelled[n][c]` and `validation_of[n][c]` are those of draw c with n subjects."""
 
@@ -94,14 +117,14 @@ class ListProtocol(Strict):
     transductive: bool = False
 
 
-Protocol = Annotated[SeededProtocol | ListProtocol, Field(discriminator="kind")]
+Protocol = Annotated[SeededProtocol | FoldsProtocol | ListProtocol, Field(discriminator="kind")]
 
 
 class DatasetConfig(Strict):
     """One data set: where it is, how it is read, what it may be used for, how its subjects are divided.
 
     `classes`: label value in the files -> name, empty where the adapter knows; `phases`: those used, empty for all;
-    the first of `protocols` is the default.
+    `geometry` and `geometry_3d` by profile; `threshold` of positional contrast; the first of `protocols` is the default.
     """
 
     name: str
@@ -119,28 +142,70 @@ class DatasetConfig(Strict):
     classes: dict[int, str] = {}
     phases: list[str] = []
     positions: Literal["known", "unknown"] = "known"
+    threshold: Positive | None = None
     normalisation: Normalisation = Normalisation()
     geometry: dict[str, Geometry]
+    geometry_3d: dict[str, Geometry] = {}
     protocols: Annotated[dict[str, Protocol], Field(min_length=1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
 
 
-class ContrastStage(Strict):
-    """Contrastive pre-training of the encoder; `pairs` says who is alike, `slices` make a batch before augmentation."""
+class Optimisation(Strict):
+    """How weights are changed; `cosine` goes per step from `learning_rate` to `final_learning_rate`."""
+
+    optimiser: Literal["adam", "sgd"] = "adam"  # sgd has momentum 0.9
+    learning_rate: Positive = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class StageConfig(Optimisation):
+    """What all pre-training stages share; `slices` make a batch before augmentation."""
+
+    slices: Several = 12
+
+
+class ContrastStage(StageConfig):
+    """Contrastive pre-training of the encoder; `pairs` says who is alike.
+
+    partition: `strategy` gd- or gd of Chaitanya et al., or gcl, the partition baseline of Zeng et al.; position:
+    `threshold` (None: the data set's); cluster: pseudo-classes from the features of an autoencoder stage before, cut at
+    `clusters` or, where given, at `cluster_distance`; with `positives: view` rows of one pseudo-class are only kept out
+    of the negatives. `head`: flatten (g1, Chaitanya et al.) or pool (Zeng et al.).
+    """
 
     stage: Literal["contrast"]
-    pairs: Literal["instance", "partition"]
-    strategy: Literal["gd-", "gd"] = "gd"
+    pairs: Literal["instance", "partition", "position", "cluster"]
+    strategy: Literal["gd-", "gd", "gcl"] = "gd"
     partitions: Several = 4
-    slices: Several = 12
+    threshold: Positive | None = None
+    clusters: Several = 10
+    cluster_distance: Positive | None = None
+    linkage: Literal["ward", "average", "complete"] = "ward"
+    positives: Literal["cluster", "view"] = "cluster"
+    views: Literal["glcl", "pcl"] = "glcl"
+    head: Literal["flatten", "pool"] = "flatten"
     temperature: Positive = 0.1
     denominator: Literal["all", "pair"] = "pair"
-    learning_rate: Positive = 1e-3
+
+    @property
+    def answer(self) -> str:
+        """Who is alike, in a word."""
+        return self.strategy if self.pairs == "partition" else self.pairs
 
 
-class LocalStage(Strict):
+class AutoencoderStage(StageConfig):
+    """A beta-VAE on slices, whose `latent` features are clustered into pseudo-classes."""
+
+    stage: Literal["autoencoder"]
+    latent: Several = 32
+    beta: Positive = 1.0
+
+
+class LocalStage(StageConfig):
     """Local contrastive pre-training of the first decoder blocks, encoder frozen."""
 
     stage: Literal["local"]
@@ -151,21 +216,106 @@ class LocalStage(Strict):
     negatives: Annotated[int, Field(ge=1, le=5)] = 5
     neighbours: Literal["published", "nearest"] = "published"
     partitions: Several = 4
-    slices: Several = 12
     temperature: Positive = 0.1
-    learning_rate: Positive = 1e-3
+
+    @property
+    def answer(self) -> str:
+        return self.strategy
 
 
-Stage = Annotated[ContrastStage | LocalStage, Field(discriminator="stage")]
+class RotationStage(StageConfig):
+    """Which multiple of 90 degrees was a slice turned by? Trains the encoder."""
+
+    stage: Literal["rotation"]
 
 
-class SupervisedRecipe(Strict):
-    """Fine-tuning of the whole network on the labelled slices."""
+class InpaintingStage(StageConfig):
+    """Fill a box of `box` times the image side. Trains encoder and decoder."""
+
+    stage: Literal["inpainting"]
+    box: Share = 100 / 192
+    place: Literal["centre", "random"] = "centre"
+
+
+class ContextRestorationStage(StageConfig):
+    """Put `swaps` pairs of swapped patches of `patch` times the image side back. Trains encoder and decoder."""
+
+    stage: Literal["context_restoration"]
+    swaps: Count = 10
+    patch: Share = 5 / 192
+
+
+class PirlStage(StageConfig):
+    """A slice and its `grid` x `grid` jigsaw are alike, slices of a memory are not. Trains the encoder."""
+
+    stage: Literal["pirl"]
+    grid: Several = 3
+    negatives: Count = 1024
+    momentum: Share = 0.5
+    weight: Share = 0.5
+    temperature: Positive = 0.07
+
+
+Stage = Annotated[
+    ContrastStage
+    | AutoencoderStage
+    | LocalStage
+    | RotationStage
+    | InpaintingStage
+    | ContextRestorationStage
+    | PirlStage,
+    Field(discriminator="stage"),
+]
+StageName = Literal["contrast", "autoencoder", "local", "rotation", "inpainting", "context_restoration", "pirl"]
+
+
+class SupervisedRecipe(Optimisation):
+    """Fine-tuning of the whole network on the labelled slices; `mixup` is the alpha of Beta(alpha, alpha), 0 is off."""
 
     recipe: Literal["supervised"]
     loss: Literal["dice", "cross_entropy", "dice+cross_entropy"] = "dice"
-    augmentation: Literal["published", "none"] = "published"
-    learning_rate: Positive = 1e-3
+    augmentation: Literal["published", "pcl", "none"] = "published"
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+
+
+class SelfTrainingRecipe(SupervisedRecipe):
+    """After `warm_up` of the steps, slices without labels get those of a frozen copy, renewed `rounds` times."""
+
+    recipe: Literal["self_training"]
+    rounds: Count = 3
+    warm_up: Share = 0.4
+    weight: Positive = 1.0
+
+
+class MeanTeacherRecipe(SupervisedRecipe):
+    """A running average of the weights teaches; the weight of its lesson grows over `ramp` of the steps."""
+
+    recipe: Literal["mean_teacher"]
+    decay: Share = 0.99
+    weight: Positive = 0.1
+    ramp: Share = 0.4
+
+
+class AdversarialRecipe(SupervisedRecipe):
+    """A discriminator tells predictions on slices with labels from those on slices without."""
+
+    recipe: Literal["adversarial"]
+    weight: Positive = 0.1
+
+
+class GanAugmentationRecipe(SupervisedRecipe):
+    """Deformations and intensity changes of the labelled slices are learned together with the segmenter."""
+
+    recipe: Literal["gan_augmentation"]
+    adversarial_weight: Positive = 1.0
+    size_weight: Positive = 1e-3
+    warm_up: Share = 0.1
+
+
+Recipe = Annotated[
+    SupervisedRecipe | SelfTrainingRecipe | MeanTeacherRecipe | AdversarialRecipe | GanAugmentationRecipe,
+    Field(discriminator="recipe"),
+]
 
 
 class MethodConfig(Strict):
@@ -173,7 +323,7 @@ class MethodConfig(Strict):
 
     title: str
     stages: list[Stage] = []
-    recipe: SupervisedRecipe
+    recipe: Recipe
     all_labels: bool = False
 
 
@@ -181,17 +331,26 @@ class MethodConfig(Strict):
 
 
 class NetworkConfig(Strict):
-    """Widths of levels 1..6, as published by default; `norm_momentum`: share of a new batch in the running averages."""
+    """The U-Net of Chaitanya et al. (glcl) or of Zeng et al. (pcl).
 
-    filters: Annotated[list[Count], Field(min_length=6, max_length=6)] = [16, 32, 64, 128, 128, 128]
+    `filters`: width of every level, finest first; `norm_momentum`: share of a new batch in the running averages.
+    """
+
+    architecture: Literal["glcl", "pcl"] = "glcl"
+    filters: Annotated[list[Count], Field(min_length=2)] = [16, 32, 64, 128, 128, 128]
     norm_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+    @property
+    def coarsest(self) -> int:
+        """Pixels of the image side per pixel of the deepest level."""
+        return 2 ** (len(self.filters) - 1)
 
 
 class PretrainBudget(Strict):
     """Steps of a stage, `steps_of` those of stages with a number of their own; `max_slices` limits slices per batch."""
 
     steps: Count
-    steps_of: dict[Literal["contrast", "local"], Count] = {}
+    steps_of: dict[StageName, Count] = {}
     max_slices: Several | None = None
 
 
@@ -215,10 +374,11 @@ class Budget(Strict):
 
 
 class ProfileConfig(Budget):
-    """A named budget."""
+    """A named budget; `network_3d` takes the place of `network` in 3-D."""
 
     name: str
     title: str
+    network_3d: NetworkConfig
 
 
 class Experiment(Budget):
@@ -234,8 +394,21 @@ class Experiment(Budget):
     unlabelled: Count | None = None
     geometry: Geometry
     stages: list[Stage]
-    recipe: SupervisedRecipe
+    recipe: Recipe
     all_labels: bool
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Experiment":
+        if wrong := [side for side in self.geometry.size if side % self.network.coarsest]:
+            raise ValueError(
+                f"geometry.size: {wrong[0]} is no multiple of {self.network.coarsest}, as network.filters needs"
+            )
+        kinds = [getattr(stage, "pairs", stage.stage) for stage in self.stages]
+        if "cluster" in kinds and "autoencoder" not in kinds[: kinds.index("cluster")]:
+            raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
+        if self.geometry.dimensions == 3 and (flat := [k for k in kinds if k in FLAT_STAGES]):
+            raise ValueError(f"stages: {flat[0]} works on 2-D slices only; choose dimensions 2")
+        return self
 
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
@@ -247,6 +420,7 @@ class Experiment(Budget):
         }
 
 
+FLAT_STAGES = ("local", "rotation", "inpainting", "context_restoration", "pirl")
 OVERRIDABLE = ("dataset", "protocol", "unlabelled", "geometry", "network", "stages", "recipe", "pretrain", "finetune")
 
 
@@ -257,6 +431,7 @@ class RunParameters(Strict):
     profile: str
     method: str
     protocol: str = ""
+    dimensions: Literal[2, 3] = 2
     seed: Seed = 0
     overrides: list[str] = []
     variant: str = ""
@@ -264,7 +439,7 @@ class RunParameters(Strict):
 
     def experiment(self) -> Experiment:
         overrides = [*self.overrides, *([self.variant] if self.variant else [])]
-        return resolve(self.dataset, self.profile, self.method, self.protocol, overrides)
+        return resolve(self.dataset, self.profile, self.method, self.protocol, overrides, self.dimensions)
 
 
 class PretrainParameters(RunParameters):
@@ -274,10 +449,14 @@ class PretrainParameters(RunParameters):
 
 
 class FinetuneParameters(RunParameters):
-    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them."""
+    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them.
+
+    `pretrain_dataset`: the data set of the pre-training where it is another one.
+    """
 
     labelled: Annotated[int, Field(ge=0)] = 1
     draw: Count = 1
+    pretrain_dataset: str = ""
 
 
 class DataParameters(Strict):
@@ -321,6 +500,8 @@ class StudyConfig(Strict):
     draws: Annotated[list[Count], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     protocol: str = ""
+    dimensions: Literal[2, 3] = 2
+    pretrain_dataset: str = ""
     axes: list[Axis] = []
     set: dict[str, list[str]] = {}
 
@@ -427,14 +608,17 @@ def override(tree: Any, key: list[str], value: Any) -> Any:
     return list(copy.values()) if isinstance(tree, list) else copy
 
 
-def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrides: Iterable[str] = ()) -> Experiment:
+def resolve(
+    dataset: str, profile: str, method: str, protocol: str = "", overrides: Iterable[str] = (), dimensions: int = 2
+) -> Experiment:
     """Data set, profile and method by name, put together and overridden. Raises `RequestError`."""
     data, budget, methods = read_dataset(dataset), read_profile(profile), read_methods()
     protocol = protocol or next(iter(data.protocols))
+    geometry = data.geometry if dimensions == 2 else data.geometry_3d
     for what, name, valid in (
         ("method", method, methods),
         (f"protocol of data set {data.name}", protocol, data.protocols),
-        (f"geometry of data set {data.name} for profile", budget.name, data.geometry),
+        (f"{dimensions}-D geometry of data set {data.name} for profile", budget.name, geometry or ["none"]),
     ):
         if name not in valid:
             raise RequestError(f"{what} {name!r} is not known, {nearest(name, valid)}")
@@ -444,15 +628,22 @@ def resolve(dataset: str, profile: str, method: str, protocol: str = "", overrid
         "dataset": data.model_dump(),
         "protocol": protocol,
         "unlabelled": None,
-        "geometry": data.geometry[budget.name].model_dump(),
-        **budget.model_dump(exclude={"name", "title"}),
+        "geometry": geometry[budget.name].model_dump(),
+        **budget.model_dump(exclude={"name", "title", "network_3d"}),
         **methods[method].model_dump(exclude={"title"}),
     }
+    if dimensions == 3:
+        tree["network"] = budget.network_3d.model_dump()
     for text in overrides:
         key, value = parse_override(text)
         if key[0] not in OVERRIDABLE:
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {nearest(key[0], OVERRIDABLE)}")
         tree = override(tree, key, value)
+    for stage in tree["stages"]:
+        if stage.get("pairs") == "position" and stage["threshold"] is None:
+            if data.threshold is None:
+                raise RequestError(f"data set {data.name} has no `threshold`; set stages.0.threshold")
+            stage["threshold"] = data.threshold
     return _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
 
 
