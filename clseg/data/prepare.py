@@ -1,14 +1,15 @@
 """From volumes to slices the network can see: normalised, resampled and cropped once, then memory-mapped.
 
 A prepared store is a folder under `paths.prepared_root()`, named by the hash of the input files, the preprocessing and
-the geometry. It appears by one atomic rename, so it is complete or absent.
+the geometry. It appears by one atomic rename, so it is complete or absent. Its rows are slices; in 3-D a slice stands
+for the block around it, so that pairs and sampling are those of 2-D.
 """
 
 import fcntl
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,17 +26,17 @@ from clseg import paths
 from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, digest
 from clseg.data.formats import Volume, VolumeRef, class_names, read, scan
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 _SPACING = ("spacing_z", "spacing_y", "spacing_x")
-_GRIDS = ("native_y", "native_x", "resampled_y", "resampled_x", *_SPACING)
+_GRIDS = ("native_z", "native_y", "native_x", "slices", "resampled_y", "resampled_x", *_SPACING)
 
 
 @dataclass
 class SliceBatch:
-    """Slices and what is known of them."""
+    """Slices, or in 3-D the blocks around them, and what is known of them."""
 
-    image: Tensor  # float32 [B, C, H, W]
-    label: Tensor | None  # int64 [B, H, W]; None unless all slices have one
+    image: Tensor  # float32 [B, C, H, W] or [B, C, D, H, W]
+    label: Tensor | None  # int64 [B, H, W] or [B, D, H, W]; None unless all slices have one
     row: Tensor  # int64 [B], the slice id
     volume: Tensor  # int64 [B], numbers the volumes of the store
     subject: Tensor  # int64 [B], numbers its subjects
@@ -76,55 +77,81 @@ def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.
     return np.stack(channels)
 
 
-def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int]:
-    """In-plane size (y, x) resampled to `spacing_mm`, or by `step_px` where volume or geometry has none."""
+def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int, int]:
+    """Size (z, y, x) resampled to `slice_mm` and `spacing_mm`, or by `step_px` where volume or geometry has none.
+
+    With `resize` every plane has the network's size, whatever its spacing.
+    """
+    z, *native = volume.image.shape[1:]
+    if volume.spacing_mm and geometry.slice_mm:
+        z = max(1, round(z * volume.spacing_mm[0] / geometry.slice_mm))
+    if geometry.resize:
+        return z, *geometry.size[-2:]
     factors = [1 / geometry.step_px] * 2
     if volume.spacing_mm and geometry.spacing_mm:
         factors = [mm / geometry.spacing_mm for mm in volume.spacing_mm[1:]]
-    return tuple(max(1, round(n * factor)) for n, factor in zip(volume.image.shape[2:], factors, strict=True))
+    return z, *(max(1, round(n * factor)) for n, factor in zip(native, factors, strict=True))
 
 
-def _fit(image: Tensor, size: tuple[int, int] | list[int]) -> Tensor:
-    """Centre crop or zero pad the last two axes to `size`."""
-    missing_y, missing_x = (want - have for want, have in zip(size, image.shape[-2:], strict=True))
-    top, left = int(missing_y / 2), int(missing_x / 2)  # rounded toward zero, so that a crop and its pad agree
-    return F.pad(image, (left, missing_x - left, top, missing_y - top))
+def fit(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Centre crop or zero pad the last axes to `size`, one number for each of them."""
+    pads = []
+    for want, have in zip(reversed(size), reversed(image.shape[-len(size) :]), strict=True):
+        before = int((want - have) / 2)  # rounded toward zero, so that a crop and its pad agree
+        pads += [before, want - have - before]
+    return F.pad(image, pads)
+
+
+def _centres(target: int, source: int) -> Tensor:
+    """Where the centres of `target` cells lie among the indices of `source` cells over the same length."""
+    return (torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5
 
 
 def to_network(
-    image: np.ndarray, label: np.ndarray | None, resampled: tuple[int, int], size: list[int]
+    image: np.ndarray, label: np.ndarray | None, resampled: tuple[int, int, int], size: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised volume [C, Z, Y, X] and label [Z, Y, X] on the network grid: float16 [Z, C, H, W], uint8 [Z, H, W].
+    """Volume [C, Z, Y, X] and label [Z, Y, X] on the network grid: float16 [Z', C, H, W] and uint8 [Z', H, W].
 
-    Image bilinear with antialiasing, label nearest, z untouched, then centre crop or zero pad. No label gives zeros.
+    Image linear with antialiasing, label nearest, then centre crop or zero pad in the plane. No label gives zeros.
     """
+    z, *plane = resampled
     slices = torch.from_numpy(np.ascontiguousarray(image.swapaxes(0, 1)))  # [Z, C, Y, X]
-    slices = F.interpolate(slices, resampled, mode="bilinear", antialias=True)
-    slices = slices.clamp(-65504, 65504).half()  # the range of float16
+    slices = fit(F.interpolate(slices, plane, mode="bilinear", antialias=True), size)
     classes = torch.from_numpy(np.zeros(image.shape[1:], np.uint8) if label is None else label)[:, None]
-    classes = F.interpolate(classes, resampled, mode="nearest-exact")[:, 0]  # [Z, H', W']
-    return _fit(slices, size).numpy(), _fit(classes, size).numpy()
+    classes = fit(F.interpolate(classes, plane, mode="nearest-exact")[:, 0], size)  # [Z, H, W]
+    if z != len(slices):
+        columns = slices.flatten(1)[None, None]  # [1, 1, Z, C H W]
+        columns = F.interpolate(columns, (z, columns.shape[-1]), mode="bilinear", antialias=True)
+        slices = columns.reshape(z, *slices.shape[1:])
+        classes = classes[(_centres(z, len(classes)) + 0.5).long()]
+    return slices.clamp(-65504, 65504).half().numpy(), classes.numpy()  # the range of float16
 
 
-def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int, int]) -> np.ndarray:
-    """Class probabilities [Z, K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native grid.
+def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int, int, int]) -> np.ndarray:
+    """Class probabilities [Z', K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native one.
 
-    Put back where they were cropped (outside: background), resized bilinearly, argmax, as Chaitanya et al. released it.
+    Put back where they were cropped (outside: background), resized linearly, argmax, as Chaitanya et al. released it.
     """
-    labels = np.empty((len(probability), *native), np.uint8)
+    labels = np.empty(native, np.uint8)
     outside = torch.eye(probability.shape[1])[0, :, None, None]  # [K, 1, 1], background
-    for z, plane in enumerate(probability.detach().float().cpu()):  # by itself, to need the memory of one slice
+    last = len(probability) - 1
+    for z, centre in enumerate(_centres(len(labels), last + 1).clamp(0, last).tolist()):  # needs memory for one slice
+        below, above = (
+            probability[index].detach().float().cpu() for index in (int(centre), min(int(centre) + 1, last))
+        )
+        plane = torch.lerp(below, above, centre % 1)
         # padding with zeros is right for all but the background, so shift it: p - outside is zero there
-        canvas = _fit(plane - outside, resampled) + outside  # [K, H', W']
-        labels[z] = F.interpolate(canvas[None], native, mode="bilinear")[0].argmax(0).numpy()
+        canvas = fit(plane - outside, resampled) + outside  # [K, H', W']
+        labels[z] = F.interpolate(canvas[None], native[1:], mode="bilinear")[0].argmax(0).numpy()
     return labels
 
 
 class Store:
     """A prepared data set, memory-mapped.
 
-    `images` [N, C, H, W] float16, `labels` [N, H, W] uint8; `volumes` and `slices` are tables, the row number of
-    `slices` is the slice id; `subjects` and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}.
+    `images` [N, C, H, W] float16, `labels` [N, H, W] uint8, H and W those of `plane`; `size` [H, W] or [D, H, W]: what
+    the network sees at once; `volumes` and `slices` are tables, the row number of `slices` is the slice id; `subjects`
+    and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}.
     """
 
     def __init__(self, folder: Path):
@@ -132,7 +159,9 @@ class Store:
         with self._reading("index.json") as path:
             index = json.loads(path.read_text(encoding="utf-8"))
         self.channels: int = index["channels"]
-        self.size: tuple[int, int] = tuple(index["size"])
+        self.size: list[int] = index["size"]
+        self.dimensions = len(self.size)
+        self.plane: list[int] = index["plane"]
         self.class_names: dict[int, str] = dict(enumerate(index["class_names"], start=1))
         self.num_classes = len(self.class_names) + 1
         self.volumes = pd.DataFrame(index["volumes"]).astype(dict.fromkeys(_SPACING, float))
@@ -148,9 +177,9 @@ class Store:
         self.slices["slices_in_volume"] = self.volumes["slices"].to_numpy()[volume]
         self.slices["position"] = (self.slices["slice"] + 1) / self.slices["slices_in_volume"]
         with self._reading("images.f16") as path:
-            self.images = np.memmap(path, np.float16, "r").reshape(len(volume), self.channels, *self.size)
+            self.images = np.memmap(path, np.float16, "r").reshape(len(volume), self.channels, *self.plane)
         with self._reading("labels.u8") as path:
-            self.labels = np.memmap(path, np.uint8, "r").reshape(len(volume), *self.size)
+            self.labels = np.memmap(path, np.uint8, "r").reshape(len(volume), *self.plane)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[Path]:
@@ -174,19 +203,41 @@ class Store:
         """Slice ids of one volume, in order of position."""
         return np.flatnonzero(self._volume == volume)
 
-    def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> SliceBatch:
-        """These slices, in this order, on the device."""
+    def batch(
+        self, rows: np.ndarray, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> SliceBatch:
+        """These slices, in this order, on the device.
+
+        3-D: the blocks of D slices around them, kept inside the volume (zero padded where it has fewer), and of `plane`
+        a patch of `size` at a corner drawn by `generator`, or its centre.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         volume = self._volume[rows]
         labelled = self.volumes["labelled"].to_numpy()[volume].all()
+        windows = [rows] if self.dimensions == 2 else [self._window(row, generator) for row in rows]
+        image, label = ([torch.from_numpy(np.array(a[w])) for w in windows] for a in (self.images, self.labels))
+        if self.dimensions == 3:
+            image = [fit(block.movedim(0, 1), self.size)[None] for block in image]  # [1, C, D, H, W]
+            label = [fit(block, self.size)[None] for block in label]
         return SliceBatch(
-            image=torch.from_numpy(self.images[rows]).to(device).float(),
-            label=torch.from_numpy(self.labels[rows]).to(device).long() if labelled else None,
+            image=torch.cat(image).to(device).float(),
+            label=torch.cat(label).to(device).long() if labelled else None,
             row=torch.from_numpy(rows),
             volume=torch.from_numpy(volume),
             subject=torch.from_numpy(self._subject[volume]),
             position=torch.from_numpy(self.slices["position"].to_numpy(np.float32)[rows]),
         ).to(device)
+
+    def _window(self, row: int, generator: torch.Generator | None) -> tuple:
+        """The index of a slice's block in `images` and `labels`."""
+        first, count = self.volumes[["first_row", "slices"]].to_numpy()[self._volume[row]]
+        start = min(max(row - self.size[0] // 2, first), first + max(count - self.size[0], 0))
+        window = [slice(start, min(start + self.size[0], first + count)), ...]
+        for have, want in zip(self.plane, self.size[1:], strict=True):
+            room = have - want
+            corner = room // 2 if generator is None else int(torch.randint(room + 1, (), generator=generator))
+            window.append(slice(corner, corner + want))
+        return tuple(window)
 
     def native_label(self, volume: int) -> np.ndarray:
         """Reference label on the native grid, uint8 [Z, Y, X]; `ValueError` if the volume has none."""
@@ -196,16 +247,19 @@ class Store:
         with self._reading("native_labels.zlib") as path, open(path, "rb") as file:
             file.seek(entry["label_offset"])
             label = zlib.decompress(file.read(entry["label_bytes"]))
-        return np.frombuffer(label, np.uint8).reshape(entry["slices"], entry["native_y"], entry["native_x"]).copy()
+        return np.frombuffer(label, np.uint8).reshape(self._native(entry)).copy()
+
+    @staticmethod
+    def _native(entry: pd.Series) -> tuple[int, int, int]:
+        return tuple(int(entry[f"native_{axis}"]) for axis in "zyx")
 
     def to_native(self, volume: int, probability: Tensor) -> np.ndarray:
         """Class probabilities [Z, K, H, W] of a volume as class indices on its native grid, uint8 [Z, Y, X]."""
         entry = self.volumes.iloc[volume]
-        expected = (int(entry["slices"]), self.num_classes, *self.size)
+        expected = (int(entry["slices"]), self.num_classes, *self.plane)
         if tuple(probability.shape) != expected:
             raise ValueError(f"probability has shape {list(probability.shape)}, volume {volume} needs {list(expected)}")
-        resampled, native = ((int(entry[f"{grid}_y"]), int(entry[f"{grid}_x"])) for grid in ("resampled", "native"))
-        return to_native(probability, resampled, native)
+        return to_native(probability, (int(entry["resampled_y"]), int(entry["resampled_x"])), self._native(entry))
 
 
 def _stamps(refs: list[VolumeRef]) -> list[list]:
@@ -225,6 +279,9 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
 
     One volume is in memory at a time; processes that ask at once build it once. `RequestError` if the data are wrong.
     """
+    size = geometry.size[-2:]
+    if geometry.plane and (geometry.dimensions == 2 or any(np.less(geometry.plane, size))):
+        raise RequestError(f"geometry.plane: {geometry.plane} must hold 3-D patches of {size}; enlarge or remove it")
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})
     deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
@@ -260,26 +317,26 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[
 
 
 def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
-    volumes = []
+    volumes, plane = [], geometry.plane or geometry.size[-2:]
     for ref in refs:
         volume = read(ref, dataset)
-        channels, _, *native = volume.image.shape
+        channels, *native = volume.image.shape
         if channels != dataset.channels:
             raise RequestError(
                 f"{ref.source}: has {channels} channels and data set {dataset.name!r} declares {dataset.channels}; "
                 "correct `channels`, or choose one by options.channel"
             )
         normalised, resampled = normalise(volume, dataset.normalisation, ref.source), resampled_size(volume, geometry)
-        image, label = to_network(normalised, volume.label, resampled, geometry.size)
+        image, label = to_network(normalised, volume.label, resampled, plane)
         native_label = b"" if volume.label is None else zlib.compress(volume.label.tobytes(), level=1)
         for name, data in {"images.f16": image, "labels.u8": label, "native_labels.zlib": native_label}.items():
             with open(folder / name, "ab") as file:
                 file.write(data)
         axis = "" if volume.affine is None else "xyz"[int(nib.io_orientation(volume.affine)[2, 0])]
         about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None, "slice_axis": axis}
-        about |= {"slices": len(image), "label_bytes": len(native_label)}
+        about["label_bytes"] = len(native_label)
         grids = (*native, *resampled, *(volume.spacing_mm or [None] * 3))
         volumes.append(about | dict(zip(_GRIDS, grids, strict=True)))
-    index = {"channels": dataset.channels, "size": geometry.size, "positions": dataset.positions}
+    index = {"channels": dataset.channels, "size": geometry.size, "plane": plane, "positions": dataset.positions}
     index |= {"class_names": list(dataset.classes.values()), "volumes": volumes}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -60,10 +60,10 @@ def test_image_that_is_nearly_constant_is_refused():
 @pytest.mark.parametrize(
     ("spacing_mm", "geometry", "expected"),
     [
-        ((10, 1.5, 1.25), Geometry(size=[32, 32], spacing_mm=3.0, step_px=9), (50, 42)),
-        (None, Geometry(size=[32, 32], spacing_mm=3.0, step_px=3), (33, 33)),
-        ((10, 1.5, 1.25), Geometry(size=[32, 32], step_px=2), (50, 50)),
-        (None, Geometry(size=[32, 32]), (100, 100)),
+        ((10, 1.5, 1.25), Geometry(size=[32, 32], spacing_mm=3.0, step_px=9), (2, 50, 42)),
+        (None, Geometry(size=[32, 32], spacing_mm=3.0, step_px=3), (2, 33, 33)),
+        ((10, 1.5, 1.25), Geometry(size=[32, 32], step_px=2), (2, 50, 50)),
+        (None, Geometry(size=[32, 32]), (2, 100, 100)),
     ],
 )
 def test_spacing_decides_where_it_is_known_and_the_step_elsewhere(spacing_mm, geometry, expected):
@@ -72,14 +72,14 @@ def test_spacing_decides_where_it_is_known_and_the_step_elsewhere(spacing_mm, ge
 
 def test_downsampling_averages():
     stripes = np.tile([0.0, 1.0], 32) * np.ones((1, 1, 64, 1), np.float32)
-    image, _ = to_network(stripes.astype(np.float32), None, (16, 16), [32, 32])
+    image, _ = to_network(stripes.astype(np.float32), None, (1, 16, 16), [32, 32])
     assert np.abs(image[0, 0, 8:24, 10:22].astype(float) - 0.5).max() < 0.05
 
 
 def test_padding_is_zero_and_cropping_keeps_the_centre():
     image = np.arange(1, 41, dtype=np.float32) * np.ones((1, 1, 20, 1), np.float32)
     label = (image[0] > 20).astype(np.uint8)
-    slices, labels = to_network(image, label, (20, 40), [32, 32])
+    slices, labels = to_network(image, label, (1, 20, 40), [32, 32])
     assert slices.dtype == np.float16
     assert (slices[0, 0, :6] == 0).all()
     assert (slices[0, 0, 26:] == 0).all()
@@ -90,7 +90,7 @@ def test_padding_is_zero_and_cropping_keeps_the_centre():
 def test_outliers_stay_finite_in_half_precision():
     image = np.zeros((1, 1, 32, 32), np.float32)
     image[..., 3, 4] = 1e9
-    slices, _ = to_network(image, None, (32, 32), [32, 32])
+    slices, _ = to_network(image, None, (1, 32, 32), [32, 32])
     assert np.isfinite(slices).all()
 
 
@@ -103,11 +103,11 @@ def test_outliers_stay_finite_in_half_precision():
 def test_the_way_back_lands_where_it_came_from(native, step_px, size):
     resampled = resampled_size(volume_of(np.zeros((1, 1, *native))), Geometry(size=list(size), step_px=step_px))
     y, x = np.ogrid[: native[0], : native[1]]
-    seen = [min(n, s * n / r) for n, s, r in zip(native, size, resampled, strict=True)]  # part that is not cropped
+    seen = [min(n, s * n / r) for n, s, r in zip(native, size, resampled[1:], strict=True)]  # part that is not cropped
     radius = 0.4 * min(seen)
     label = (np.hypot(y - native[0] / 2 + 0.5, x - native[1] / 2 + 0.5) < radius).astype(np.uint8)[None]
     _, small = to_network(np.zeros((1, *label.shape), np.float32), label, resampled, list(size))
-    back = to_native(one_hot(small, 2), resampled, native)
+    back = to_native(one_hot(small, 2), resampled[1:], (1, *native))
     assert back.shape == label.shape
     assert dice(back > 0, label > 0) > 0.9
     for found, wanted in zip(np.argwhere(back).mean(0), np.argwhere(label).mean(0), strict=True):
@@ -117,7 +117,7 @@ def test_the_way_back_lands_where_it_came_from(native, step_px, size):
 def test_outside_the_crop_is_background():
     probability = torch.zeros(2, 3, 32, 32)
     probability[:, 2] = 1
-    back = to_native(probability, (40, 50), (80, 100))
+    back = to_native(probability, (40, 50), (2, 80, 100))
     assert (back[:, 20:60, 40:60] == 2).all()
     assert (back[:, :6] == 0).all()
     assert (back[:, :, :16] == 0).all()
@@ -155,7 +155,7 @@ def dataset(msd, describe):
 def test_store(dataset, xyz):
     store = prepare(dataset, NATIVE, progress=False)
     assert store.class_names == {1: "rim", 2: "core"}
-    assert (store.num_classes, store.channels, store.size) == (3, 1, (32, 64))
+    assert (store.num_classes, store.channels, store.size) == (3, 1, [32, 64])
     assert store.subjects == ("a", "b", "c")
     assert store.labelled_subjects == ("a",)
     assert store.positions_known
@@ -347,6 +347,83 @@ def _seconds(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------------- 3-D
+
+BLOCKS = Geometry(size=[4, 16, 32], plane=[32, 48], slice_mm=4.0)  # five slices of 8 mm become ten
+
+
+def test_slices_are_resampled_with_antialiasing_and_back(dataset):
+    stripes = np.tile([0.0, 1.0], 16)[:, None, None] * np.ones((32, 8, 8))
+    label = (np.arange(32)[:, None, None] >= 12) * np.ones((32, 8, 8), np.uint8)
+    image, classes = to_network(stripes[None].astype(np.float32), label, (8, 8, 8), [8, 8])
+    assert np.abs(image[1:-1].astype(float) - 0.5).max() < 0.05
+    assert classes[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    back = to_native(one_hot(classes, 2), (8, 8), (32, 8, 8))
+    np.testing.assert_array_equal(back, label)
+    ramp = np.arange(8, dtype=np.float32)[None, :, None, None] * np.ones((1, 8, 8, 8), np.float32)
+    image, _ = to_network(ramp, None, (16, 8, 8), [8, 8])
+    np.testing.assert_allclose(image[1:-1, 0, 0, 0], np.arange(0.25, 7, 0.5), atol=1e-3)
+
+
+def test_store_of_blocks(dataset, xyz):
+    store = prepare(dataset, BLOCKS, progress=False)
+    assert (store.size, store.dimensions, store.plane) == ([4, 16, 32], 3, [32, 48])
+    assert store.images.shape == (30, 1, 32, 48)
+    assert store.slices["position"].tolist() == pytest.approx([m / 10 for m in range(1, 11)] * 3)
+    np.testing.assert_array_equal(store.native_label(0), xyz(0)[1].T)
+    np.testing.assert_array_equal(store.to_native(0, one_hot(store.labels[:10], 3)), store.native_label(0))
+
+
+@pytest.mark.parametrize(("row", "first"), [(0, 0), (2, 0), (5, 3), (9, 6), (10, 10), (19, 16)])
+def test_block_lies_around_its_slice_and_inside_its_volume(dataset, row, first):
+    store = prepare(dataset, BLOCKS, progress=False)
+    batch = store.batch([row, 0])
+    np.testing.assert_array_equal(batch.image[0, 0], store.images[first : first + 4, 0, 8:24, 8:40])
+    assert batch.image.shape == (2, 1, 4, 16, 32)
+    if row < 10:
+        np.testing.assert_array_equal(batch.label[0], store.labels[first : first + 4, 8:24, 8:40])
+    assert batch.row.tolist() == [row, 0]
+
+
+def test_blocks_at_drawn_corners_differ_and_repeat(dataset):
+    store = prepare(dataset, BLOCKS, progress=False)
+    first, again = (store.batch([5] * 40, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first.image, again.image)
+    planes = store.images[3:7, 0]
+    found = {
+        (y, x)
+        for image in first.image[:, 0].numpy()
+        for y in range(17)
+        for x in range(17)
+        if (image == planes[:, y : y + 16, x : x + 32]).all()
+    }
+    assert len(found) > 30
+    assert {0, 16} & {y for y, _ in found} or max(y for y, _ in found) > 12
+    assert torch.equal(first.label > 0, again.label > 0)
+
+
+def test_short_volume_is_padded_around(dataset):
+    store = prepare(dataset, Geometry(size=[8, 32, 32]), progress=False)
+    batch = store.batch([2])
+    np.testing.assert_array_equal(batch.image[0, 0, 1:6], store.images[:5, 0])
+    assert (batch.image[0, 0, [0, 6, 7]] == 0).all()
+    assert (batch.label[0, [0, 6, 7]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "geometry", [Geometry(size=[4, 32, 32], plane=[32, 16]), Geometry(size=[32, 32], plane=[64, 64])]
+)
+def test_plane_that_holds_no_patch_is_refused(dataset, geometry):
+    with pytest.raises(RequestError, match=r"geometry\.plane"):
+        prepare(dataset, geometry, progress=False)
+
+
+def test_photographs_are_resized_whole(dataset):
+    store = prepare(dataset, Geometry(size=[32, 64], resize=True, spacing_mm=9.0), progress=False)
+    assert (store.images[0, 0, 0] != 0).mean() > 0.9  # nothing is padded
+    assert dice(store.to_native(0, one_hot(store.labels[:5], 3)) > 0, store.native_label(0) > 0) > 0.95
 
 
 # ------------------------------------------------------------------------------------------------- data sets of params
