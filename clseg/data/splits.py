@@ -1,12 +1,13 @@
 """Which subjects pre-train, carry labels, validate and test; disjoint by subject."""
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from clseg.config import ListProtocol, Protocol, RequestError, SeededProtocol
+from clseg.config import FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
 
 Count = int | Literal["all"]  # of subjects with labels
 Sets = tuple[list[str], list[str], list[str], list[str]]  # the four of `Split`
@@ -31,6 +32,8 @@ def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
 
 def available_draws(protocol: Protocol, labelled: Count) -> list[int] | None:
     """The draws that exist for so many labelled subjects; None: any number of them."""
+    if isinstance(protocol, FoldsProtocol):
+        return list(range(1, protocol.folds + 1))
     if labelled == "all":
         return [1]
     return None if isinstance(protocol, SeededProtocol) else sorted(protocol.labelled.get(labelled, {}))
@@ -45,7 +48,7 @@ def make_split(
     """
     if draw < 1 or (labelled != "all" and labelled < 1):
         raise ValueError(f"labelled and draw start at 1 (given: {labelled}, {draw})")
-    make = _seeded if isinstance(protocol, SeededProtocol) else _listed
+    make = {SeededProtocol: _seeded, FoldsProtocol: _folds, ListProtocol: _listed}[type(protocol)]
     sets = make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw)
     pretrain, chosen, validation, test = map(tuple, sets)
     if protocol.transductive:
@@ -72,6 +75,27 @@ def _seeded(protocol: SeededProtocol, subjects: list[str], with_label: list[str]
     # pre-training subjects in an order of their own, so that a limit on their number takes a random part
     pretrain = np.random.default_rng(protocol.seed).permutation(sorted(set(subjects) - {*test, *validation})).tolist()
     return pretrain, sorted(pool) if labelled == "all" else chosen, validation, test
+
+
+def _folds(protocol: FoldsProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
+    """Draw f tests on fold f; the n-subject set is the start of one random order of the other folds.
+
+    Source: the released code of Zeng et al., scikit-learn's shuffled `KFold`, then `random.sample`; the same subjects.
+    *Deviation*: there the epoch is chosen on the test fold, here by `validation` subjects, the last of that order.
+    """
+    if not protocol.transductive:  # one pre-training serves all folds, so it sees subjects that are tested
+        raise RequestError("protocol of folds: its folds share one pre-training; declare `transductive: true`")
+    if draw > protocol.folds:
+        raise RequestError(f"draw={draw}: the protocol has {protocol.folds} folds; draws are numbered by them")
+    shuffled = np.random.RandomState(protocol.seed).permutation(with_label).tolist()
+    test = sorted(np.array_split(shuffled, protocol.folds)[draw - 1].tolist())
+    others = sorted(set(with_label) - set(test))
+    order = random.Random(protocol.draw_seed).sample(others, len(others))
+    pool, validation = order[: -protocol.validation], order[-protocol.validation :]
+    if labelled != "all" and labelled > len(pool):
+        raise RequestError(f"labelled={labelled}: fold {draw} leaves {len(pool)} subjects beside test and validation")
+    everyone = np.random.default_rng(protocol.seed).permutation(subjects).tolist()
+    return everyone, sorted(pool) if labelled == "all" else pool[:labelled], validation, test
 
 
 def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:

@@ -3,9 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.model_selection import KFold
 
 from clseg import config
-from clseg.config import ListProtocol, RequestError, SeededProtocol
+from clseg.config import FoldsProtocol, ListProtocol, RequestError, SeededProtocol
 from clseg.data.splits import available_draws, make_split, unlabelled
 
 
@@ -157,6 +158,59 @@ def test_draws_and_seeds_differ():
     assert labelled(0, 1).test != labelled(1, 1).test
     assert available_draws(SeededProtocol(kind="seeded", test=1, validation=1), 3) is None
     assert available_draws(SeededProtocol(kind="seeded", test=1, validation=1), "all") == [1]
+
+
+# --------------------------------------------------------------------------------------------------------------- folds
+
+
+def folds(subjects, labelled, draw, **changes):
+    return make_split(
+        FoldsProtocol(kind="folds", **{"transductive": True} | changes), subjects, subjects, labelled, draw
+    )
+
+
+FOLD_0 = ids(5, 10, 14, 21, 26, 29, 34, 36, 41, 43, 50, 52, 61, 64, 66, 70, 76, 79, 87, 89)
+
+
+@pytest.mark.parametrize(
+    ("subjects", "draw", "test", "labelled"),
+    [
+        (ALL, 1, FOLD_0, ids(73, 18)),
+        (ALL, 1, FOLD_0, ids(73, 18, 1, 15, 95, 6)),
+        (ALL, 1, FOLD_0, ids(73, 18, 1, 15, 95, 6, 13, 16, 58, 39)),
+        ([str(n) for n in range(1001, 1021)], 2, ("1001", "1011", "1013", "1016"), ("1019", "1003")),
+        ([str(n) for n in range(1001, 1021)], 2, ("1001", "1011", "1013", "1016"), ("1019", "1003", "1002", "1020")),
+        ([f"pat{n}" for n in range(10)], 2, ("pat3", "pat9"), ("pat8", "pat0")),
+    ],
+)
+def test_folds_and_subjects_of_the_released_code(subjects, draw, test, labelled):
+    split = folds(subjects, len(labelled), draw)
+    assert (split.test, split.labelled) == (test, labelled)
+
+
+@given(subjects=st.integers(11, 90), count=st.integers(2, 6), seed=st.integers(0, 99), draw_seed=st.integers(0, 99))
+def test_folds(subjects, count, seed, draw_seed):
+    everyone, options = ids(*range(subjects)), {"folds": count, "seed": seed, "draw_seed": draw_seed}
+    expected = KFold(count, shuffle=True, random_state=seed).split(everyone)
+    wholes = [folds(everyone, "all", draw, **options) for draw in range(1, count + 1)]
+    for draw, (whole, (_, test)) in enumerate(zip(wholes, expected, strict=True), start=1):
+        assert whole.test == ids(*test)
+        assert set(whole.pretrain) == set(everyone)
+        assert whole.pretrain == wholes[0].pretrain  # whatever is tested, it is one pre-training
+        assert {*whole.labelled, *whole.validation, *whole.test} == set(everyone)
+        splits = [folds(everyone, n, draw, **options) for n in range(1, len(whole.labelled) + 1)]
+        assert all(split.labelled == splits[-1].labelled[:n] for n, split in enumerate(splits, start=1))
+        assert {split.validation for split in splits} == {whole.validation}
+        with pytest.raises(RequestError, match=f"leaves {len(splits)} subjects"):
+            folds(everyone, len(splits) + 1, draw, **options)
+    with pytest.raises(RequestError, match=f"draw={count + 1}: .* {count} folds"):
+        folds(everyone, 1, count + 1, **options)
+
+
+def test_folds_say_aloud_that_the_pretraining_sees_their_test_subjects():
+    with pytest.raises(RequestError, match="transductive: true"):
+        folds(ALL, 2, 1, transductive=False)
+    assert available_draws(FoldsProtocol(kind="folds", transductive=True), "all") == [1, 2, 3, 4, 5]
 
 
 def test_limit_of_unlabelled_subjects_is_nested(published):
