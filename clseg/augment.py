@@ -1,7 +1,8 @@
-"""Augmentation of whole batches at once, on the device of the batch.
+"""Augmentation of whole batches at once, on the device of the batch; slices [B, C, H, W] or blocks [B, C, D, H, W].
 
 Random numbers are drawn on the CPU from the generator that is passed in: a step gives the same views on every device.
-Lengths that the papers give in pixels of a 192-pixel image are kept as fractions of the image side.
+Lengths that the papers give in pixels are kept as fractions of the image side. Blocks are cropped, turned, scaled and
+mirrored in the plane, all slices alike, so that they keep their place in the volume; elastic fields go along z, too.
 """
 
 import math
@@ -14,8 +15,14 @@ REFERENCE_PX = 192
 CROP = 100 / REFERENCE_PX
 CORNERS = (10 / REFERENCE_PX, 70 / REFERENCE_PX)
 CLIP = (0.0, 1.5)
-ELASTIC_SIGMA = 5 / REFERENCE_PX
+SD = 2 * 5 / REFERENCE_PX  # of the elastic field at its nodes, in units of the [-1, 1] grid
 ELASTIC_GRID = 3
+
+# Zeng et al.: alpha times noise U(-1, 1) smoothed by a Gaussian of sigma pixels, on patches of 352 pixels
+PCL_REFERENCE_PX = 352
+PCL_ALPHA, PCL_SIGMA_PX = (100.0, 350.0), (14.0, 17.0)
+PCL_GRID = 11  # nodes per side: two sigma apart
+PCL_SHARE, PCL_SCALE = 0.67, (0.7, 1.3)
 
 
 def uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -24,38 +31,44 @@ def uniform(low: float, high: float, shape: tuple[int, ...], generator: Generato
 
 
 def warp(image: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
-    """Sample image [B, C, H, W] at grid [B, H, W, 2] in [-1, 1]; zero outside."""
+    """Sample image at grid [B, H, W, 2] or [B, D, H, W, 3] in [-1, 1]; zero outside."""
     return F.grid_sample(image, grid.to(image), mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def plane_grid(theta: Tensor, image: Tensor) -> Tensor:
+    """Sampling grid of one affine map [B, 2, 3] of the plane (output to input, (x, y) in [-1, 1]) per image."""
+    if image.ndim == 5:
+        theta, plane = torch.zeros(len(theta), 3, 4), theta
+        theta[:, :2, :2], theta[:, :2, 3], theta[:, 2, 2] = plane[:, :, :2], plane[:, :, 2], 1
+    return F.affine_grid(theta, [len(image), 1, *image.shape[2:]], align_corners=False)
 
 
 def crop_resize(image: Tensor, generator: Generator) -> Tensor:
     """One random crop per image, resized to the full size: side 100/192, corner uniform in [10/192, 70/192).
 
-    image [B, C, H, W] float -> the same shape. Source: Chaitanya et al., released code.
+    Returns the same shape. Source: Chaitanya et al., released code.
     """
     corner = uniform(*CORNERS, (len(image), 2), generator)
     centre = 2 * corner + CROP - 1  # of the crop, (row, column), in [-1, 1]
     theta = torch.zeros(len(image), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = CROP
     theta[:, :, 2] = centre.flip(1)
-    return warp(image, F.affine_grid(theta, list(image.shape), align_corners=False))
+    return warp(image, plane_grid(theta, image))
 
 
 def intensity(
-    image: Tensor,
-    generator: Generator,
-    brightness: float = 0.3,
-    contrast: tuple[float, float] = (0.7, 1.3),
+    image: Tensor, generator: Generator, brightness: float = 0.3, contrast: tuple[float, float] = (0.7, 1.3)
 ) -> Tensor:
     """Brightness x + U(-b, b), then contrast (x - mean) c + mean with the mean of each channel, clipped to [0, 1.5].
 
-    image [B, C, H, W] float, about 0..1 -> the same shape. Source: Chaitanya et al., released code.
+    image: float, about 0..1; returns the same shape. Source: Chaitanya et al., released code.
     *Deviation*: one draw per image; the released code draws once for the whole batch.
     """
-    shift = uniform(-brightness, brightness, (len(image), 1, 1, 1), generator).to(image)
-    factor = uniform(*contrast, (len(image), 1, 1, 1), generator).to(image)
+    each = (len(image), *[1] * (image.ndim - 1))
+    shift = uniform(-brightness, brightness, each, generator).to(image)
+    factor = uniform(*contrast, each, generator).to(image)
     shifted = image + shift
-    mean = shifted.mean(dim=(2, 3), keepdim=True)
+    mean = shifted.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
     return ((shifted - mean) * factor + mean).clamp(*CLIP)
 
 
@@ -64,13 +77,33 @@ def contrast_view(image: Tensor, generator: Generator) -> Tensor:
     return intensity(crop_resize(image, generator), generator)
 
 
-def elastic_field(batch: int, size: tuple[int, int], generator: Generator) -> Tensor:
-    """Smooth displacements [B, H, W, 2] in units of the [-1, 1] grid.
+def elastic_field(
+    batch: int, size: tuple[int, ...], generator: Generator, nodes: int = ELASTIC_GRID, sd: Tensor | float = SD
+) -> Tensor:
+    """Smooth displacements [B, *size, dimensions] in units of the [-1, 1] grid.
 
-    A 3 x 3 grid of N(0, 5/192 of the side), upsampled bicubically. Source: Chaitanya et al., released code.
+    N(0, sd) on `nodes` nodes per side, upsampled bicubically (in 3-D trilinearly); sd: one number, or one per image.
+    Source: Chaitanya et al., released code: 3 x 3 nodes, 5 pixels of 192.
     """
-    coarse = torch.randn((batch, 2, ELASTIC_GRID, ELASTIC_GRID), generator=generator) * (2 * ELASTIC_SIGMA)
-    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    dimensions = len(size)
+    sd = sd if isinstance(sd, float) else sd.reshape(-1, *[1] * (dimensions + 1))
+    coarse = torch.randn((batch, dimensions, *[nodes] * dimensions), generator=generator) * sd
+    mode = "bicubic" if dimensions == 2 else "trilinear"
+    return F.interpolate(coarse, size=size, mode=mode, align_corners=True).movedim(1, -1)
+
+
+def _turned(angle: Tensor, scale: Tensor, mirror: Tensor, image: Tensor) -> Tensor:
+    """The affine maps [B, 2, 3] that turn, scale and mirror (left to right: -1) images that may not be square."""
+    cos, sin, aspect = angle.cos(), angle.sin(), image.shape[-2] / image.shape[-1]
+    theta = torch.zeros(len(image), 2, 3)  # output (x, y) -> input (x, y), both in [-1, 1] of their own side
+    theta[:, 0, 0], theta[:, 0, 1] = cos * mirror / scale, -sin * aspect / scale
+    theta[:, 1, 0], theta[:, 1, 1] = sin * mirror / aspect / scale, cos / scale
+    return theta
+
+
+def _warp_both(image: Tensor, label: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    warped = warp(label[:, None].to(image.dtype), grid, mode="nearest")[:, 0]
+    return warp(image, grid), warped.to(label.dtype)
 
 
 def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -78,26 +111,55 @@ def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[
 
     Each image gets one of five with equal probability: rotation U(-15, 15) degrees, scale U(0.95, 1.05), horizontal
     flip (then with probability 1/2), rotation by a random multiple of 45 degrees, nothing. The images from a random
-    index U{1..B-2} to the end are also deformed elastically.
+    index U{1..B-2} to the end are also deformed elastically (3 x 3 nodes of N(0, 5/192 of the side)).
 
-    image [B, C, H, W] float, label [B, H, W] int64 -> the same shapes. Source: Chaitanya et al., released code.
+    image float, label int64 without the channel axis -> the same shapes. Source: Chaitanya et al., released code.
     *Deviation*: the released code computes brightness and contrast changes here and drops them; they are left out.
     """
-    batch, _, height, width = image.shape
+    batch = len(image)
     choice = torch.randint(5, (batch,), generator=generator)
     small = uniform(-math.radians(15), math.radians(15), (batch,), generator)
     eighth = torch.randint(8, (batch,), generator=generator) * (math.pi / 4)
     angle = torch.where(choice == 0, small, torch.where(choice == 3, eighth, torch.zeros(batch)))
     scale = torch.where(choice == 1, uniform(0.95, 1.05, (batch,), generator), torch.ones(batch))
-    flip = torch.where((choice == 2) & (torch.rand(batch, generator=generator) < 0.5), -1.0, 1.0)
-    cos, sin, aspect = angle.cos(), angle.sin(), height / width
-    theta = torch.zeros(batch, 2, 3)  # output (x, y) -> input (x, y), both in [-1, 1] of their own side
-    theta[:, 0, 0], theta[:, 0, 1] = cos * flip / scale, -sin * aspect / scale
-    theta[:, 1, 0], theta[:, 1, 1] = sin * flip / aspect / scale, cos / scale
-    grid = F.affine_grid(theta, [batch, 1, height, width], align_corners=False)
+    mirror = torch.where((choice == 2) & (torch.rand(batch, generator=generator) < 0.5), -1.0, 1.0)
+    grid = plane_grid(_turned(angle, scale, mirror, image), image)
     first = int(torch.randint(1, max(batch - 1, 2), (1,), generator=generator))
-    field = elastic_field(batch, (height, width), generator)
+    field = elastic_field(batch, image.shape[2:], generator)
     field[:first] = 0
-    grid = grid + field
-    warped = warp(label[:, None].to(image.dtype), grid, mode="nearest")[:, 0]
-    return warp(image, grid), warped.to(label.dtype)
+    return _warp_both(image, label, grid + field)
+
+
+def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
+    """The published deformation of Zeng et al., one per image, as a sampling grid.
+
+    Mirrored along each side with probability 1/2; with probability 0.67 turned by U(0, 2π), scaled by U(0.7, 1.3) and
+    deformed elastically: alpha U(100, 350) times noise U(-1, 1) smoothed with sigma U(14, 17) pixels of 352.
+    Source: Zeng et al., `datasets/*.py` (batchgenerators).
+    *Deviation*: smooth noise comes from nodes two sigma apart, of the deviation alpha / √3 / (2 √π sigma) that
+    smoothing would leave; bilinear instead of cubic sampling.
+    """
+    batch = len(image)
+    flips = torch.where(torch.rand((2, batch), generator=generator) < 0.5, -1.0, 1.0)
+    moved = torch.rand(batch, generator=generator) < PCL_SHARE
+    angle = uniform(0, 2 * math.pi, (batch,), generator) * moved
+    scale = torch.where(moved, uniform(*PCL_SCALE, (batch,), generator), torch.ones(batch))
+    theta = _turned(angle, scale, flips[0], image)
+    theta[:, 1] *= flips[1, :, None]
+    alpha, sigma = uniform(*PCL_ALPHA, (batch,), generator), uniform(*PCL_SIGMA_PX, (batch,), generator)
+    deviation = alpha / math.sqrt(3) / (2 * math.sqrt(math.pi) * sigma) * moved * (2 / PCL_REFERENCE_PX)
+    return plane_grid(theta, image) + elastic_field(batch, image.shape[2:], generator, PCL_GRID, deviation)
+
+
+def spatial_view(image: Tensor, generator: Generator) -> Tensor:
+    """A view as Zeng et al. make it: deformed in space, intensities untouched."""
+    return warp(image, spatial_grid(image, generator))
+
+
+def spatial_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """The fine-tuning augmentation of Zeng et al. for ACDC and HVSMR, the same for image and label."""
+    return _warp_both(image, label, spatial_grid(image, generator))
+
+
+CONTRAST_VIEWS = {"glcl": contrast_view, "pcl": spatial_view}
+FINETUNE_VIEWS = {"published": finetune_views, "pcl": spatial_views, "none": lambda image, label, _: (image, label)}

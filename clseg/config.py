@@ -124,7 +124,7 @@ class DatasetConfig(Strict):
     """One data set: where it is, how it is read, what it may be used for, how its subjects are divided.
 
     `classes`: label value in the files -> name, empty where the adapter knows; `phases`: those used, empty for all;
-    `geometry` and `geometry_3d` by profile; `threshold` of positional contrast; the first of `protocols` is the default.
+    `geometry`, `geometry_3d`: by profile; `threshold`: of positional contrast; the first of `protocols` is the default.
     """
 
     name: str
@@ -509,12 +509,24 @@ class StudyConfig(Strict):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def _keys(loc: Iterable[str | int], data: Any) -> list[str]:
+    """The keys on the way to an error, without the tags that pydantic puts in for unions."""
+    keys = []
+    for part in loc:
+        if isinstance(data, Mapping) and part not in data and part in data.values():
+            continue
+        keys.append(str(part))
+        with suppress(LookupError, TypeError):
+            data = data[part]
+    return keys
+
+
 def _validated(schema: Any, data: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        loc = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        loc = "".join(f"{part}: " for part in [".".join(_keys(first["loc"], data))] if part)
         given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise RequestError(f"{where}: {loc}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None

@@ -84,6 +84,8 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
                         profile=profile,
                         method=method,
                         protocol=study.protocol,
+                        dimensions=study.dimensions,
+                        pretrain_dataset=study.pretrain_dataset,
                         seed=seed,
                         overrides=config.applicable(common, methods[method]),
                         variant=variant,

@@ -5,11 +5,12 @@ was killed goes on from its last checkpoint to the same numbers as one that was 
 """
 
 import json
+import math
 import os
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
+
+from clseg.config import Optimisation
 
 PROGRESS_SECONDS = 2.0
 
@@ -37,10 +40,24 @@ def device() -> torch.device:
     return torch.device(os.environ.get("CLSEG_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@dataclass
+class Training:
+    """What a stage or a recipe gives the loop.
+
+    `learning`: modules the optimiser changes, by the prefix of their weights; `step_loss`: the loss of a step; `state`:
+    what else must survive a kill; `tables`: to be written into the run's folder.
+    """
+
+    learning: dict[str, nn.Module]
+    step_loss: Callable[[int], Tensor]
+    state: dict[str, nn.Module] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Fit:
-    """What training leaves: `log` (step, loss, validation where it was measured), the best step by validation and its
-    weights (None without validation), seconds of training over all sittings."""
+    """What training leaves: `log` (step, loss, validation where it was measured), the best step by validation and the
+    network's weights then (None without validation), seconds of training over all sittings."""
 
     log: pd.DataFrame
     best_step: int | None
@@ -77,10 +94,27 @@ def _resume(checkpoint: Path) -> dict | None:
         return None
 
 
+def optimiser_for(modules: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
+    """Adam, or stochastic gradient descent with momentum 0.9, over every weight of these modules."""
+    weights = [parameter for module in modules for parameter in module.parameters()]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "adam":
+        return torch.optim.Adam(weights, lr=rate, weight_decay=decay)
+    return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay)
+
+
+def learning_rate(settings: Optimisation, step: int, steps: int) -> float:
+    """The learning rate of a step: constant, or half a cosine from the first to the final one."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    low = settings.final_learning_rate
+    return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def fit(
-    modules: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    step_loss: Callable[[int], Tensor],
+    network: nn.Module,
+    training: Training,
+    settings: Optimisation,
     steps: int,
     folder: Path,
     checkpoint_every: int,
@@ -89,13 +123,14 @@ def fit(
     evaluate_every: int = 0,
     title: str = "training",
 ) -> Fit:
-    """Minimise `step_loss(step)` for `steps` steps, resuming from `folder/checkpoint.pt` if it is there.
+    """Minimise `training.step_loss(step)` for `steps` steps, resuming from `folder/checkpoint.pt` if it is there.
 
-    `modules` holds every weight that must survive a kill. `evaluate()` (higher is better) runs every `evaluate_every`
-    steps and after the last one; the weights of its best value are kept (the earliest of equals).
-    Raises `FloatingPointError` when a loss is not finite.
+    `evaluate()` (higher is better) runs every `evaluate_every` steps and after the last one; the network's weights of
+    its best value are kept (the earliest of equals). Raises `FloatingPointError` when a loss is not finite.
     """
-    where = next(modules.parameters()).device
+    where = next(network.parameters()).device
+    modules = nn.ModuleList([network, *training.learning.values(), *training.state.values()])
+    optimiser = optimiser_for(training.learning.values(), settings)
     checkpoint, progress = folder / "checkpoint.pt", folder / "progress.json"
     losses: list[Tensor] = []
     scores: list[tuple[int, float]] = []
@@ -105,12 +140,11 @@ def fit(
         optimiser.load_state_dict(saved["optimiser"])
         losses, scores = [saved["losses"].to(where)], [tuple(pair) for pair in saved["scores"]]
         best_step, best_state, start, before = saved["best_step"], saved["best_state"], saved["step"], saved["seconds"]
-
     began = reported = time.monotonic()
 
     def save(step: int) -> None:
         nonlocal losses
-        losses = [torch.cat([loss.reshape(-1) for loss in losses])]
+        losses = [torch.cat(losses)]
         if not torch.isfinite(losses[0]).all():
             bad = int((~torch.isfinite(losses[0])).nonzero()[0, 0]) + 1
             raise FloatingPointError(f"the loss of step {bad} is not finite; lower the learning rate")
@@ -126,11 +160,14 @@ def fit(
         }
         write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
 
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1, leave=False)
-    for step in bar:
+    for step in tqdm(
+        range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1, leave=False
+    ):
         modules.train()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, step, steps)
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = step_loss(step)
+            loss = training.step_loss(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -141,13 +178,12 @@ def fit(
             scores.append((done, score))
             if best_step is None or score > max(value for _, value in scores[:-1]):
                 best_step = done
-                best_state = {name: value.detach().clone() for name, value in modules.state_dict().items()}
+                best_state = {name: value.detach().clone() for name, value in network.state_dict().items()}
         if done % checkpoint_every == 0 or done == steps:
             save(done)
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             write_json(progress, {"step": done, "steps": steps})
-    bar.close()
 
     log = pd.DataFrame({"step": np.arange(1, steps + 1), "loss": torch.cat(losses).cpu().numpy()})
     if evaluate is not None:

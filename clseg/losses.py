@@ -287,25 +287,26 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     1 - mean_{b, k} 2 Σ_x p_bk(x) y_bk(x) / (Σ_x p_bk(x) + Σ_x y_bk(x) + 1e-10), p the softmax of the logits, y one-hot.
     As the smoothing is in the denominator only, a class that is not in the label counts 0 whatever the prediction.
 
-    logits: [B, K, ...]; label: int64 [B, ...], 0 to K - 1. Returns a scalar in [0, 1], float32 or float64.
+    logits: [B, K, ...]; label: int64 [B, ...], 0 to K - 1, or y itself, float [B, K, ...] (mixed or predicted labels).
+    Returns a scalar in [0, 1], float32 or float64.
 
     Raises `ValueError` for shapes that do not fit. Source: `dice_loss_with_backgrnd` of Chaitanya et al.
     """
-    logits = _checked(logits, label)
+    logits, label = _checked(logits, label)
     probability = logits.softmax(dim=1).flatten(2)  # [B, K, X]
-    target = torch.zeros_like(probability).scatter_(1, label[:, None].flatten(2), 1.0)  # [B, K, X]
+    target = label.flatten(2) if label.ndim == logits.ndim else torch.zeros_like(probability)  # [B, K, X]
+    if label.ndim < logits.ndim:
+        target.scatter_(1, label[:, None].flatten(2), 1.0)
     overlap = (probability * target).sum(dim=2)  # [B, K]
     return 1 - (2 * overlap / (probability.sum(dim=2) + target.sum(dim=2) + 1e-10)).mean()
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over all pixels of the batch of -log p(label).
+    """Mean over all pixels of the batch of -Σ_k y_k log p_k; logits and label as in `dice_loss`, also what it raises.
 
-    logits: [B, K, ...]; label: int64 [B, ...], 0 to K - 1. Returns a scalar ≥ 0, float32 or float64.
-
-    Raises `ValueError` for shapes that do not fit. Source: Zeng et al., `train_supervised.py`.
+    Returns a scalar ≥ 0, float32 or float64. Source: Zeng et al., `train_supervised.py`.
     """
-    return F.cross_entropy(_checked(logits, label), label)
+    return F.cross_entropy(*_checked(logits, label))
 
 
 def dice_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -316,9 +317,10 @@ def dice_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 SEGMENTATION_LOSSES = {"dice": dice_loss, "cross_entropy": cross_entropy, "dice+cross_entropy": dice_cross_entropy}
 
 
-def _checked(logits: Tensor, label: Tensor) -> Tensor:
-    if logits.ndim < 3 or label.shape != (logits.shape[0], *logits.shape[2:]):
+def _checked(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.ndim < 3 or label.shape not in (logits.shape, (logits.shape[0], *logits.shape[2:])):
         raise ValueError(
             f"logits must be [B, K, ...] and label [B, ...], not {list(logits.shape)}, {list(label.shape)}"
         )
-    return logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits, label.to(logits.dtype) if label.ndim == logits.ndim else label

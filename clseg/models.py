@@ -1,13 +1,22 @@
-"""The network of Chaitanya et al. (released code): encoder, decoder, output, and two heads for pre-training only.
+"""Networks: the U-Nets of two papers in 2-D and 3-D, heads that serve pre-training only, and the beta-VAE.
 
-| part | layers (published filters) |
+| `glcl` (Chaitanya et al., released code) | layers (published filters) |
 |---|---|
-| encoder level 1..6 | 2 x (conv 3x3, batch norm, ReLU), 16, 32, 64, 128, 128, 128; 2x2 max-pool after levels 1..5 |
-| decoder block 1..4 | nearest x2, conv 2x2 BN ReLU, concatenate the skip, 2 x (conv 3x3 BN ReLU), 128, 128, 64, 32 |
-| decoder block 5 | the same with one 3x3 convolution, 16 |
-| output | 2 x (conv 3x3 BN ReLU), conv 3x3 to classes without bias |
-| `GlobalHead` (g1) | flatten, linear 1024, ReLU, linear 128, no biases |
-| `LocalHead` (g2) | conv 1x1 BN ReLU, conv 1x1, no biases; K = 3: a shared bias-free linear to 128 per region |
+| encoder level 1..6 | 2 x (conv 3, batch norm, ReLU), 16, 32, 64, 128, 128, 128; max-pool 2 after each but the last |
+| decoder block 1..4 | nearest x2, conv 2 BN ReLU, concatenate the skip, 2 x (conv 3 BN ReLU), 128, 128, 64, 32 |
+| decoder block 5 | the same with one conv 3, 16 |
+| output | 2 x (conv 3 BN ReLU), conv 3 to classes without bias |
+| `GlobalHead` flatten (g1) | flatten, linear 1024, ReLU, linear 128, no biases |
+| `LocalHead` (g2) | conv 1 BN ReLU, conv 1, no biases; K = 3: a shared bias-free linear to 128 per region |
+
+| `pcl` (Zeng et al., released code) | layers (published filters f, 2f, 4f, 8f, 16f; f = 32 or 48) |
+|---|---|
+| encoder level 1..5 | 2 x (conv 3, BN, LeakyReLU 0.01), max-pool 2; level 5 ("centre") 2 x (conv 3, ReLU), no norm |
+| decoder block 1..4 | transposed conv 2, concatenate the skip, 2 x (conv 3 BN LeakyReLU) |
+| output | conv 1 to classes without bias |
+| `GlobalHead` pool | global average pool, linear 16f, ReLU, linear 512 |
+
+B images of C channels are [B, C, H, W], in 3-D [B, C, D, H, W]; every side is a multiple of `NetworkConfig.coarsest`.
 """
 
 from collections.abc import Mapping
@@ -19,39 +28,60 @@ from torch import Tensor, nn
 from clseg.config import NetworkConfig, RequestError
 from clseg.losses import region_embeddings
 
-NORM_EPS = 1e-3
-LEVELS = 6
-EMBEDDING = 128
+EMBEDDING = {"flatten": 128, "pool": 512}
+SLOPE = 0.01  # of LeakyReLU in `pcl`
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
-def _conv(inputs: int, outputs: int, kernel: int, momentum: float) -> nn.Sequential:
-    """Convolution with bias, batch norm, ReLU; size kept (even kernels are padded below and right, as released)."""
-    pad = [] if kernel % 2 else [nn.ZeroPad2d((kernel // 2 - 1, kernel // 2) * 2)]
-    return nn.Sequential(
-        *pad,
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 if kernel % 2 else 0),
-        nn.BatchNorm2d(outputs, eps=NORM_EPS, momentum=momentum),
-        nn.ReLU(inplace=True),
-    )
+class _Build:
+    """The layers that two architectures and two dimensions make of one plan."""
+
+    def __init__(self, config: NetworkConfig, dimensions: int) -> None:
+        self.config, self.dimensions = config, dimensions
+        self.published = config.architecture == "glcl"
+
+    def conv(self, inputs: int, outputs: int, kernel: int, norm: bool = True) -> nn.Sequential:
+        """Convolution with bias, batch norm, activation; size kept (even kernels: padded at the end, as released)."""
+        before = (kernel // 2 - 1, kernel // 2) * self.dimensions
+        pad = [] if kernel % 2 else [nn.ZeroPad2d(before) if self.dimensions == 2 else nn.ConstantPad3d(before, 0.0)]
+        layers = [*pad, CONV[self.dimensions](inputs, outputs, kernel, padding=kernel // 2 if kernel % 2 else 0)]
+        if norm:
+            layers.append(self.norm(outputs))
+        leaky = norm and not self.published
+        return nn.Sequential(*layers, nn.LeakyReLU(SLOPE, inplace=True) if leaky else nn.ReLU(inplace=True))
+
+    def norm(self, width: int) -> nn.Module:
+        eps = 1e-3 if self.published else 1e-5
+        return NORM[self.dimensions](width, eps=eps, momentum=self.config.norm_momentum)
+
+    def convs(self, inputs: int, outputs: int, count: int = 2, norm: bool = True) -> nn.Sequential:
+        return nn.Sequential(*(self.conv(outputs if k else inputs, outputs, 3, norm) for k in range(count)))
+
+    def up(self, inputs: int, outputs: int) -> nn.Module:
+        if self.published:
+            return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), self.conv(inputs, outputs, 2))
+        return TRANSPOSED[self.dimensions](inputs, outputs, 2, stride=2)
 
 
 class Encoder(nn.Module):
-    """Image [B, C, H, W] to the feature maps of levels 1..6; level k is [B, filters[k-1], H / 2^(k-1), W / 2^(k-1)]."""
+    """Images to the feature maps of all levels; level k is [B, filters[k-1], side / 2^(k-1), ...]."""
 
-    def __init__(self, channels: int, config: NetworkConfig) -> None:
+    def __init__(self, channels: int, config: NetworkConfig, dimensions: int = 2) -> None:
         super().__init__()
-        widths = [channels, *config.filters]
+        build, widths = _Build(config, dimensions), [channels, *config.filters]
+        last = len(config.filters) - 1
         self.levels = nn.ModuleList(
-            nn.Sequential(
-                _conv(widths[k], widths[k + 1], 3, config.norm_momentum),
-                _conv(widths[k + 1], widths[k + 1], 3, config.norm_momentum),
-            )
-            for k in range(LEVELS)
+            build.convs(widths[k], widths[k + 1], norm=build.published or k < last) for k in range(last + 1)
         )
-        self.pool = nn.MaxPool2d(2)
+        self.pool = POOL[dimensions](2)
+        self.memory_format = torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        features = [self.levels[0](image)]
+        features = [self.levels[0](image.contiguous(memory_format=self.memory_format))]
         for level in self.levels[1:]:
             features.append(level(self.pool(features[-1])))
         return features
@@ -60,29 +90,28 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Upsample, merge with the encoder's map of that size, convolve `convolutions` times."""
 
-    def __init__(self, inputs: int, outputs: int, convolutions: int, momentum: float) -> None:
+    def __init__(self, inputs: int, outputs: int, convolutions: int, build: _Build) -> None:
         super().__init__()
-        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        self.reduce = _conv(inputs, outputs, 2, momentum)
-        merged = [_conv(2 * outputs if k == 0 else outputs, outputs, 3, momentum) for k in range(convolutions)]
-        self.merge = nn.Sequential(*merged)
+        self.up = build.up(inputs, outputs)
+        self.merge = build.convs(2 * outputs, outputs, convolutions)
 
     def forward(self, feature: Tensor, skip: Tensor) -> Tensor:
-        return self.merge(torch.cat([self.reduce(self.upsample(feature)), skip], dim=1))
+        return self.merge(torch.cat([self.up(feature), skip], dim=1))
 
 
 class Decoder(nn.Module):
-    """Blocks 1..5; `forward(features, blocks=l)` stops after the first l blocks: [B, C_l, H / 2^(5-l), W / 2^(5-l)]."""
+    """Blocks 1..L-1 for L levels; `forward(features, blocks=l)` stops after the first l: [B, C_l, side / 2^(L-1-l)]."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, dimensions: int = 2) -> None:
         super().__init__()
-        widths = config.filters[::-1]
+        build, widths = _Build(config, dimensions), config.filters[::-1]
+        last = len(widths) - 2
         self.blocks = nn.ModuleList(
-            DecoderBlock(widths[k], widths[k + 1], 1 if k == LEVELS - 2 else 2, config.norm_momentum)
-            for k in range(LEVELS - 1)
+            DecoderBlock(widths[k], widths[k + 1], 1 if build.published and k == last else 2, build)
+            for k in range(last + 1)
         )
 
-    def forward(self, features: list[Tensor], blocks: int = LEVELS - 1) -> Tensor:
+    def forward(self, features: list[Tensor], blocks: int | None = None) -> Tensor:
         skips = features[::-1]
         feature = skips[0]
         for block, skip in zip(self.blocks[:blocks], skips[1:], strict=False):
@@ -90,36 +119,47 @@ class Decoder(nn.Module):
         return feature
 
 
-class UNet(nn.Module):
-    """Image [B, C, H, W] to logits [B, classes, H, W]; H and W are multiples of 32."""
+def output_layers(classes: int, config: NetworkConfig, dimensions: int = 2) -> nn.Sequential:
+    """From the finest decoder map to `classes` channels."""
+    build, width = _Build(config, dimensions), config.filters[0]
+    before, kernel = ([build.conv(width, width, 3), build.conv(width, width, 3)], 3) if build.published else ([], 1)
+    last = CONV[dimensions](width, classes, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(*before, last)
 
-    def __init__(self, channels: int, classes: int, config: NetworkConfig) -> None:
+
+class UNet(nn.Module):
+    """Images to logits [B, classes, ...] of the same sides."""
+
+    def __init__(self, channels: int, classes: int, config: NetworkConfig, dimensions: int = 2) -> None:
         super().__init__()
-        self.encoder = Encoder(channels, config)
-        self.decoder = Decoder(config)
-        width = config.filters[0]
-        self.output = nn.Sequential(
-            _conv(width, width, 3, config.norm_momentum),
-            _conv(width, width, 3, config.norm_momentum),
-            nn.Conv2d(width, classes, 3, padding=1, bias=False),
-        )
-        initialise(self)
+        self.config, self.dimensions = config, dimensions
+        self.encoder = Encoder(channels, config, dimensions)
+        self.decoder = Decoder(config, dimensions)
+        self.output = output_layers(classes, config, dimensions)
+        initialise(self, config)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.output(self.decoder(self.encoder(image)))
 
 
 class GlobalHead(nn.Module):
-    """g1: the deepest feature map [B, C, h, w] to an embedding [B, 128]."""
+    """The deepest feature map to an embedding [B, E]: `flatten` E = 128, `pool` E = 512.
 
-    def __init__(self, config: NetworkConfig, size: list[int]) -> None:
+    size: sides of the image in pixels.
+    """
+
+    def __init__(self, config: NetworkConfig, size: list[int], kind: str = "flatten") -> None:
         super().__init__()
-        scale = 2 ** (LEVELS - 1)
-        flat = config.filters[-1] * (size[0] // scale) * (size[1] // scale)
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(flat, 1024, bias=False), nn.ReLU(), nn.Linear(1024, EMBEDDING, bias=False)
-        )
-        initialise(self)
+        width, embedding = config.filters[-1], EMBEDDING[kind]
+        if kind == "flatten":
+            for side in size:
+                width *= side // config.coarsest
+            layers = [nn.Flatten(), nn.Linear(width, 1024, bias=False), nn.ReLU()]
+            layers.append(nn.Linear(1024, embedding, bias=False))
+        else:
+            pool = nn.AdaptiveAvgPool2d(1) if len(size) == 2 else nn.AdaptiveAvgPool3d(1)
+            layers = [pool, nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, embedding)]
+        self.layers = initialise(nn.Sequential(*layers), config)
 
     def forward(self, feature: Tensor) -> Tensor:
         return self.layers(feature)
@@ -130,41 +170,40 @@ class LocalHead(nn.Module):
 
     def __init__(self, config: NetworkConfig, blocks: int, size: int) -> None:
         super().__init__()
-        width = config.filters[::-1][blocks]
-        self.size = size
-        self.project = nn.Sequential(
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width, eps=NORM_EPS, momentum=config.norm_momentum),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 1, bias=False),
-        )
-        self.region = nn.Identity() if size == 1 else nn.Linear(size * size * width, EMBEDDING, bias=False)
-        initialise(self)
+        width, self.size = config.filters[::-1][blocks], size
+        norm = _Build(config, 2).norm(width)
+        point = [nn.Conv2d(width, width, 1, bias=False) for _ in range(2)]
+        self.project = nn.Sequential(point[0], norm, nn.ReLU(inplace=True), point[1])
+        embedding = EMBEDDING["flatten"]
+        self.region = nn.Identity() if size == 1 else nn.Linear(size * size * width, embedding, bias=False)
+        initialise(self, config)
 
     def forward(self, feature: Tensor, corners: Tensor) -> Tensor:
         return self.region(region_embeddings(self.project(feature), corners, self.size))
 
 
-def initialise(module: nn.Module) -> None:
-    """Gaussian weights of standard deviation sqrt(2 / fan_in), zero biases (named "xavier" in the released code)."""
+def initialise(module: nn.Module, config: NetworkConfig) -> nn.Module:
+    """Gaussian weights of standard deviation gain / sqrt(fan_in), zero biases; gain² = 2 ("xavier" in the code of
+    Chaitanya et al.) or 2 / (1 + 0.01²) (Zeng et al.). Returns the module."""
+    slope = 0.0 if config.architecture == "glcl" else SLOPE
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, a=slope)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    return module
 
 
 def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> list[str]:
-    """Copy pre-trained parameters into the network; returns their names.
+    """Copy pre-trained parameters of encoder and decoder into the network; returns their names.
 
-    Heads (`head.*`) stay behind and so do batch-norm running averages, which restart as in the released code.
-    Raises `RequestError` where a parameter is unknown, has another shape, or nothing at all fits.
+    All else (heads, the auto-encoder) stays behind and so do batch-norm running averages, which restart as in the
+    released code. Raises `RequestError` where a parameter is unknown, has another shape, or nothing at all fits.
     """
-    own = dict(network.named_parameters())
-    averages = {name for name, _ in network.named_buffers()}
+    own, averages = dict(network.named_parameters()), {name for name, _ in network.named_buffers()}
     copied = []
     for name, value in weights.items():
-        if name.startswith("head.") or name in averages:
+        if not name.startswith(("encoder.", "decoder.")) or name in averages:
             continue
         if name not in own:
             raise RequestError(

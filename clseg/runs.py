@@ -25,14 +25,13 @@ import pandas as pd
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from clseg import __version__, config, paths
-from clseg.config import Experiment, FinetuneParameters, PretrainParameters, RequestError
+from clseg.config import Experiment, FinetuneParameters, Optimisation, PretrainParameters, RequestError
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import Fit, device, fit, seed_of, write_atomically, write_json
-from clseg.models import GlobalHead, LocalHead, UNet, transfer
+from clseg.loop import Fit, Training, device, fit, seed_of, write_atomically, write_json
+from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
 from clseg.recipes.evaluation import scores, validation_dice
 from clseg.stages import STAGES
@@ -41,9 +40,8 @@ TABLE_COLUMNS = (
     *("study", "dataset", "profile", "method", "labelled", "draw", "seed"),
     *("subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed", "run"),
 )
-WORKER = (
-    "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, after the executed notebook is in place
-)
+# set in kernels of a grid: there the worker seals the run, after the executed notebook is in place
+WORKER = "CLSEG_WORKER"
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "nibabel")
 
 
@@ -90,11 +88,10 @@ class Run:
         parameters = self.parameters
         if isinstance(parameters, PretrainParameters):
             stage = self.experiment.stages[parameters.stage]
-            what = stage.strategy if getattr(stage, "pairs", "partition") == "partition" else stage.pairs
-            fields = [f"{stage.stage}-{what}"]
+            fields = [stage.stage, *filter(None, [getattr(stage, "answer", "")])]
         else:
             variant = parameters.variant.rpartition(".")[2].replace("/", "_").replace(" ", "")
-            fields = [parameters.method, *([variant] if variant else [])]
+            fields = [parameters.method, *filter(None, [variant, parameters.pretrain_dataset])]
             fields += [f"labelled{self.key['labelled']}", f"draw{self.key['draw']}"]
         return "-".join([self.kind, *fields, f"seed{parameters.seed}", config.digest(self.key)])
 
@@ -104,8 +101,10 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method as results name it, with the ablated value if there is one."""
-        return self.parameters.method + (f" [{self.parameters.variant}]" if self.parameters.variant else "")
+        """The method as results name it: with the ablated value if there is one, and if test subjects pre-train it."""
+        protocol = self.experiment.dataset.protocols[self.experiment.protocol]
+        seen = " (transductive)" if protocol.transductive and self.parent else ""
+        return self.parameters.method + (f" [{self.parameters.variant}]" if self.parameters.variant else "") + seen
 
     @property
     def steps(self) -> int:
@@ -146,7 +145,9 @@ def finetune_run(parameters: FinetuneParameters) -> Run:
     stages = parameters.experiment().stages
     if not stages:
         return Run(parameters, None)
-    shared = parameters.model_dump(exclude={"labelled", "draw"})
+    shared = parameters.model_dump(exclude={"labelled", "draw", "pretrain_dataset"})
+    if parameters.pretrain_dataset:
+        shared |= {"dataset": parameters.pretrain_dataset, "protocol": ""}
     return Run(parameters, pretrain_run(PretrainParameters(**shared, stage=len(stages) - 1)))
 
 
@@ -169,21 +170,26 @@ def split_of(run: Run, store: Store) -> Split:
     return replace(split, pretrain=unlabelled(split, experiment.unlabelled))
 
 
+def _network(run: Run, store: Store) -> UNet:
+    experiment = run.experiment
+    return UNet(store.channels, store.num_classes, experiment.network, experiment.geometry.dimensions)
+
+
 def build_network(run: Run, store: Store) -> UNet:
     """The network as the run starts with it: seeded weights, then the parent's where there is one."""
     torch.manual_seed(seed_of(run.parameters.seed, "network"))
-    network = UNet(store.channels, store.num_classes, run.experiment.network)
+    network = _network(run, store)
     if run.parent is not None:
         weights = run.parent.folder / "weights.safetensors"
         transfer(network, load_file(weights), weights)
-    return network.to(device()).to(memory_format=torch.channels_last)
+    return network.to(device())
 
 
 def trained_network(run: Run, store: Store) -> UNet:
     """The network of a finished fine-tuning: best on validation."""
-    network = UNet(store.channels, store.num_classes, run.experiment.network)
+    network = _network(run, store)
     network.load_state_dict(load_file(run.folder / "weights.safetensors"))
-    return network.to(device()).to(memory_format=torch.channels_last)
+    return network.to(device())
 
 
 def train(run: Run) -> Run:
@@ -208,38 +214,33 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
     experiment, seed = run.experiment, run.parameters.seed
     stage = experiment.stages[run.parameters.stage]
     network = build_network(run, store)
+    earlier = load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
     torch.manual_seed(seed_of(seed, "head", run.parameters.stage))
-    if stage.stage == "contrast":
-        head: nn.Module = GlobalHead(experiment.network, experiment.geometry.size)
-        learning = {"encoder": network.encoder}
-    else:
-        head = LocalHead(experiment.network, stage.decoder_blocks, stage.size)
-        learning = {f"decoder.blocks.{k}": network.decoder.blocks[k] for k in range(stage.decoder_blocks)}
-    head.to(device())
-    modules = nn.ModuleDict({"network": network, "head": head})
-    parameters = [p for module in [*learning.values(), head] for p in module.parameters()]
     slices = min(stage.slices, experiment.pretrain.max_slices or stage.slices)
-    rows = store.rows(split.pretrain)
-    step_loss = STAGES[stage.stage](network, head, store, rows, stage, slices, seed)
-    result = _fit(run, modules, torch.optim.Adam(parameters, lr=stage.learning_rate), step_loss, "pre-training")
-    kept = {"encoder": network.encoder} | ({} if stage.stage == "contrast" else learning) | {"head": head}
-    weights = {f"{prefix}.{k}": v for prefix, module in kept.items() for k, v in module.state_dict().items()}
+    training = STAGES[stage.stage](network, store, store.rows(split.pretrain), stage, slices, seed, earlier)
+    result = _fit(run, network, training, stage, "pre-training")
+    # what came from earlier stages and what was learned now; heads of earlier stages stay behind
+    learned = {f"{prefix}.{k}": v for prefix, part in training.learning.items() for k, v in part.state_dict().items()}
+    weights = {name: value for name, value in earlier.items() if not name.startswith("head.")} | learned
+    own = network.state_dict()
+    weights |= {name: value for name, value in own.items() if name in weights or name.startswith("encoder.")}
     _save_weights(run, store, weights)
-    _write_record(run, result, ["log.csv", "weights.safetensors"])
+    _write_record(run, result, ["log.csv", *_write_tables(run, training), "weights.safetensors"])
 
 
 def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, seed = run.experiment, run.parameters.seed
     budget, recipe = experiment.finetune, experiment.recipe
     network = build_network(run, store)
-    step_loss = RECIPES[recipe.recipe](
-        network, store, store.rows(split.labelled, labelled=True), recipe, budget.batch, seed
-    )
+    labelled = store.rows(split.labelled, labelled=True)
+    others = store.rows(set(split.pretrain) - {*split.labelled, *split.validation, *split.test})
+    torch.manual_seed(seed_of(seed, "recipe"))
+    training = RECIPES[recipe.recipe](network, store, labelled, others, recipe, budget.batch, seed, budget.steps)
     result = _fit(
         run,
         network,
-        torch.optim.Adam(network.parameters(), lr=recipe.learning_rate),
-        step_loss,
+        training,
+        recipe,
         "fine-tuning",
         evaluate=lambda: validation_dice(network, store, split.validation),
         evaluate_every=budget.validate_every,
@@ -259,26 +260,21 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
         table = pd.DataFrame(rows).assign(**fields)[[c for c in TABLE_COLUMNS if c != "study"]]
         write_table(run.folder / f"{name}.csv", table)
     _save_weights(run, store, network.state_dict())
-    _write_record(run, result, ["log.csv", "metrics.csv", "metrics_last.csv", "weights.safetensors"])
+    tables = _write_tables(run, training)
+    _write_record(run, result, ["log.csv", "metrics.csv", "metrics_last.csv", *tables, "weights.safetensors"])
 
 
-def _fit(
-    run: Run, modules: nn.Module, optimiser: torch.optim.Optimizer, step_loss: Any, title: str, **more: Any
-) -> Fit:
-    experiment = run.experiment
-    result = fit(
-        modules,
-        optimiser,
-        step_loss,
-        run.steps,
-        run.folder,
-        experiment.checkpoint_every,
-        experiment.precision,
-        title=title,
-        **more,
-    )
+def _fit(run: Run, network: UNet, training: Training, settings: Optimisation, title: str, **more: Any) -> Fit:
+    every, precision = run.experiment.checkpoint_every, run.experiment.precision
+    result = fit(network, training, settings, run.steps, run.folder, every, precision, title=title, **more)
     write_table(run.folder / "log.csv", result.log)
     return result
+
+
+def _write_tables(run: Run, training: Training) -> list[str]:
+    for name, content in training.tables.items():
+        write_table(run.folder / f"{name}.csv", content)
+    return [f"{name}.csv" for name in training.tables]
 
 
 # ---------------------------------------------------------------------------------------------------- files and status
@@ -288,13 +284,12 @@ def _save_weights(run: Run, store: Store, weights: dict[str, torch.Tensor]) -> N
     """Weights with the adaptation record: what a network and its input must be like for them to fit."""
     experiment = run.experiment
     adaptation = {
-        "architecture": "clseg.models.UNet",
-        "filters": experiment.network.filters,
+        "network": experiment.network.model_dump(),
         "channels": store.channels,
         "classes": store.class_names,
         "geometry": experiment.geometry.model_dump(),
         "normalisation": experiment.dataset.normalisation.model_dump(),
-        "prefixes": {"encoder": "encoder.", "decoder": "decoder.", "output": "output.", "not for transfer": "head."},
+        "prefixes": {"for transfer": ["encoder.", "decoder."], "of a segmenter": ["output."]},
         "dataset": experiment.dataset.name,
         "method": run.method,
         "run": run.name,

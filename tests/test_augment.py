@@ -100,3 +100,34 @@ def test_elastic_field_has_the_published_standard_deviation():
     field = augment.elastic_field(4000, (9, 9), generator())
     corner_px = field[:, 0, 0] * 192 / 2
     torch.testing.assert_close(corner_px.std(), torch.tensor(5.0), atol=0.15, rtol=0)
+
+
+def test_the_views_of_zeng_et_al_move_pixels_and_change_no_intensity():
+    image = torch.ones(400, 1, 16, 16)
+    view = augment.spatial_view(image, generator())
+    assert (view[:, :, 8, 8] > 0.999).all()  # the middle stays inside
+    inside = (view > 0.999).all(dim=(1, 2, 3))
+    still = inside.float().mean()  # not turned: the border stays inside, too
+    assert 0.28 < still < 0.42  # 1 - 0.67, and images that were only enlarged
+    ramp = torch.arange(16.0).expand(400, 1, 16, 16)
+    mirrored = augment.spatial_view(ramp, generator())[inside]
+    assert {tuple(row) for row in mirrored[:, 0, 8].round().int().tolist()} >= {
+        tuple(range(16)),
+        tuple(range(15, -1, -1)),
+    }
+
+
+def test_blocks_are_deformed_alike_in_every_slice_and_keep_their_place():
+    column = torch.rand(6, 1, 1, 16, 16).expand(-1, -1, 8, -1, -1)  # every slice the same
+    for view in (augment.crop_resize(column, generator()), augment.intensity(column, generator())):
+        torch.testing.assert_close(view, view[:, :, :1].expand_as(view), atol=1e-5, rtol=0)
+    depth = torch.arange(8.0)[None, None, :, None, None].expand(6, 1, 8, 16, 16)
+    torch.testing.assert_close(augment.crop_resize(depth, generator()), depth, atol=1e-4, rtol=0)
+    label = torch.randint(0, 3, (6, 8, 16, 16), generator=generator())
+    for views in (augment.finetune_views, augment.spatial_views):
+        image, moved = views(label[:, None].float(), label, generator())
+        assert image.shape == (6, 1, 8, 16, 16)
+        assert moved.dtype == label.dtype
+        # where the image stayed a whole number it is what the label says
+        whole = (image[:, 0] - image[:, 0].round()).abs() < 1e-4
+        assert (image[:, 0][whole].round().long() == moved[whole]).float().mean() > 0.9

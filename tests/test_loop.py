@@ -5,18 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from clseg.loop import fit, seed_of, step_generator, write_atomically
+from clseg.config import Optimisation
+from clseg.loop import Training, fit, learning_rate, seed_of, step_generator, write_atomically
 
 
 class Killed(Exception):
     pass
 
 
-def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None):
+def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **settings):
     """A small regression whose batches depend on the step alone; `kill_at` raises before that step."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     folder.mkdir(exist_ok=True)
 
     def step_loss(step):
@@ -28,7 +28,8 @@ def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None):
     def evaluate():
         return -network[0].weight.detach().abs().sum().item() if scores is None else next(scores)
 
-    result = fit(network, optimiser, step_loss, steps, folder, checkpoint_every, evaluate=evaluate, evaluate_every=4)
+    training, settings = Training({"network": network}, step_loss), Optimisation(**{"learning_rate": 1e-2, **settings})
+    result = fit(network, training, settings, steps, folder, checkpoint_every, evaluate=evaluate, evaluate_every=4)
     return result, {k: v.clone() for k, v in network.state_dict().items()}
 
 
@@ -37,17 +38,52 @@ def test_it_minimises(tmp_path):
     assert result.log["loss"].iloc[-10:].mean() < 0.3 * result.log["loss"].iloc[:10].mean()
 
 
-@pytest.mark.parametrize("kills", [[5], [1, 4, 8], [11], [3, 6, 9]])
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, kills):
-    expected, weights = problem(tmp_path / "whole")
+SGD = {"optimiser": "sgd", "learning_rate": 1e-3, "schedule": "cosine", "weight_decay": 1e-3}
+
+
+@pytest.mark.parametrize(("kills", "settings"), [([5], {}), ([1, 4, 8], SGD), ([11], {}), ([3, 6, 9], SGD)])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, kills, settings):
+    expected, weights = problem(tmp_path / "whole", **settings)
     for kill in kills:
         with pytest.raises(Killed):
-            problem(tmp_path / "killed", kill_at=kill)
-    result, resumed = problem(tmp_path / "killed")
+            problem(tmp_path / "killed", kill_at=kill, **settings)
+    result, resumed = problem(tmp_path / "killed", **settings)
     pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
     assert result.best_step == expected.best_step
     assert all(torch.equal(weights[k], resumed[k]) for k in weights)
     assert all(torch.equal(expected.best_state[k], result.best_state[k]) for k in weights)
+
+
+def test_what_else_learns_and_what_only_has_state_survives_a_kill(tmp_path):
+    """A head that learns and a teacher that is only a running average, beside a network that is evaluated."""
+
+    def go(folder, kill_at=None):
+        torch.manual_seed(0)
+        network, head, teacher = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(3, 1)
+        folder.mkdir(exist_ok=True)
+
+        def step_loss(step):
+            if step == kill_at:
+                raise Killed
+            with torch.no_grad():
+                teacher.weight.lerp_(head.weight, 0.1)
+            x = torch.randn(8, 3, generator=step_generator(1, "test", step))
+            return (head(network(x)) - teacher(x)).square().mean()
+
+        training = Training({"network": network, "head": head}, step_loss, {"teacher": teacher})
+        result = fit(network, training, Optimisation(), 9, folder, 2)
+        return result.log["loss"].tolist(), teacher.weight.tolist()
+
+    expected = go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "killed", 5)
+    assert go(tmp_path / "killed") == expected
+
+
+def test_the_learning_rate_follows_half_a_cosine():
+    cosine = Optimisation(learning_rate=0.1, schedule="cosine", final_learning_rate=0.02)
+    assert [round(learning_rate(cosine, step, 4), 4) for step in range(5)] == [0.1, 0.0883, 0.06, 0.0317, 0.02]
+    assert learning_rate(Optimisation(learning_rate=0.1), 3, 4) == 0.1
 
 
 def test_a_damaged_checkpoint_means_starting_again(tmp_path, capsys):
@@ -69,11 +105,12 @@ def test_best_is_the_first_of_the_highest_scores(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
     network = nn.Linear(1, 1)
-    optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
+
+    def step_loss(step):
+        return network.weight.sum() * (float("nan") if step == 2 else 1.0)
+
     with pytest.raises(FloatingPointError, match="step 3 "):
-        fit(
-            network, optimiser, lambda step: network.weight.sum() * (float("nan") if step == 2 else 1.0), 5, tmp_path, 5
-        )
+        fit(network, Training({"network": network}, step_loss), Optimisation(), 5, tmp_path, 5)
 
 
 def test_streams_steps_and_seeds_are_independent():

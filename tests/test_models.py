@@ -64,6 +64,35 @@ def test_shapes(size, deepest):
     assert LocalHead(SMALL, 3, 1).eval()(feature, corners).shape == (2, 3, 4)
 
 
+def test_the_network_of_zeng_et_al():
+    config = NetworkConfig(architecture="pcl", filters=[32, 64, 128, 256, 512], norm_momentum=0.1)
+    network = UNet(1, 4, config)
+    widths = [1, 32, 64, 128, 256, 512]
+    assert convolutions(network.encoder) == [
+        (widths[k + (i > 0)], widths[k + 1], 3, True) for k in range(5) for i in (0, 1)
+    ]
+    assert not any(isinstance(m, nn.BatchNorm2d | nn.LeakyReLU) for m in network.encoder.levels[4].modules())
+    assert {m.eps for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+    assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.01}
+    assert [type(block.up) for block in network.decoder.blocks] == [nn.ConvTranspose2d] * 4
+    assert convolutions(network.output) == [(32, 4, 1, False)]
+    head = GlobalHead(config, [64, 64], "pool")
+    assert [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, nn.Linear)] == [(512, 512)] * 2
+    assert head(network.encoder(torch.randn(2, 1, 64, 64))[-1]).shape == (2, 512)
+
+
+@pytest.mark.parametrize("architecture", ["glcl", "pcl"])
+def test_in_3d_every_layer_has_one_dimension_more(architecture):
+    config = NetworkConfig(architecture=architecture, filters=[2, 3, 4, 5])
+    network, flat = UNet(1, 3, config, dimensions=3).eval(), UNet(1, 3, config)
+    assert network(torch.randn(2, 1, 16, 24, 32)).shape == (2, 3, 16, 24, 32)
+    assert list(network.state_dict()) == list(flat.state_dict())
+    for name, value in network.state_dict().items():
+        same = flat.state_dict()[name]
+        assert value.ndim == (5 if same.ndim == 4 else same.ndim), name
+    assert GlobalHead(config, [16, 24, 32])(network.encoder(torch.randn(2, 1, 16, 24, 32))[-1]).shape == (2, 128)
+
+
 def test_initial_weights_are_gaussian_with_he_s_deviation():
     torch.manual_seed(0)
     for module in UNet(1, 4, PUBLISHED).modules():
@@ -97,7 +126,7 @@ def test_transfer_copies_parameters_and_leaves_heads_and_running_averages():
     ("change", "message"),
     [
         (lambda w: w | {"encoder.other": torch.ones(1)}, "encoder.other is not in the network"),
-        (lambda w: w | {"output.0.0.weight": torch.ones(1)}, r"has shape \(1,\)"),
+        (lambda w: w | {"encoder.levels.0.0.0.weight": torch.ones(1)}, r"has shape \(1,\)"),
         (lambda w: {"head.layers.1.weight": torch.ones(1)}, "holds no parameter"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_finished_run_holds_everything_that_is_known_of_it(out):
     assert record["best_step"] in (20, 40, 60)
     assert record["provenance"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     adaptation = runs.adaptation(run.folder / "weights.safetensors")
-    assert adaptation["filters"] == run.experiment.network.filters
+    assert adaptation["network"] == run.experiment.network.model_dump()
     assert adaptation["classes"]["3"] == "left ventricle"
 
 
@@ -122,7 +122,7 @@ def test_stages_train_what_they_should_and_hand_it_on(out):
     assert blocks == {"0", "1", "2"}
     start = runs.build_network(run, store).state_dict()
     assert all(torch.equal(start[k].cpu(), local[k]) for k in names)
-    weight = "decoder.blocks.0.reduce.1.weight"
+    weight = "decoder.blocks.0.up.1.1.weight"
     assert torch.equal(start[weight].cpu(), local[weight])
     assert not torch.equal(start[weight].cpu(), fresh[weight].cpu())
 

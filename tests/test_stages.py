@@ -7,7 +7,7 @@ import torch
 from clseg import config
 from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
 from clseg.data.prepare import prepare
-from clseg.models import GlobalHead, LocalHead, UNet
+from clseg.models import UNet
 from clseg.recipes import supervised
 from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
 from clseg.stages import contrast, local
@@ -91,27 +91,33 @@ def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
     assert not torch.equal(image, other)
 
 
-def descend(step_loss, parameters, steps):
+def descend(training, steps):
+    parameters = [p for module in training.learning.values() for p in module.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=3e-3)
     losses = []
     for step in range(steps):
         optimiser.zero_grad()
-        loss = step_loss(step)
+        loss = training.step_loss(step)
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     return losses
 
 
-@pytest.mark.parametrize("strategy", ["gr", "gd-", "gd"])
+@pytest.mark.parametrize("strategy", ["gr", "gd-", "gd", "gcl", "pcl"])
 def test_global_contrast_learns(store, strategy):
-    fields = {"pairs": "instance"} if strategy == "gr" else {"pairs": "partition", "strategy": strategy}
+    fields = {
+        "gr": {"pairs": "instance"},
+        "gcl": {"pairs": "partition", "strategy": "gcl", "denominator": "all", "head": "pool", "views": "pcl"},
+        "pcl": {"pairs": "position", "threshold": 0.2, "denominator": "all", "head": "pool", "views": "pcl"},
+    }.get(strategy, {"pairs": "partition", "strategy": strategy})
     stage = ContrastStage(stage="contrast", **fields)
     torch.manual_seed(0)
-    network, head = UNet(1, 4, SMALL), GlobalHead(SMALL, [32, 32])
-    step_loss = contrast(network, head, store, store.rows(store.subjects), stage, 12, 0)
-    losses = descend(step_loss, [*network.encoder.parameters(), *head.parameters()], 80)
-    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
+    network = UNet(1, 4, SMALL)
+    training = contrast(network, store, store.rows(store.subjects), stage, 12, 0, {})
+    assert set(training.learning) == {"encoder", "head"}
+    losses = descend(training, 80)
+    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
     assert all(p.grad is None for p in [*network.decoder.parameters(), *network.output.parameters()])
 
 
@@ -119,13 +125,13 @@ def test_global_contrast_learns(store, strategy):
 def test_local_contrast_learns_and_leaves_the_encoder_alone(store, strategy):
     stage = LocalStage(stage="local", strategy=strategy)
     torch.manual_seed(0)
-    network, head = UNet(1, 4, SMALL), LocalHead(SMALL, 3, 3)
-    step_loss = local(network, head, store, store.rows(store.subjects), stage, 8, 0)
-    learning = [*network.decoder.blocks[:3].parameters(), *head.parameters()]
-    losses = descend(step_loss, learning, 30)
+    network = UNet(1, 4, SMALL)
+    training = local(network, store, store.rows(store.subjects), stage, 8, 0, {})
+    assert set(training.learning) == {"head", *(f"decoder.blocks.{k}" for k in range(3))}
+    losses = descend(training, 30)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert all(p.grad is None for p in [*network.encoder.parameters(), *network.decoder.blocks[3:].parameters()])
-    assert all(p.grad is not None for p in learning)
+    assert all(p.grad is not None for module in training.learning.values() for p in module.parameters())
 
 
 def test_regions_of_a_stage():
@@ -144,8 +150,8 @@ def test_the_supervised_recipe_learns_to_segment(store, loss):
     recipe = SupervisedRecipe(recipe="supervised", loss=loss)
     before = validation_dice(network, store, store.subjects[:2])
     network.train()
-    step_loss = supervised(network, store, store.rows(store.subjects[:2], labelled=True), recipe, 12, 0)
-    losses = descend(step_loss, list(network.parameters()), 60)
+    rows = store.rows(store.subjects[:2], labelled=True)
+    losses = descend(supervised(network, store, rows, rows[:0], recipe, 12, 0, 60), 60)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert validation_dice(network, store, store.subjects[:2]) > before + 0.1
 
@@ -156,7 +162,7 @@ def test_without_augmentation_the_slices_are_used_as_they_are(store):
     network = UNet(1, 4, SMALL)
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     recipe = SupervisedRecipe(recipe="supervised", augmentation="none")
-    supervised(network, store, rows, recipe, 6, 0)(0)
+    supervised(network, store, rows, rows[:0], recipe, 6, 0, 1).step_loss(0)
     known = {store.images[row].tobytes() for row in rows}
     assert all(image.half().numpy().tobytes() in known for image in seen[0].contiguous())
 

@@ -1,37 +1,67 @@
-"""Supervised fine-tuning of the whole network on the labelled slices.
+"""Supervised fine-tuning of the whole network on the labelled slices; mixup is an option of it.
 
-Source: Chaitanya et al., NeurIPS 2020, stage 3 and baseline, and the released code.
+Source: Chaitanya et al., NeurIPS 2020, stage 3 and baseline, and the released code; Zeng et al. (cross-entropy); mixup:
+Zhang et al., ICLR 2018, with Beta(0.1, 0.1) in the code of Chaitanya et al.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor
 
-from clseg.augment import finetune_views
+from clseg.augment import FINETUNE_VIEWS
 from clseg.config import SupervisedRecipe
 from clseg.data.prepare import Store
-from clseg.loop import step_generator
+from clseg.loop import Training, step_generator
 from clseg.losses import SEGMENTATION_LOSSES
 from clseg.models import UNet
 
 
+def mixup(image: Tensor, label: Tensor, classes: int, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Every image and its one-hot label mixed with those of another row by one weight of Beta(alpha, alpha) per image.
+
+    image [B, C, ...], label int64 [B, ...] -> image [B, C, ...], label float [B, classes, ...].
+    """
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    weight = torch.from_numpy(rng.beta(alpha, alpha, len(image))).to(image)
+    weight = weight.reshape(-1, *[1] * (image.ndim - 1))
+    other = torch.randperm(len(image), generator=generator).to(image.device)
+    one_hot = F.one_hot(label, classes).movedim(-1, 1).to(image.dtype)  # [B, ..., K] -> [B, K, ...]
+    return weight * image + (1 - weight) * image[other], weight * one_hot + (1 - weight) * one_hot[other]
+
+
+def labelled_batch(
+    store: Store,
+    rows: np.ndarray,
+    recipe: SupervisedRecipe,
+    count: int,
+    generator: Generator,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`count` of these labelled slices, drawn with repetition and augmented: images, and labels for `dice_loss`."""
+    chosen = rows[torch.randint(len(rows), (count,), generator=generator).numpy()]
+    batch = store.batch(chosen, device, generator)
+    image, label = FINETUNE_VIEWS[recipe.augmentation](batch.image, batch.label, generator)
+    return mixup(image, label, store.num_classes, recipe.mixup, generator) if recipe.mixup else (image, label)
+
+
 def supervised(
-    network: UNet, store: Store, rows: np.ndarray, recipe: SupervisedRecipe, batch_size: int, seed: int
-) -> Callable[[int], Tensor]:
-    """The loss of one step as a function of the step, for `loop.fit`; `rows`: labelled slices, drawn repeatedly."""
+    network: UNet,
+    store: Store,
+    rows: np.ndarray,
+    _unlabelled: np.ndarray,
+    recipe: SupervisedRecipe,
+    batch_size: int,
+    seed: int,
+    _steps: int,
+) -> Training:
+    """Trains the network on the labelled slices `rows`."""
     device = next(network.parameters()).device
     segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
 
     def step_loss(step: int) -> Tensor:
         generator = step_generator(seed, "supervised", step)
-        chosen = rows[torch.randint(len(rows), (batch_size,), generator=generator).numpy()]
-        batch = store.batch(chosen, device)
-        image, label = batch.image, batch.label
-        if recipe.augmentation == "published":
-            image, label = finetune_views(image, label, generator)
-        logits = network(image.contiguous(memory_format=torch.channels_last))
-        return segmentation_loss(logits, label)
+        image, label = labelled_batch(store, rows, recipe, batch_size, generator, device)
+        return segmentation_loss(network(image), label)
 
-    return step_loss
+    return Training({"network": network}, step_loss)

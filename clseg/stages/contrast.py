@@ -1,58 +1,101 @@
-"""Global contrast: slices that are alike get similar embeddings. The strategies differ only in their pairs and views.
+"""Global contrast: slices that are alike get similar embeddings. The methods differ only in their pairs and views.
 
-Source: Chaitanya et al., NeurIPS 2020, stage 1, and its released code.
-*Deviation*: batches hold only real slices (the released sampler leaves zero images in them); brightness and contrast
-are drawn per image; the positives of `gd` join all volumes of the batch, not sets of two.
+| pairs | views of a slice | slices of a batch | source |
+|---|---|---|---|
+| instance | two copies | random | SimCLR; G^R of Chaitanya et al. |
+| partition gd-, gd | itself and two copies; itself and one | one per partition of random volumes | Chaitanya et al. |
+| partition gcl | two copies | random | the partition baseline of Zeng et al. |
+| position | two copies | random | Zeng et al. |
+| cluster | two copies | random | Zhang et al., an interpretation |
+
+In 3-D a row stands for the block around a slice; nothing else changes.
+*Deviation* from the code of Chaitanya et al.: batches hold only real slices (the released sampler leaves zero images in
+them); brightness and contrast are drawn per image; positives of `gd` join all volumes of the batch, not sets of two.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clseg.augment import contrast_view
-from clseg.config import ContrastStage
+from clseg.augment import CONTRAST_VIEWS
+from clseg.cluster import pseudo_classes
+from clseg.config import ContrastStage, RequestError
 from clseg.data.prepare import Store
-from clseg.loop import step_generator
-from clseg.losses import contrastive_loss
-from clseg.models import UNet
-from clseg.pairs import Pairs, instance_pairs, partition_pairs
-from clseg.stages.sampling import partition_slices, random_slices
+from clseg.loop import Training, step_generator
+from clseg.losses import contrastive_loss, gather
+from clseg.models import GlobalHead, UNet
+from clseg.pairs import Pairs, cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.stages.sampling import equal_partitions, partition_slices, random_slices
 
 # which views of each slice enter the batch: False the slice itself, True an augmented copy
-VIEWS = {"instance": (True, True), "gd-": (False, True, True), "gd": (False, True)}
+VIEWS = {"gd-": (False, True, True), "gd": (False, True)}
 
 
 def draw_batch(
-    store: Store, rows: np.ndarray, stage: ContrastStage, slices: int, seed: int, step: int, device: torch.device
+    store: Store,
+    rows: np.ndarray,
+    stage: ContrastStage,
+    slices: int,
+    seed: int,
+    step: int,
+    device: torch.device,
+    cluster: Tensor | None = None,
 ) -> tuple[Tensor, Pairs]:
-    """The batch of one step: images [V n, C, H, W], view after view, and who is alike among them."""
+    """The batch of one step: images [V n, C, ...], view after view, and who is alike among them.
+
+    cluster: pseudo-class of every row of the store [N] int64, for `cluster` pairs.
+    """
     generator = step_generator(seed, "contrast", step)
-    if stage.pairs == "instance":
-        views, partition = VIEWS["instance"], None
-        chosen = random_slices(rows, slices, generator)
-    else:
-        views = VIEWS[stage.strategy]
+    views, partition = VIEWS.get(stage.answer, (True, True)), None
+    if stage.answer in VIEWS:
         chosen, partition = partition_slices(store, rows, stage.partitions, slices, generator)
-    batch = store.batch(chosen, device)
-    image = torch.cat([contrast_view(batch.image, generator) if augmented else batch.image for augmented in views])
-    slice_id = batch.row.repeat(len(views))
-    if partition is None:
+    else:
+        chosen = random_slices(rows, slices, generator)
+    batch = store.batch(chosen, device, generator)
+    view_of = CONTRAST_VIEWS[stage.views]
+    image = torch.cat([view_of(batch.image, generator) if augmented else batch.image for augmented in views])
+
+    def every(values: Tensor) -> Tensor:
+        return gather(values.to(device).repeat(len(views)))  # [n] -> [V n], of all ranks
+
+    slice_id = every(batch.row)
+    if stage.pairs == "instance":
         return image, instance_pairs(slice_id)
-    view = torch.arange(len(views), device=device).repeat_interleave(len(chosen))
-    return image, partition_pairs(slice_id, partition.to(device).repeat(len(views)), stage.strategy, view)
+    if stage.pairs == "position":
+        return image, position_pairs(every(batch.position), stage.threshold)
+    if stage.answer in VIEWS:
+        view = gather(torch.arange(len(views), device=device).repeat_interleave(len(chosen)))
+        return image, partition_pairs(slice_id, every(partition), stage.strategy, view)
+    cluster = equal_partitions(store, chosen, stage.partitions) if stage.pairs == "partition" else cluster[chosen]
+    pairs = cluster_pairs(slice_id, every(cluster))
+    if stage.pairs == "cluster" and stage.positives == "view":
+        pairs = Pairs(instance_pairs(slice_id).positive, pairs.negative)
+    return image, pairs
 
 
 def contrast(
-    network: UNet, head: nn.Module, store: Store, rows: np.ndarray, stage: ContrastStage, slices: int, seed: int
-) -> Callable[[int], Tensor]:
-    """The loss of one step as a function of the step, for `loop.fit`; trains `network.encoder` and `head`."""
+    network: UNet,
+    store: Store,
+    rows: np.ndarray,
+    stage: ContrastStage,
+    slices: int,
+    seed: int,
+    earlier: Mapping[str, Tensor],
+) -> Training:
+    """Trains the encoder and a head; with `cluster` pairs the pseudo-classes are among the tables."""
+    if stage.pairs == "position" and not store.positions_known:
+        raise RequestError(f"data set of {store.folder.name}: slices have no known position; choose other pairs")
     device = next(network.parameters()).device
+    head = GlobalHead(network.config, store.size, stage.head).to(device)
+    tables, cluster = {}, None
+    if stage.pairs == "cluster":
+        tables["clusters"], cluster = pseudo_classes(store, rows, stage, earlier, device)
 
     def step_loss(step: int) -> Tensor:
-        image, pairs = draw_batch(store, rows, stage, slices, seed, step, device)
-        embedding = head(network.encoder(image.contiguous(memory_format=torch.channels_last))[-1])
+        image, pairs = draw_batch(store, rows, stage, slices, seed, step, device, cluster)
+        embedding = gather(head(network.encoder(image)[-1]))
         return contrastive_loss(embedding, pairs, stage.temperature, stage.denominator)
 
-    return step_loss
+    return Training({"encoder": network.encoder, "head": head}, step_loss, tables=tables)

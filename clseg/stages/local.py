@@ -6,7 +6,7 @@ Source: Chaitanya et al., NeurIPS 2020, stage 2, and its released code.
 *Deviation*: brightness and contrast are drawn per image, not once per batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from clseg.augment import intensity
 from clseg.config import LocalStage, RequestError
 from clseg.data.prepare import Store
-from clseg.loop import step_generator
+from clseg.loop import Training, step_generator
 from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
 from clseg.models import LocalHead, UNet
 from clseg.stages.sampling import partition_slices, random_slices
@@ -34,13 +34,23 @@ def regions(stage: LocalStage, map_size: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def local(
-    network: UNet, head: LocalHead, store: Store, rows: np.ndarray, stage: LocalStage, slices: int, seed: int
-) -> Callable[[int], Tensor]:
-    """The loss of one step as a function of the step, for `loop.fit`; trains the first decoder blocks and `head`."""
+    network: UNet,
+    store: Store,
+    rows: np.ndarray,
+    stage: LocalStage,
+    slices: int,
+    seed: int,
+    _earlier: Mapping[str, Tensor],
+) -> Training:
+    """Trains the first decoder blocks and a head."""
     device = next(network.parameters()).device
-    scale = 2 ** (5 - stage.decoder_blocks)
-    corners, neighbours = regions(stage, tuple(side // scale for side in store.images.shape[-2:]))
+    blocks = network.decoder.blocks
+    if stage.decoder_blocks > len(blocks):
+        raise RequestError(f"stages: decoder_blocks is {stage.decoder_blocks}, the network has {len(blocks)}")
+    scale = 2 ** (len(blocks) - stage.decoder_blocks)
+    corners, neighbours = regions(stage, tuple(side // scale for side in store.size))
     corners, neighbours = corners.to(device), neighbours.to(device)
+    head = LocalHead(network.config, stage.decoder_blocks, stage.size).to(device)
 
     def step_loss(step: int) -> Tensor:
         generator = step_generator(seed, "local", step)
@@ -54,9 +64,10 @@ def local(
         image = store.batch(chosen, device).image
         views = torch.cat([intensity(image, generator), intensity(image, generator)])
         with torch.no_grad():
-            features = network.encoder(views.contiguous(memory_format=torch.channels_last))
+            features = network.encoder(views)
         embedding = head(network.decoder(features, stage.decoder_blocks), corners)  # [2B, R', D]
         first, second = embedding.chunk(2)
         return local_contrastive_loss(first, second, neighbours, stage.temperature, image_pairs)
 
-    return step_loss
+    learning = {f"decoder.blocks.{k}": blocks[k] for k in range(stage.decoder_blocks)}
+    return Training({**learning, "head": head}, step_loss)

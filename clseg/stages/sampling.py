@@ -34,3 +34,10 @@ def partition_slices(
     draw = torch.rand((len(chosen), partitions), generator=generator).numpy()  # [m, S]
     index = np.arange(partitions) * length + (draw * length).astype(np.int64)  # [m, S]
     return (first + index).reshape(-1), torch.arange(partitions).repeat(len(chosen))
+
+
+def equal_partitions(store: Store, rows: np.ndarray, partitions: int) -> Tensor:
+    """The partition of every slice [B] int64, as Zeng et al. cut: round(D/S) slices each, the last takes the rest."""
+    slices = store.slices.iloc[rows]
+    length = (slices["slices_in_volume"] / partitions).round().clip(lower=1)
+    return torch.from_numpy((slices["slice"] // length).clip(upper=partitions - 1).to_numpy(np.int64))

@@ -21,6 +21,7 @@ profile: str = "smoke"  # smoke, laptop or paper: how much is computed
 method: str = "gd"  # a name in params/methods.yaml; one with a pre-training stage
 stage: int = 0  # which of the method's stages, from 0; the ones before it are done first
 protocol: str = ""  # how subjects are divided; "" is the data set's first
+dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
 overrides: list = []  # for example ["pretrain.steps=100"]
 variant: str = ""  # one more override, named in the results of an ablation
@@ -72,7 +73,7 @@ print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"
 for key, value in runs.adaptation(weights).items():
-    if key in ("architecture", "channels", "filters", "dataset", "method"):
+    if key in ("network", "channels", "dataset", "method"):
         print(f"{key}: {value}")
 
 # %% [markdown]

@@ -21,7 +21,9 @@ profile: str = "smoke"  # smoke, laptop or paper: how much is computed
 method: str = "gd"  # a name in params/methods.yaml
 labelled: int = 2  # subjects with labels; 0 stands for all (method `benchmark`)
 draw: int = 1  # which subjects these are
+pretrain_dataset: str = ""  # pre-train on another data set than this one; "" is the same
 protocol: str = ""  # how subjects are divided; "" is the data set's first
+dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
 overrides: list = []  # for example ["finetune.steps=100"]
 variant: str = ""  # one more override, named in the results of an ablation
