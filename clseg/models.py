@@ -19,7 +19,8 @@
 B images of C channels are [B, C, H, W], in 3-D [B, C, D, H, W]; every side is a multiple of `NetworkConfig.coarsest`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -219,3 +220,41 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
     if not copied:
         raise RequestError(f"{source}: holds no parameter of this network; use weights of a pre-training run")
     return copied
+
+
+class BetaVAE(nn.Module):
+    """Images [B, C, *size] to the normal distributions of their features z [B, latent], and features to images.
+
+    A level is a convolution of kernel 4 and stride 2 and a ReLU, the decoder mirrors them; there are as many as leave
+    no side below 4, of width 32 (the first two) and 64. No norm: the features of an image do not depend on the batch.
+    Source: Higgins et al., ICLR 2017, the layers for CelebA without their hidden linear one, for any size, 2-D and 3-D.
+    *Deviation*: the layers that Zhang et al. used are not known.
+    """
+
+    def __init__(self, channels: int, size: Sequence[int], latent: int) -> None:
+        super().__init__()
+        dimensions, down, up, width = len(size), [], [], channels
+        while all(side % 2 == 0 and side >= 8 for side in size):
+            outputs = 32 if len(down) < 4 else 64
+            down += [CONV[dimensions](width, outputs, 4, stride=2, padding=1), nn.ReLU()]
+            up = [nn.ReLU(), TRANSPOSED[dimensions](outputs, width, 4, stride=2, padding=1), *up]
+            width, size = outputs, [side // 2 for side in size]
+        features = width * prod(size)
+        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(features, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, features), nn.Unflatten(1, (width, *size)), *up)
+        initialise(self, NetworkConfig())
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [B, latent] of the features, float32."""
+        return self.encoder(image).float().chunk(2, dim=1)
+
+    def decode(self, feature: Tensor) -> Tensor:
+        """Features [B, latent] to images [B, C, *size], float32."""
+        return self.decoder(feature).float()
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], channels: int, size: Sequence[int]) -> "BetaVAE":
+        """The auto-encoder that has these weights."""
+        autoencoder = cls(channels, size, weights["decoder.0.weight"].shape[1])
+        autoencoder.load_state_dict(weights)
+        return autoencoder

@@ -1,0 +1,55 @@
+"""A beta-VAE on unlabelled slices: its features are clustered into the pseudo-classes of cluster contrast.
+
+Zhang et al. extract features with a beta-VAE (their abstract and figure). Its layers, loss, beta and latent size are
+not known: what is here is an interpretation, the beta-VAE of Higgins et al.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clseg.config import AutoencoderStage
+from clseg.data.prepare import Store
+from clseg.loop import Training, step_generator
+from clseg.models import BetaVAE, UNet
+from clseg.stages.sampling import random_slices
+
+
+def beta_vae_loss(image: Tensor, restored: Tensor, mean: Tensor, log_variance: Tensor, beta: float) -> Tensor:
+    """[Σ (x - x')² / 2 + β Σ (μ² + σ² - log σ² - 1) / 2] / N, mean over images of N numbers each.
+
+    The first sum runs over the N = C H W numbers of an image, the second over the features: β = 1 is the evidence bound
+    of a VAE whose decoder has unit variance. The division by N leaves the minimum where it is and makes losses of
+    unlike sizes comparable; the same β weighs less on larger images, which have more to reconstruct.
+
+    image, restored: [B, C, ...]; mean, log_variance: [B, latent]. Returns a scalar.
+    Source: Higgins et al., ICLR 2017, eq. 4.
+    """
+    divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(dim=1).mean() / 2
+    return (image - restored).square().mean() / 2 + beta * divergence / image[0].numel()
+
+
+def autoencoder(
+    network: UNet,
+    store: Store,
+    rows: np.ndarray,
+    stage: AutoencoderStage,
+    slices: int,
+    seed: int,
+    _earlier: Mapping[str, Tensor],
+) -> Training:
+    """Trains a beta-VAE, saved beside the network, which stays as it was."""
+    device = next(network.parameters()).device
+    vae = BetaVAE(store.channels, store.size, stage.latent).to(device)
+
+    def step_loss(step: int) -> Tensor:
+        generator = step_generator(seed, "autoencoder", step)
+        image = store.batch(random_slices(rows, slices, generator), device, generator).image
+        mean, log_variance = vae.encode(image)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        restored = vae.decode(mean + (log_variance / 2).exp() * noise)
+        return beta_vae_loss(image, restored, mean, log_variance, stage.beta)
+
+    return Training({"autoencoder": vae}, step_loss)
