@@ -80,11 +80,12 @@ def _methods(_: argparse.Namespace) -> int:
 
 def _datasets(_: argparse.Namespace) -> int:
     from clseg import paths
+    from clseg.data.formats import how_to_get
 
     for name in config.names("datasets"):
         dataset = config.read_dataset(name)
         here = not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
-        print(f"{name:12} {'here   ' if here else 'missing'}  {dataset.title}")
+        print(f"{name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
     return 0
 
 

@@ -23,7 +23,12 @@ def test_methods_and_data_sets_are_listed_a_line_each(capsys):
     assert cli.main(["methods"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(config.read_methods())
     assert cli.main(["datasets"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == config.names("datasets")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == config.names("datasets")
+    for name, about in zip(config.names("datasets"), lines[1::2], strict=True):  # indented, where to get it
+        dataset = config.read_dataset(name)
+        assert about.startswith("    ")
+        assert all(text in about for text in (dataset.source, dataset.licence, dataset.tree, dataset.download_size))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import h5py
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from clseg import paths
 from clseg.config import DatasetConfig, RequestError, nearest
@@ -31,6 +32,7 @@ class Volume:
     phase: str  # "" where a subject has one volume
     affine: np.ndarray | None = None  # 4 x 4 of the NIfTI file as stored (axes x, y, z)
     flips: tuple[bool, bool, bool] = (False, False, False)  # array axes (z, y, x) that were reversed on reading
+    slice_axis: str = ""  # world axis that slices are ordered along; "" where they are as stored
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,19 @@ def checked(volume: Volume, source: str | Path) -> Volume:
     raise RequestError(f"{source}: {problem}; repair or remove the volume")
 
 
-def class_indices(label: np.ndarray, classes: Mapping[int, str], source: str | Path) -> np.ndarray:
-    """Label values of a file as class indices 0..K, uint8; K follows the order of the declared values."""
+def class_indices(
+    label: np.ndarray, classes: Mapping[int, str], source: str | Path, undeclared: str = "error"
+) -> np.ndarray:
+    """Label values of a file as class indices 0..K, uint8; K follows the order of the declared values.
+
+    Those that are not declared are a `RequestError`, or with `undeclared` "background" become 0.
+    """
     values = [0, *sorted(classes)]
     order = np.argsort(values)  # 0 comes first in `values` even if others are negative
-    if undeclared := [value for value in np.unique(label).tolist() if value not in values]:
-        shown, declared = (", ".join(map(str, some)) for some in (undeclared[:5], values))
+    if undeclared == "background":
+        label = np.where(np.isin(label, values), label, 0)
+    elif unknown := [value for value in np.unique(label).tolist() if value not in values]:
+        shown, declared = (", ".join(map(str, some)) for some in (unknown[:5], values))
         raise RequestError(f"{source}: holds label values {shown}, declared are {declared}; correct file or `classes`")
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
@@ -108,7 +117,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return data.reshape(-1, *data.shape[-3:]), affine
 
 
-def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool) -> Volume:
+def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool, undeclared: str = "error") -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
     arrays, affines = zip(*map(_read_nifti, ref.files), strict=True)
     name, grid, affine = ref.images[0].name, arrays[0].shape[1:], affines[0]
@@ -117,13 +126,15 @@ def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool) -> V
         shape, distance_mm = array.shape[1:], np.linalg.norm(corners @ (own - affine).T, axis=1).max()
         if shape != grid or distance_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
             raise RequestError(f"{path}: grid {list(shape)} or affine is not that of {name} {list(grid)}; resample it")
-    flips = tuple(orient and sign < 0 for sign in nib.io_orientation(affine)[::-1, 1].tolist())
+    world = nib.io_orientation(affine)  # of array axes x, y, z: number and sign of their dominating world axis
+    flips = tuple(orient and sign < 0 for sign in world[::-1, 1].tolist())
     arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
     image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
-    label = class_indices(arrays[-1], classes, ref.label) if ref.label else None
+    label = class_indices(arrays[-1], classes, ref.label, undeclared) if ref.label else None
     label = label[0] if label is not None and len(label) == 1 else label
     spacing_mm = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist())
-    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips)
+    axis = "xyz"[int(world[2, 0])] if orient else ""
+    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips, axis)
 
 
 def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
@@ -246,6 +257,45 @@ def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     return replace(volume, image=volume.image[[channel]])
 
 
+def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Path]:
+    """Subject -> path of the files below the folder that look like the option."""
+    text = str(dataset.options.get(option, ""))
+    if text.count("{subject}") != 1 or Path(text).is_absolute() or ".." in text:
+        about = f"data set {dataset.name!r}: options.{option} must be"
+        raise RequestError(f"{about} a relative path with {{subject}} in it once (given: {text!r})")
+    expression = re.compile(r"([^/.][^/]*)".join(map(re.escape, text.split("{subject}"))))
+    found = {path.relative_to(folder).as_posix(): path for path in folder.glob(text.replace("{subject}", "*"))}
+    return {match[1]: path for name, path in found.items() if (match := expression.fullmatch(name))}
+
+
+def _scan_pairs(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
+    """One image and one mask per subject, or no mask; what looks like a mask is no image."""
+    images, labels = (_matching(folder, dataset, option) for option in ("images", "labels"))
+    masks = set(labels.values())
+    for subject, image in images.items():
+        if image not in masks:
+            yield VolumeRef(subject, "", (image,), labels.get(subject), folder)
+
+
+def _photograph(path: Path, channels: int) -> np.ndarray:
+    """Any file that Pillow reads, in colour or grey, as uint8 [C, 1, Y, X]."""
+    with _reading(path, "image file"), Image.open(path) as file:
+        data = np.asarray(file.convert("RGB" if channels == 3 else "L"))
+    return np.moveaxis(np.atleast_3d(data), 2, 0)[:, None]
+
+
+def _read_pairs(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
+    classes, options = class_names(dataset, ref.root), dataset.options
+    undeclared = options.get("undeclared", "error")
+    if undeclared not in ("error", "background"):
+        raise RequestError(f"data set {dataset.name!r}: options.undeclared is error or background, not {undeclared!r}")
+    if ".nii" in ref.images[0].suffixes:
+        return _nifti_volume(ref, classes, options.get("orient", True) is True, undeclared)
+    image = _photograph(ref.images[0], dataset.channels).astype(np.float32)
+    label = class_indices(_photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
+    return Volume(image, label, None, ref.subject, ref.phase)
+
+
 def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     from clseg.data import phantom  # it imports Volume from here
 
@@ -274,6 +324,7 @@ ADAPTERS = {
     "phantom": Adapter(_scan_phantom, _read_phantom, ("subjects",)),
     "acdc": Adapter(_scan_acdc, _read_acdc),
     "msd": Adapter(_scan_msd, _read_msd, ("channel",)),
+    "pairs": Adapter(_scan_pairs, _read_pairs, ("images", "labels", "undeclared", "orient")),
 }
 
 
@@ -294,6 +345,15 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
     return {value: name for value, name in sorted(classes.items()) if value != 0}
 
 
+def how_to_get(dataset: DatasetConfig) -> str:
+    """Where a data set comes from, under which terms, how large it is and which folder tree is expected."""
+    if not dataset.folder:
+        return f"{dataset.source}; nothing to download (terms: {dataset.licence})"
+    about = f"terms: {dataset.licence or 'unknown'}; size: {dataset.download_size or 'see there'}"
+    tree = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
+    return f"get it from {dataset.source or 'its owner'} ({about}) and put below CLSEG_DATA or --data: {tree}"
+
+
 def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     """Every volume of a data set in its phases, sorted, none opened; `RequestError` if the folder cannot be used."""
     about, folder = f"data set {dataset.name!r}", paths.data_root() / dataset.folder
@@ -302,18 +362,14 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     adapter = ADAPTERS[dataset.adapter]
     if wrong := sorted(set(dataset.options) - set(adapter.options)):
         raise RequestError(f"{about}: unknown option {wrong[0]!r}, {nearest(wrong[0], adapter.options or ['none'])}")
-    expected = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
     if dataset.folder and not folder.is_dir():
-        raise RequestError(
-            f"{folder}: {about} is not there; get it from {dataset.source or 'its owner'} "
-            f"(terms: {dataset.licence or 'unknown'}) and put below CLSEG_DATA or --data: {expected}"
-        )
+        raise RequestError(f"{folder}: {about} is not there; {how_to_get(dataset)}")
     try:
         refs = sorted(adapter.scan(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
-        raise RequestError(f"{folder}: holds no volume of {about} that can be read; expected is {expected}")
+        raise RequestError(f"{folder}: holds no volume of {about}; {how_to_get(dataset)}")
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.source}: {second.subject} is there twice; remove one copy")

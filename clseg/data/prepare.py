@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -332,9 +331,8 @@ def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
         for name, data in {"images.f16": image, "labels.u8": label, "native_labels.zlib": native_label}.items():
             with open(folder / name, "ab") as file:
                 file.write(data)
-        axis = "" if volume.affine is None else "xyz"[int(nib.io_orientation(volume.affine)[2, 0])]
-        about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None, "slice_axis": axis}
-        about["label_bytes"] = len(native_label)
+        about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None}
+        about |= {"slice_axis": volume.slice_axis, "label_bytes": len(native_label)}
         grids = (*native, *resampled, *(volume.spacing_mm or [None] * 3))
         volumes.append(about | dict(zip(_GRIDS, grids, strict=True)))
     index = {"channels": dataset.channels, "size": geometry.size, "plane": plane, "positions": dataset.positions}

@@ -2,16 +2,19 @@
 
 import itertools
 import json
+import re
 
 import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from clseg import config
 from clseg.config import RequestError
 from clseg.data import formats
 from clseg.data.formats import class_indices, class_names, read, scan
+from clseg.data.prepare import prepare
 
 # ---------------------------------------------------------------------------------------------------------------- ACDC
 
@@ -203,6 +206,116 @@ def test_phantom_needs_no_folder(monkeypatch, tmp_path, describe):
     assert volume.spacing_mm is not None
 
 
+# --------------------------------------------------------------------------------- data sets of params, as published
+
+HEART = (0, 500, 205)  # background, left ventricle, myocardium, as their classes are numbered 0, 3, 1
+PAIRS = {  # data set: image, label, values in the label file of background, rim and core; their class indices
+    "mmwhs_mr": ("mr_train_1001_image.nii.gz", "mr_train_1001_label.nii.gz", HEART, (0, 3, 1)),
+    "mmwhs_ct": ("ct_train_1001_image.nii.gz", "ct_train_1001_label.nii.gz", HEART, (0, 3, 1)),
+    "hvsmr": (
+        "Training_dataset_sx_cropped/training_sa_crop_pat0.nii.gz",
+        "Ground_truth/training_sa_crop_pat0-label.nii.gz",
+        (0, 1, 2),
+        (0, 1, 2),
+    ),
+    "chd": ("ct_1001_image.nii.gz", "ct_1001_label.nii.gz", (14, 7, 3), (0, 7, 3)),
+    "mscmr": ("patient1_C0.nii.gz", "patient1_C0_manual.nii.gz", (0, 200, 600), (0, 1, 3)),
+    "isic2018": (
+        "ISIC2018_Task1-2_Training_Input/ISIC_0000000.jpg",
+        "ISIC2018_Task1_Training_GroundTruth/ISIC_0000000_segmentation.png",
+        (0, 0, 255),
+        (0, 0, 1),
+    ),
+    "ph2": ("images/IMD002.png", "masks/IMD002_segmentation.png", (0, 0, 255), (0, 0, 1)),
+}
+
+
+@pytest.fixture
+def published(roots, write_nifti, xyz):
+    """Write a small copy of a data set in its published layout, subjects numbered from the first on; its volumes."""
+
+    def write(name, count=1):
+        dataset, written = config.read_dataset(name), []
+        image_name, label_name, values, _ = PAIRS[name]
+        first = re.findall(r"\d+", image_name.rpartition("/")[2])[0]
+        for number in range(count):
+            digits = str(int(first) + number).zfill(len(first))
+            files = [roots / dataset.folder / name.replace(first, digits) for name in (image_name, label_name)]
+            image, label = xyz(number)
+            label = np.array(values)[label]
+            if dataset.channels == 1:
+                for path, array in zip(files, (image, label.astype(np.int16)), strict=True):
+                    write_nifti(path, array, np.diag([-1.5, -1.4, 8, 1]))
+            else:  # a photograph: the first three slices are its colours
+                image, label = np.clip(image.T[:3], 0, 255).astype(np.uint8), label.T[:1].astype(np.uint8)
+                for path, array in zip(files, (image, label), strict=True):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(array.transpose(1, 2, 0).squeeze()).save(path)
+            written.append((image, label))
+        return dataset, written
+
+    return write
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_as_published(published, name):
+    dataset, written = published(name, 2)
+    refs = scan(dataset)
+    first, _ = (ref.subject for ref in refs)
+    assert first == re.findall(r"(?:ISIC_|IMD|patient|pat)?\d+", PAIRS[name][0].rpartition("/")[2])[0]
+    for ref, (image, label) in zip(refs, written, strict=True):
+        volume = read(ref, dataset)
+        values, indices = PAIRS[name][2:]
+        expected = sum(
+            np.where(label == value, index, 0) for value, index in dict(zip(values, indices, strict=True)).items()
+        )
+        if dataset.channels == 3:
+            assert volume.image.shape == (3, 1, 30, 34)
+            assert volume.spacing_mm is None
+            assert np.abs(volume.image[:, 0] - image).mean() <= (0 if name == "ph2" else 20)  # JPEG loses
+            np.testing.assert_array_equal(volume.label, expected)
+        else:
+            turned = dataset.options.get("orient", True)  # x and y of these files run to negative
+            np.testing.assert_array_equal(volume.image[0], (image[::-1, ::-1] if turned else image).T)
+            np.testing.assert_array_equal(volume.label, (expected[::-1, ::-1] if turned else expected).T)
+            assert volume.slice_axis == ("z" if turned else "")
+            assert volume.spacing_mm == pytest.approx((8, 1.4, 1.5))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_prepared(published, name):
+    dataset, _ = published(name, 2)
+    for geometry in filter(None, (dataset.geometry["smoke"], dataset.geometry_3d.get("smoke"))):
+        store = prepare(dataset, geometry, progress=False)
+        assert store.images.shape[1:] == (dataset.channels, 32, 32)
+        assert store.positions_known == (dataset.positions == "known")
+        assert len(store.class_names) == len(dataset.classes)
+
+
+def test_prostate_as_published(roots, write_nifti, xyz):
+    """T2 and ADC in one file, labels 1 and 2 named by dataset.json, volumes for testing without labels."""
+    folder = roots / "Task05_Prostate"
+    for number, part in enumerate(("imagesTr", "imagesTs")):
+        write_nifti(folder / part / f"prostate_0{number}.nii.gz", np.stack([xyz(0)[0], xyz(1)[0]], axis=-1))
+    write_nifti(folder / "labelsTr" / "prostate_00.nii.gz", xyz(0)[1])
+    info = {
+        "labels": {"0": "background", "1": "PZ", "2": "TZ"},
+        "training": [{"image": "./imagesTr/prostate_00.nii.gz", "label": "./labelsTr/prostate_00.nii.gz"}],
+        "test": ["./imagesTs/prostate_01.nii.gz"],
+    }
+    (folder / "dataset.json").write_text(json.dumps(info))
+    dataset = config.read_dataset("msd_prostate")
+    refs = scan(dataset)
+    assert [ref.subject for ref in refs] == ["prostate_00", "prostate_01"]
+    np.testing.assert_array_equal(read(refs[0], dataset).image, xyz(0)[0].T[None])
+    assert class_names(dataset, folder) == {1: "PZ", 2: "TZ"}
+    assert prepare(dataset, dataset.geometry["smoke"], progress=False).labelled_subjects == ("prostate_00",)
+
+
+def test_every_data_set_is_tested_in_its_layout():
+    assert {*PAIRS, "msd_prostate", "acdc", "hippocampus", "phantom"} == set(config.names("datasets"))
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -361,6 +474,35 @@ def test_bad_description(msd, describe, patient, field):
     refused(describe(**fields), *names)
 
 
+BAD_PAIRS = {
+    "no pattern": ({"images": "mask.png"}, ["options.images", "{subject}"]),
+    "path upward": ({"labels": "../{subject}.png"}, ["options.labels", "../{subject}.png"]),
+    "absolute path": ({"images": "/{subject}.png"}, ["options.images"]),
+    "nothing matches": ({"images": "{subject}.tif"}, ["ph2", "no volume", "IMD002.png"]),
+    "undeclared": ({"undeclared": "ignore"}, ["options.undeclared", "ignore"]),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_PAIRS)
+def test_bad_pairs(published, damage):
+    dataset, _ = published("ph2")
+    options, names = BAD_PAIRS[damage]
+    refused(dataset.model_copy(update={"options": dataset.options | options}), *names)
+
+
+def test_bad_files_of_pairs(published, roots):
+    dataset, _ = published("ph2")
+    image, mask = roots / "ph2" / "images" / "IMD002.png", roots / "ph2" / "masks" / "IMD002_segmentation.png"
+    refused(dataset.model_copy(update={"classes": {254: "lesion"}}), mask, "255")
+    beside = {"images": "images/{subject}.png", "labels": "images/{subject}_segmentation.png"}
+    mask.rename(image.with_name(mask.name))  # masks beside the images are no images
+    assert [ref.subject for ref in scan(dataset.model_copy(update={"options": beside}))] == ["IMD002"]
+    image.with_name(mask.name).unlink()
+    assert read(scan(dataset)[0], dataset).label is None
+    image.write_bytes(image.read_bytes()[:40])
+    refused(dataset, image, "image file")
+
+
 def test_bad_acdc_patient(acdc, patient):
     folder = patient("training", "patient001", 1, 12)
     (folder / "Info.cfg").write_text("ED: 1\nES: 13\n")
@@ -439,3 +581,32 @@ def test_real_hippocampus(data_root):
     # axis y runs from posterior to anterior
     y = [np.nonzero(volume.label == index)[1].mean() for index in (1, 2)]
     assert y[0] > y[1]
+
+
+@pytest.mark.real_data
+def test_real_mscmr(data_root):
+    """The apex comes first in every volume, whatever the affine says."""
+    dataset = config.read_dataset("mscmr")
+    refs = scan(dataset)
+    assert len(refs) == 35
+    for ref in refs[::6]:
+        volume = read(ref, dataset)
+        area = (volume.label > 0).sum(axis=(1, 2))
+        labelled = np.flatnonzero(area)
+        assert area[labelled[0]] < area[labelled[len(labelled) // 2 :]].max()
+        assert set(np.unique(volume.label)) <= {0, 1, 2, 3}
+        middle = labelled[len(labelled) // 2]
+        assert all((volume.label[middle] == index).any() for index in (1, 2, 3))
+        assert volume.image.shape[2:] == (192, 192)
+
+
+@pytest.mark.real_data
+def test_real_ph2(data_root):
+    dataset = config.read_dataset("ph2")
+    refs = scan(dataset)
+    assert len(refs) == 200
+    volume = read(refs[0], dataset)
+    assert volume.image.shape == (3, 1, 192, 256)
+    lesion = volume.label > 0
+    assert 0.01 < lesion.mean() < 0.99
+    assert volume.image[:, lesion].mean() < volume.image[:, ~lesion].mean()  # lesions are dark

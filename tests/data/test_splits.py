@@ -1,7 +1,7 @@
 """Splits: the published lists exactly, nested seeded draws, and no subject where it must not be."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
@@ -189,6 +189,7 @@ def test_folds_and_subjects_of_the_released_code(subjects, draw, test, labelled)
 
 
 @given(subjects=st.integers(11, 90), count=st.integers(2, 6), seed=st.integers(0, 99), draw_seed=st.integers(0, 99))
+@settings(max_examples=25)
 def test_folds(subjects, count, seed, draw_seed):
     everyone, options = ids(*range(subjects)), {"folds": count, "seed": seed, "draw_seed": draw_seed}
     expected = KFold(count, shuffle=True, random_state=seed).split(everyone)
@@ -227,9 +228,35 @@ def test_counting_starts_at_one(published, labelled, draw):
         make_split(published, ALL, ALL, labelled, draw)
 
 
-@pytest.mark.parametrize("name", ["acdc", "hippocampus", "phantom"])
+@pytest.mark.parametrize("name", config.names("datasets"))
 def test_data_sets_have_every_profile(name):
     dataset = config.read_dataset(name)
-    assert set(dataset.geometry) >= {"smoke", "laptop", "paper"}
-    assert dataset.source
-    assert dataset.licence
+    assert set(dataset.geometry) == {"smoke", "laptop", "paper"}
+    assert all(
+        (dataset.title, dataset.description, dataset.source, dataset.licence, dataset.citation or name == "phantom")
+    )
+    assert (dataset.threshold is None) == (dataset.positions == "unknown")
+    for profile in dataset.geometry:
+        for dimensions in (2, 3) if dataset.geometry_3d else (2,):
+            geometry = config.resolve(name, profile, "random", dimensions=dimensions).geometry  # sizes fit the network
+            assert geometry.resize == (dataset.channels == 3)
+    assert any(isinstance(protocol, SeededProtocol) for protocol in dataset.protocols.values())
+
+
+LISTS = {  # by protocol: subjects from and to; pre-training, test and benchmark subjects; draws by labelled
+    ("msd_prostate", "chaitanya"): ("prostate_{:02d}", 0, 47, 17, 15, {1: 5, 2: 5, 8: 3}),
+    ("mmwhs_mr", "chaitanya"): ("{}", 1001, 1020, 10, 10, {1: 5, 2: 4, 8: 3}),
+    ("mmwhs_ct", "candidate"): ("{}", 1001, 1020, 16, 4, {2: 2, 4: 2, 8: 1}),
+}
+
+
+@pytest.mark.parametrize(("name", "protocol"), LISTS)
+def test_published_lists(name, protocol):
+    pattern, first, last, pretrain, test, draws = LISTS[name, protocol]
+    lists, subjects = config.read_dataset(name).protocols[protocol], [pattern.format(n) for n in range(first, last + 1)]
+    assert {n: len(available_draws(lists, n)) for n in lists.labelled} == draws
+    for n, count in draws.items():
+        for draw in range(1, count + 1):
+            split = make_split(lists, subjects, subjects, n, draw)
+            assert (len(split.labelled), len(split.validation)) == (n, 2)
+            assert (len(set(split.pretrain)), len(set(split.test))) == (pretrain, test)
