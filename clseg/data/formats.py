@@ -87,13 +87,8 @@ def checked(volume: Volume, source: str | Path) -> Volume:
     raise RequestError(f"{source}: {problem}; repair or remove the volume")
 
 
-def class_indices(
-    label: np.ndarray, classes: Mapping[int, str], source: str | Path, undeclared: str = "error"
-) -> np.ndarray:
-    """Label values of a file as class indices 0..K, uint8; K follows the order of the declared values.
-
-    Those that are not declared are a `RequestError`, or with `undeclared` "background" become 0.
-    """
+def class_indices(label: np.ndarray, classes: Mapping[int, str], source: Path, undeclared: str = "error") -> np.ndarray:
+    """Label values of a file as class indices 0..K, uint8, in their order; others raise `RequestError`, or become 0."""
     values = [0, *sorted(classes)]
     order = np.argsort(values)  # 0 comes first in `values` even if others are negative
     if undeclared == "background":
@@ -132,9 +127,8 @@ def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool, unde
     image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
     label = class_indices(arrays[-1], classes, ref.label, undeclared) if ref.label else None
     label = label[0] if label is not None and len(label) == 1 else label
-    spacing_mm = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist())
-    axis = "xyz"[int(world[2, 0])] if orient else ""
-    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips, axis)
+    spacing_mm, axis = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist()), "xyz"[int(world[2, 0])]
+    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips, axis if orient else "")
 
 
 def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
@@ -148,8 +142,7 @@ def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
         with _reading(info, "text"):
             text = info.read_text(encoding="utf-8")
         for phase in ("ED", "ES"):
-            line = re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)
-            if not line:
+            if not (line := re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)):
                 raise RequestError(f"{info}: names no {phase} frame; a line like '{phase}: 1' is needed")
             stem = f"{patient.name}_frame{int(line[1]):02d}"
             image, label = (min(patient.glob(f"{name}.nii*"), default=None) for name in (stem, f"{stem}_gt"))
@@ -199,8 +192,8 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
             labels.append(class_indices(label, classes, path))
     if 0 < len(labels) < len(images):
         raise RequestError(f"{ref.source}: only {len(labels)} of the {len(images)} slices of its volume have a label")
-    label = np.concatenate(labels) if labels else None
-    return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
+    label, image = np.concatenate(labels) if labels else None, np.concatenate(images)[None]
+    return Volume(image, label, None, ref.subject, ref.phase)
 
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -261,8 +254,7 @@ def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Pa
     """Subject -> path of the files below the folder that look like the option."""
     text = str(dataset.options.get(option, ""))
     if text.count("{subject}") != 1 or Path(text).is_absolute() or ".." in text:
-        about = f"data set {dataset.name!r}: options.{option} must be"
-        raise RequestError(f"{about} a relative path with {{subject}} in it once (given: {text!r})")
+        raise RequestError(f"options.{option}: must be a relative path with {{subject}} in it once (given: {text!r})")
     expression = re.compile(r"([^/.][^/]*)".join(map(re.escape, text.split("{subject}"))))
     found = {path.relative_to(folder).as_posix(): path for path in folder.glob(text.replace("{subject}", "*"))}
     return {match[1]: path for name, path in found.items() if (match := expression.fullmatch(name))}
@@ -288,7 +280,7 @@ def _read_pairs(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     classes, options = class_names(dataset, ref.root), dataset.options
     undeclared = options.get("undeclared", "error")
     if undeclared not in ("error", "background"):
-        raise RequestError(f"data set {dataset.name!r}: options.undeclared is error or background, not {undeclared!r}")
+        raise RequestError(f"options.undeclared: must be error or background (given: {undeclared!r})")
     if ".nii" in ref.images[0].suffixes:
         return _nifti_volume(ref, classes, options.get("orient", True) is True, undeclared)
     image = _photograph(ref.images[0], dataset.channels).astype(np.float32)
@@ -350,8 +342,8 @@ def how_to_get(dataset: DatasetConfig) -> str:
     if not dataset.folder:
         return f"{dataset.source}; nothing to download (terms: {dataset.licence})"
     about = f"terms: {dataset.licence or 'unknown'}; size: {dataset.download_size or 'see there'}"
-    tree = dataset.tree or f"{dataset.folder} in the layout of adapter {dataset.adapter!r}"
-    return f"get it from {dataset.source or 'its owner'} ({about}) and put below CLSEG_DATA or --data: {tree}"
+    source, tree = dataset.source or "its owner", dataset.tree or dataset.folder
+    return f"get it from {source} ({about}) and put below CLSEG_DATA or --data: {tree}"
 
 
 def scan(dataset: DatasetConfig) -> list[VolumeRef]:

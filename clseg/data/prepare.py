@@ -26,8 +26,6 @@ from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, d
 from clseg.data.formats import Volume, VolumeRef, class_names, read, scan
 
 STORE_VERSION = 2
-_SPACING = ("spacing_z", "spacing_y", "spacing_x")
-_GRIDS = ("native_z", "native_y", "native_x", "slices", "resampled_y", "resampled_x", *_SPACING)
 
 
 @dataclass
@@ -135,10 +133,8 @@ def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int
     outside = torch.eye(probability.shape[1])[0, :, None, None]  # [K, 1, 1], background
     last = len(probability) - 1
     for z, centre in enumerate(_centres(len(labels), last + 1).clamp(0, last).tolist()):  # needs memory for one slice
-        below, above = (
-            probability[index].detach().float().cpu() for index in (int(centre), min(int(centre) + 1, last))
-        )
-        plane = torch.lerp(below, above, centre % 1)
+        near = probability[[int(centre), min(int(centre) + 1, last)]].detach().float().cpu()
+        plane = torch.lerp(*near, centre % 1)
         # padding with zeros is right for all but the background, so shift it: p - outside is zero there
         canvas = fit(plane - outside, resampled) + outside  # [K, H', W']
         labels[z] = F.interpolate(canvas[None], native[1:], mode="bilinear")[0].argmax(0).numpy()
@@ -163,7 +159,7 @@ class Store:
         self.plane: list[int] = index["plane"]
         self.class_names: dict[int, str] = dict(enumerate(index["class_names"], start=1))
         self.num_classes = len(self.class_names) + 1
-        self.volumes = pd.DataFrame(index["volumes"]).astype(dict.fromkeys(_SPACING, float))
+        self.volumes = pd.DataFrame(index["volumes"]).astype({f"spacing_{axis}": float for axis in "zyx"})
         self.positions_known: bool = index["positions"] == "known" and self.volumes["slice_axis"].nunique() == 1
         self._subject, subjects = pd.factorize(self.volumes["subject"], sort=True)  # of each volume
         self.subjects: tuple[str, ...] = tuple(subjects)
@@ -246,11 +242,7 @@ class Store:
         with self._reading("native_labels.zlib") as path, open(path, "rb") as file:
             file.seek(entry["label_offset"])
             label = zlib.decompress(file.read(entry["label_bytes"]))
-        return np.frombuffer(label, np.uint8).reshape(self._native(entry)).copy()
-
-    @staticmethod
-    def _native(entry: pd.Series) -> tuple[int, int, int]:
-        return tuple(int(entry[f"native_{axis}"]) for axis in "zyx")
+        return np.frombuffer(label, np.uint8).reshape([entry[f"native_{axis}"] for axis in "zyx"]).copy()
 
     def to_native(self, volume: int, probability: Tensor) -> np.ndarray:
         """Class probabilities [Z, K, H, W] of a volume as class indices on its native grid, uint8 [Z, Y, X]."""
@@ -258,7 +250,8 @@ class Store:
         expected = (int(entry["slices"]), self.num_classes, *self.plane)
         if tuple(probability.shape) != expected:
             raise ValueError(f"probability has shape {list(probability.shape)}, volume {volume} needs {list(expected)}")
-        return to_native(probability, (int(entry["resampled_y"]), int(entry["resampled_x"])), self._native(entry))
+        resampled, native = ([int(entry[f"{grid}_{axis}"]) for axis in "zyx"] for grid in ("resampled", "native"))
+        return to_native(probability, resampled[1:], native)
 
 
 def _stamps(refs: list[VolumeRef]) -> list[list]:
@@ -332,9 +325,14 @@ def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
             with open(folder / name, "ab") as file:
                 file.write(data)
         about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None}
-        about |= {"slice_axis": volume.slice_axis, "label_bytes": len(native_label)}
-        grids = (*native, *resampled, *(volume.spacing_mm or [None] * 3))
-        volumes.append(about | dict(zip(_GRIDS, grids, strict=True)))
+        about |= {"slice_axis": volume.slice_axis, "slices": len(image), "label_bytes": len(native_label)}
+        for grid, values in {
+            "native": native,
+            "resampled": resampled,
+            "spacing": volume.spacing_mm or [None] * 3,
+        }.items():
+            about |= {f"{grid}_{axis}": value for axis, value in zip("zyx", values, strict=True)}
+        volumes.append(about)
     index = {"channels": dataset.channels, "size": geometry.size, "plane": plane, "positions": dataset.positions}
     index |= {"class_names": list(dataset.classes.values()), "volumes": volumes}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
