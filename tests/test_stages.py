@@ -1,19 +1,23 @@
 """Stages and recipe: which slices make a batch, who is alike in it, what learns, and that it learns."""
 
+from fractions import Fraction
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from clseg import config
 from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
 from clseg.data.prepare import prepare
+from clseg.loop import step_generator
 from clseg.models import UNet
 from clseg.recipes import supervised
 from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
 from clseg.stages import contrast, local
 from clseg.stages.contrast import draw_batch
 from clseg.stages.local import regions
-from clseg.stages.sampling import partition_slices, random_slices
+from clseg.stages.sampling import equal_partitions, partition_slices, random_slices
 
 SMALL = NetworkConfig(filters=[8, 16, 16, 32, 32, 32], norm_momentum=0.3)
 CPU = torch.device("cpu")
@@ -89,6 +93,65 @@ def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
     other, _ = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 1, CPU)
     assert torch.equal(image, again)
     assert not torch.equal(image, other)
+
+
+@pytest.mark.parametrize(
+    ("slices", "partitions", "expected"),
+    [
+        (10, 4, [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]),  # round(2.5) is 2, as in Python; the last takes the rest
+        (11, 4, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),  # round(2.75) is 3, the last has fewer
+        (14, 4, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2),  # round(3.5) is 4
+        (9, 2, [0, 0, 0, 0, 1, 1, 1, 1, 1]),
+        (3, 6, [0, 1, 2]),  # never shorter than a slice
+    ],
+)
+def test_equal_partitions_are_those_of_zeng_et_al(store, monkeypatch, slices, partitions, expected):
+    table = pd.DataFrame({"slice": [*range(slices)], "slices_in_volume": slices})
+    monkeypatch.setattr(store, "slices", table)
+    found = equal_partitions(store, np.arange(slices), partitions)
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+    assert equal_partitions(store, np.array([slices - 1, 0]), partitions).tolist() == [expected[-1], expected[0]]
+
+
+def drawn(store, cluster=None, **fields):
+    """The pairs of a batch of 12 random slices, two copies of each, and the slices [24]."""
+    stage = ContrastStage(stage="contrast", **fields)
+    rows = store.rows(store.subjects)
+    image, pairs = draw_batch(store, rows, stage, 12, 0, 3, CPU, cluster)
+    chosen = random_slices(rows, 12, step_generator(0, "contrast", 3))
+    assert image.shape == (24, 1, 32, 32)
+    assert not torch.equal(image[:12], image[12:])
+    return pairs, np.tile(chosen, 2)
+
+
+def check_classes(pairs, alike):
+    """Rows that are alike, but the row itself, are its positives, all others negatives."""
+    itself = np.eye(24, dtype=bool)
+    assert np.array_equal(pairs.positive.numpy(), alike & ~itself)
+    assert np.array_equal(pairs.negative.numpy(), ~alike)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.35])
+def test_a_position_batch_holds_near_slices_of_any_volume(store, threshold):
+    pairs, chosen = drawn(store, pairs="position", threshold=threshold)
+    position = store.slices[["slice", "slices_in_volume"]].to_numpy()[chosen]
+    place = [Fraction(int(m) + 1, int(n)) for m, n in position]
+    check_classes(pairs, np.array([[abs(p - q) < Fraction(str(threshold)) for q in place] for p in place]))
+
+
+def test_a_partition_batch_of_zeng_et_al_holds_the_same_part_of_any_volume(store):
+    pairs, chosen = drawn(store, pairs="partition", strategy="gcl", partitions=3)
+    part = equal_partitions(store, chosen, 3).numpy()
+    check_classes(pairs, part[:, None] == part)
+
+
+def test_a_cluster_batch_holds_the_same_pseudo_class(store):
+    cluster = torch.arange(len(store.slices)) % 5
+    pairs, chosen = drawn(store, cluster, pairs="cluster")
+    check_classes(pairs, chosen[:, None] % 5 == chosen % 5)
+    alone, chosen = drawn(store, torch.arange(len(store.slices)), pairs="cluster")
+    check_classes(alone, chosen[:, None] == chosen)  # one slice each: instance pairs
 
 
 def descend(training, steps):
