@@ -360,6 +360,8 @@ def test_slices_are_resampled_with_antialiasing_and_back(dataset):
     image, classes = to_network(stripes[None].astype(np.float32), label, (8, 8, 8), [8, 8])
     assert np.abs(image[1:-1].astype(float) - 0.5).max() < 0.05
     assert classes[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    _, fine = to_network(stripes[None].astype(np.float32), np.roll(label, -2, axis=0), (8, 8, 8), [8, 8])
+    assert fine[:, 0, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0]  # 10 lies nearest to the centre 9.5, 30 to 29.5
     back = to_native(one_hot(classes, 2), (8, 8), (32, 8, 8))
     np.testing.assert_array_equal(back, label)
     ramp = np.arange(8, dtype=np.float32)[None, :, None, None] * np.ones((1, 8, 8, 8), np.float32)
