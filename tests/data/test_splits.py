@@ -241,6 +241,7 @@ def test_data_sets_have_every_profile(name):
             geometry = config.resolve(name, profile, "random", dimensions=dimensions).geometry  # sizes fit the network
             assert geometry.resize == (dataset.channels == 3)
     assert any(isinstance(protocol, SeededProtocol) for protocol in dataset.protocols.values())
+    assert all(p.transductive for p in dataset.protocols.values() if isinstance(p, FoldsProtocol))
 
 
 LISTS = {  # by protocol: subjects from and to; pre-training, test and benchmark subjects; draws by labelled
