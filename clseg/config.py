@@ -234,7 +234,7 @@ class InpaintingStage(StageConfig):
 
     stage: Literal["inpainting"]
     box: Share = 100 / 192
-    place: Literal["centre", "random"] = "centre"
+    place: Literal["centre", "random"] = "random"
 
 
 class ContextRestorationStage(StageConfig):
@@ -246,7 +246,10 @@ class ContextRestorationStage(StageConfig):
 
 
 class PirlStage(StageConfig):
-    """A slice and its `grid` x `grid` jigsaw are alike, slices of a memory are not. Trains the encoder."""
+    """A slice and its `grid` x `grid` jigsaw are alike, slices of a memory are not. Trains the encoder.
+
+    `momentum` of the memory; `weight` of the jigsaw's loss, the rest is that of the slice itself.
+    """
 
     stage: Literal["pirl"]
     grid: Several = 3
@@ -309,7 +312,7 @@ class GanAugmentationRecipe(SupervisedRecipe):
     recipe: Literal["gan_augmentation"]
     adversarial_weight: Positive = 1.0
     size_weight: Positive = 1e-3
-    warm_up: Share = 0.1
+    warm_up: Share = 0.04
 
 
 Recipe = Annotated[
