@@ -225,8 +225,9 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
 class BetaVAE(nn.Module):
     """Images [B, C, *size] to the normal distributions of their features z [B, latent], and features to images.
 
-    A level is a convolution of kernel 4 and stride 2 and a ReLU, the decoder mirrors them; there are as many as leave
-    no side below 4, of width 32 (the first two) and 64. No norm: the features of an image do not depend on the batch.
+    A level is a convolution and a ReLU, of width 32 (the first two) or 64, and the decoder mirrors it: kernel 4 and
+    stride 2 along sides that stay 4 or more, kernel 3 along the others. There are as many levels as halve a side.
+    No norm: the features of an image do not depend on the batch.
     Source: Higgins et al., ICLR 2017, the layers for CelebA without their hidden linear one, for any size, 2-D and 3-D.
     *Deviation*: the layers that Zhang et al. used are not known.
     """
@@ -234,11 +235,11 @@ class BetaVAE(nn.Module):
     def __init__(self, channels: int, size: Sequence[int], latent: int) -> None:
         super().__init__()
         dimensions, down, up, width = len(size), [], [], channels
-        while all(side % 2 == 0 and side >= 8 for side in size):
-            outputs = 32 if len(down) < 4 else 64
-            down += [CONV[dimensions](width, outputs, 4, stride=2, padding=1), nn.ReLU()]
-            up = [nn.ReLU(), TRANSPOSED[dimensions](outputs, width, 4, stride=2, padding=1), *up]
-            width, size = outputs, [side // 2 for side in size]
+        while 2 in (strides := [2 if side % 2 == 0 and side >= 8 else 1 for side in size]):
+            outputs, kernel = 32 if len(down) < 4 else 64, [stride + 2 for stride in strides]
+            down += [CONV[dimensions](width, outputs, kernel, strides, padding=1), nn.ReLU()]
+            up = [nn.ReLU(), TRANSPOSED[dimensions](outputs, width, kernel, strides, padding=1), *up]
+            width, size = outputs, [side // stride for side, stride in zip(size, strides, strict=True)]
         features = width * prod(size)
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(features, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, features), nn.Unflatten(1, (width, *size)), *up)
