@@ -11,12 +11,21 @@ from clseg import config, runs
 from clseg.metrics import dice
 
 pytestmark = pytest.mark.real_data
-CELLS = ["--set=study.methods=[random, gd+lr]", "--set=study.labelled=[2]", "--set=study.draws=[1]"]
+CELLS = ["--set=study.labelled=[2]", "--set=study.draws=[1]"]
 
 
-def study(root, data_root, dataset):
+def study(root, data_root, dataset, methods="random, gd+lr"):
     environment = os.environ | {"CLSEG_OUT": str(root), "CLSEG_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
-    words = ["run", "glcl_strategies", "--dataset", dataset, "--profile", "smoke", *CELLS]
+    words = [
+        "run",
+        "glcl_strategies",
+        "--dataset",
+        dataset,
+        "--profile",
+        "smoke",
+        f"--set=study.methods=[{methods}]",
+        *CELLS,
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "clseg", *words], env=environment, capture_output=True, text=True, check=False
     )
@@ -45,6 +54,18 @@ def test_hippocampus_end_to_end(tmp_path, data_root):
     assert table["subject"].nunique() == 60
     assert set(table["class_name"]) == {"Anterior", "Posterior"}
     assert set(table["hd95_unit"]) == {"mm"}
+    assert table["dice"].dropna().between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subjects", "structures", "unit"),
+    [("mscmr", 10, {"myocardium", "left ventricle", "right ventricle"}, "mm"), ("ph2", 50, {"lesion"}, "px")],
+)
+def test_pairs_of_images_and_masks_end_to_end(tmp_path, data_root, dataset, subjects, structures, unit):
+    table = study(tmp_path, data_root, dataset, methods="random")
+    assert table["subject"].nunique() == subjects
+    assert set(table["class_name"]) == structures
+    assert set(table["hd95_unit"]) == {unit}
     assert table["dice"].dropna().between(0, 1).all()
 
 
