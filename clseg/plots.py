@@ -8,33 +8,33 @@ that of its family (Okabe and Ito's palette, which colour-blind readers can tell
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.container import Container
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from scipy.cluster import hierarchy
 
 from clseg import paths, stats
 from clseg.config import RequestError
-
-if TYPE_CHECKING:
-    from clseg.pairs import Pairs
 
 GREY, ORANGE, SKY, GREEN, YELLOW = "#767676", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, RED, PINK, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 FAMILIES = {
     GREY: ["random"],
-    BLUE: ["gd", "gr", "gd-"],
+    BLUE: ["gd", "gr", "gd-", "simclr"],
     RED: ["gd+lr", "gr+lr", "gd+ld", "lr"],
     GREEN: ["pcl", "pcl-partition"],
-    PINK: ["ufc"],
+    PINK: ["ufc", "ufc-negatives"],
     SKY: ["rotation", "inpainting", "context_restoration", "pirl"],
     ORANGE: ["mixup", "self_training", "adversarial", "gan_augmentation", "mean_teacher"],
     BLACK: ["benchmark", "gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
@@ -45,14 +45,25 @@ STYLES = {  # method -> colour, marker, line
     for place, method in enumerate(methods)
 }
 UNKNOWN = (YELLOW, "P", "-")  # a method of one's own
-STRUCTURES = [ORANGE, SKY, PINK, YELLOW, GREEN, RED, BLUE]  # contours of class 1, 2, ... on grey
+ON_ONE_AXIS = 8  # methods; of more, each has a panel
+STRUCTURES = [BLUE, ORANGE, SKY, PINK, YELLOW, GREEN, RED]  # contours of class 7, 1, 2, ... on grey
+GROUPS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]  # subjects, partitions, clusters
 TAGS = ("V", "V2")  # read in the source; read where another work quotes it. Nothing else is ever printed or drawn
 PUBLISHED_COLUMNS = ["source", "study", "dataset", "method", "labelled", "metric", "value", "tag", "note"]
-SMALL = 8  # points
+STYLE: Any = {
+    **{"figure.constrained_layout.use": True, "font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 5.5},
+    **dict.fromkeys(["axes.titlesize", "axes.labelsize", "figure.titlesize", "figure.labelsize"], 9),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.linewidth": 0.5, "grid.alpha": 0.4, "axes.axisbelow": True},
+    **{"image.interpolation": "nearest", "figure.dpi": 100},
+}
+styled = rc_context(STYLE)
 
 
 class Figure(MatplotlibFigure):
     """A matplotlib figure that shows itself in a notebook without `pyplot`."""
+
+    draw = styled(MatplotlibFigure.draw)  # ticks are made when they are first drawn
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -61,33 +72,29 @@ class Figure(MatplotlibFigure):
         return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-
-def _grid(panels: int, columns: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes in rows of at most `columns`, `width` x `height` inches each."""
-    columns = min(columns, panels)
-    rows = -(-panels // columns)
-    figure = _figure(max(4.5, columns * width + 0.4), rows * height + 0.4)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel().tolist()
-    for axis in axes[panels:]:
+def _panels(count: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes in rows of at most `columns`, `width` x `height` inches each."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(4.5, columns * width + 0.4), rows * height + 0.4))
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
+    for axis in axes[count:]:
         axis.remove()
-    return figure, axes[:panels]
+    return figure, axes[:count]
 
 
+def _legend(owner: Any, axes: Iterable[Axes], **where: Any) -> None:
+    """What is labelled in `axes`, each label once, methods first."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels, handles = zip(*sorted(found.items(), key=lambda item: not isinstance(item[1], Container)), strict=True)
+    owner.legend(handles, labels, **where)
+
+
+@styled
 def _nothing(text: str) -> Figure:
-    figure = _figure(4.5, 1)
+    figure = Figure(figsize=(4.5, 1))
     figure.text(0.5, 0.5, text, ha="center", va="center")
     return figure
-
-
-def _tidy(axes: Axes, grid: bool = True) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=SMALL)
-    if grid:
-        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
-        axes.set_axisbelow(True)
 
 
 def _array(values: Any) -> np.ndarray:
@@ -100,18 +107,9 @@ def style(method: str) -> tuple[str, str, Any]:
     return STYLES.get(method.partition(" [")[0], UNKNOWN)
 
 
-def _known_order(methods: Sequence[str]) -> list[str]:
-    """Methods in the order of `FAMILIES`, others after them by name."""
-    place = {method: number for number, method in enumerate(STYLES)}
-    return sorted(set(methods), key=lambda method: (place.get(method.partition(" [")[0], len(place)), method))
-
-
 def _range(values: pd.Series) -> str:
     low, high = values.min(), values.max()
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-# --------------------------------------------------------------------------------------------------- published numbers
 
 
 def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "published.csv") -> pd.DataFrame:
@@ -121,263 +119,269 @@ def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "publish
     `study` may name several studies, separated by blanks.
     Raises `RequestError` for a file that is not such a table, and for any tag other than V and V2 anywhere in it.
     """
+    columns: Any = {"usecols": PUBLISHED_COLUMNS, "dtype": {"labelled": "Int64", "value": float}}
     try:
-        table = pd.read_csv(
-            path, dtype={"labelled": "Int64", "value": float}, keep_default_na=False, na_values={"labelled": ""}
-        )
+        table = pd.read_csv(path, keep_default_na=False, na_values={"labelled": ""}, **columns)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise RequestError(f"{path}: cannot be read as a table of published numbers: {reason}") from None
-    if missing := [column for column in PUBLISHED_COLUMNS if column not in table.columns]:
-        raise RequestError(f"{path}: column {missing[0]!r} is missing; the columns are {', '.join(PUBLISHED_COLUMNS)}")
     for line, tag in enumerate(table["tag"], start=2):
         if tag not in TAGS:
             raise RequestError(f"{path}, line {line}: tag {tag!r} is not printed, only V and V2 are; remove the row")
     beside = table["study"].str.split().map(lambda names: study in names)
     chosen = table[beside & (table["dataset"] == dataset) & (table["metric"] == "dice")]
-    columns = ["method", "labelled", "dice", "tag", "source", "note"]
-    return chosen.rename(columns={"value": "dice"})[columns].reset_index(drop=True)
+    shown = ["method", "labelled", "dice", "tag", "source", "note"]
+    return chosen.rename(columns={"value": "dice"})[shown].reset_index(drop=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+def _errors(rows: pd.DataFrame, what: str = "dice") -> np.ndarray:
+    """Distances of the ends of the intervals from the means [2, n]; rounding may put an end beyond the mean."""
+    return rows[[f"{what}_low", f"{what}_high"]].sub(rows[f"{what}_mean"], axis=0).abs().to_numpy().T
 
 
-def _interval(axes: Axes, x: Any, rows: pd.DataFrame, method: str) -> None:
+def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, method: str, label: str) -> None:
     """Means with their intervals; hollow where draws are missing that other methods have."""
-    colour, marker, dashes = style(method)
-    axes.vlines(x, rows["dice_low"], rows["dice_high"], color=colour, linewidth=1.6, zorder=3)
-    axes.plot(x, rows["dice_mean"], color=colour, linestyle=dashes, linewidth=1.2, alpha=0.7, zorder=2)
-    faces = ["white" if missing else colour for missing in rows["runs_missing"] > 0]
-    axes.scatter(x, rows["dice_mean"], c=faces, edgecolors=colour, marker=marker, s=34, linewidths=1.4, zorder=4)
+    colour, marker, line = style(method)
+    look = {"color": colour, "marker": marker, "zorder": 3}
+    axes.errorbar(x, rows["dice_mean"], yerr=_errors(rows), linestyle=line, elinewidth=1.6, label=label, **look)
+    hollow = rows["runs_missing"] > 0
+    axes.plot(x[hollow], rows["dice_mean"][hollow], linestyle="none", markerfacecolor="white", **look)
 
 
-def _handle(method: str, label: str) -> Line2D:
-    colour, marker, dashes = style(method)
-    return Line2D([], [], color=colour, marker=marker, linestyle=dashes, markersize=5.5, label=label)
-
-
+@styled
 def label_curve(
     summary: pd.DataFrame, table: pd.DataFrame | None = None, published: pd.DataFrame | None = None
 ) -> Figure:
     """Dice against the number of labelled subjects: one line per method, with 95 % intervals over test subjects.
 
-    `summary` is that of `stats.summary` for one study, data set and profile. With the tidy `table`, every draw of
-    labelled subjects is a small point. `benchmark` is a dashed line across, with its interval as a band. `published`
-    (`published_for`) adds a cross wherever a published number stands beside a cell of ours. Markers are hollow where
-    draws are missing that other methods have. Bars stand side by side: only the ticks are numbers of subjects.
+    `summary` is that of `stats.summary` for one study, data set and profile; of more than `ON_ONE_AXIS` methods
+    each has a panel, with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is
+    `benchmark`, a cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer
+    draws than others. Bars stand side by side: only the ticks are numbers of subjects.
     Raises `ValueError` for several studies, data sets or profiles, and for a published tag other than V and V2.
     """
     place = summary[["study", "dataset", "profile"]].drop_duplicates()
     if len(place) != 1:
         raise ValueError(f"a label curve shows one study, data set and profile, not {len(place)}")
-    if published is not None:
-        if not published["tag"].isin(TAGS).all():
-            raise ValueError("published numbers are drawn with tag V or V2 only")
-        published = published.dropna(subset=["labelled"]).astype({"labelled": int})
-    curves, ceiling = summary[summary["method"] != "benchmark"], summary[summary["method"] == "benchmark"]
-    methods, counts = _known_order(curves["method"]), sorted(curves["labelled"].unique())
-    gap = min(np.diff(np.log2(counts)), default=1.0)
-    step = min(0.12, 0.75 * gap / max(1, len(methods)))  # in doublings: bars of neighbouring counts never meet
+    if published is None:
+        published = pd.DataFrame(columns=["method", "labelled", "dice", "tag"])
+    if not published["tag"].isin(TAGS).all():
+        raise ValueError("published numbers are drawn with tag V or V2 only")
     draws = None if table is None else stats.per_draw(table)
+    curves, ceiling = summary[summary["method"] != "benchmark"], summary[summary["method"] == "benchmark"]
+    methods = [m for m in STYLES if m in set(curves["method"])] + sorted({*curves["method"]} - {*STYLES})
+    groups, several = [methods], len(methods) > ON_ONE_AXIS
+    if several:
+        groups = [[m for m in methods if m in ("random", own)] for own in methods if own != "random"]
+    counts = sorted(curves["labelled"].unique())
+    gap = min(np.diff(np.log2(counts)), default=1.0)
+    step = min(
+        0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0]))
+    )  # in doublings: bars of neighbouring counts never meet
 
-    figure = _figure(7, 4)
-    axes = figure.subplots()
-    handles = []
-    for number, method in enumerate(methods):
-        shift = 2.0 ** (step * (number - (len(methods) - 1) / 2))
-        rows = curves[curves["method"] == method].sort_values("labelled")
-        _interval(axes, rows["labelled"] * shift, rows, method)
-        handles.append(_handle(method, method))
-        if draws is not None:
-            own = draws[draws["method"] == method]
-            x = own["labelled"] * shift * 2.0 ** (-0.35 * step)
-            axes.scatter(x, own["dice"], s=7, color=style(method)[0], alpha=0.55, linewidths=0, zorder=2)
-        if published is not None:
+    figure, panels = _panels(len(groups), 5, *(1.8, 1.6) if several else (6.6, 3.6), sharey=True)
+    for panel, members in zip(panels, groups, strict=True):
+        for number, method in enumerate(members):
+            shift = 2.0 ** (step * (number - (len(members) - 1) / 2))
+            look = {"color": style(method)[0], "zorder": 4}
+            rows = curves[curves["method"] == method].sort_values("labelled")
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
-            x = beside["labelled"] * shift * 2.0 ** (0.4 * step)
-            axes.scatter(x, beside["dice"], marker="x", s=30, color=style(method)[0], linewidths=1.4, zorder=5)
-            if len(beside):
-                tags = ", ".join(sorted(beside["tag"].unique()))
-                handles[-1].set_label(f"{method} (× published, {tags})")
-    for row in ceiling.itertuples():
-        axes.axhspan(row.dice_low, row.dice_high, color=BLACK, alpha=0.08, linewidth=0)
-        axes.axhline(row.dice_mean, color=BLACK, linestyle="--", linewidth=1.2)
-        handles.append(Line2D([], [], color=BLACK, linestyle="--", label=f"benchmark ({row.labelled} labelled)"))
+            tags = f"(× published, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
+            if named := several and method == members[-1]:
+                panel.set_title(f"{method}\n{tags}".strip(), fontsize=8, fontweight="bold", color=look["color"])
+            _intervals(panel, rows["labelled"] * shift, rows, method, "_" if named else f"{method} {tags}".strip())
+            x = beside["labelled"].astype(float) * shift * 2.0 ** (0.4 * step)
+            panel.scatter(x, beside["dice"], marker="x", s=30, linewidths=1.4, **look)
+            if draws is not None:
+                own = draws[draws["method"] == method]
+                x = own["labelled"] * shift * 2.0 ** (-0.35 * step)
+                panel.scatter(x, own["dice"], s=7, alpha=0.55, linewidths=0, **look)
+        for row in ceiling.itertuples():
+            panel.axhspan(row.dice_low, row.dice_high, color=BLACK, alpha=0.08, linewidth=0)
+            panel.axhline(row.dice_mean, color=BLACK, linestyle="--", label=f"benchmark ({row.labelled} labelled)")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.xaxis.set_minor_locator(NullLocator())
+        if counts:
+            panel.set_xlim(counts[0] * 2.0 ** (-0.6 * gap), counts[-1] * 2.0 ** (0.6 * gap))
     if draws is not None:
-        handles.append(Line2D([], [], color=GREY, marker=".", linestyle="none", markersize=4, label="one draw"))
+        panel.scatter([], [], s=7, color=GREY, label="one draw")
     if (curves["runs_missing"] > 0).any():
-        hollow = {"color": GREY, "marker": "o", "markerfacecolor": "white", "linestyle": "none", "markersize": 5.5}
-        handles.append(Line2D([], [], **hollow, label="fewer draws than others"))
-
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.xaxis.set_minor_locator(NullLocator())
-    if counts:
-        axes.set_xlim(counts[0] * 2.0 ** (-0.6 * gap), counts[-1] * 2.0 ** (0.6 * gap))
-        axes.set_xlabel(f"labelled subjects (draws of them: {_range(curves['n_draws'])})", fontsize=9)
-    axes.set_ylabel("Dice (mean over test subjects)", fontsize=9)
-    study, dataset, profile = place.iloc[0]
-    about = f"{study}, {dataset}, profile {profile}"
-    axes.set_title(f"{about}\n95 % intervals over n = {_range(summary['n_subjects'])} test subjects", fontsize=9)
-    _tidy(axes)
-    figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, frameon=False)
+        panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer draws than others")
+    _legend(figure, panels, loc="outside right upper")
+    figure.supxlabel(f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else "")
+    figure.supylabel("Dice (mean over test subjects)")
+    interval = f"95 % intervals over n = {_range(summary['n_subjects'])} test subjects"
+    figure.suptitle(f"{', '.join(place.iloc[0])}\n{interval}")
     return figure
 
 
+@styled
 def ablation(axes_table: pd.DataFrame, reference: pd.DataFrame | None = None) -> Figure:
     """One panel per axis of an ablation: Dice for each value, with 95 % intervals over test subjects.
 
     `axes_table` has the columns of `stats.summary` and axis (title), value, base (True for the method's own value,
-    which is ringed and bold); `reference`, rows of the same summary, are dashed lines across.
+    which is ringed); `reference`, rows of the same summary, are dashed lines across.
     """
     if axes_table.empty:
         return _nothing("no finished run")
     titles = list(dict.fromkeys(axes_table["axis"]))
-    figure, panels = _grid(len(titles), 4, 1.9, 2.1, sharey=True)
-    several = axes_table["labelled"].nunique() > 1
-    ring = {"marker": "o", "facecolors": "none", "edgecolors": BLACK, "linewidths": 1, "zorder": 5}
-    handles: dict[str, Line2D] = {}
-    lines: dict[str, Line2D] = {}
+    figure, panels = _panels(len(titles), 4, 1.9, 2.1, sharey=True)
     for panel, title in zip(panels, titles, strict=True):
         rows = axes_table[axes_table["axis"] == title]
-        numbers = pd.to_numeric(rows["value"], errors="coerce")  # "all" and other words after the numbers
-        ordered = rows.assign(
-            text=[_value_text(v) for v in rows["value"]], number=numbers, base=rows["base"].astype(bool)
-        )
-        ordered = ordered.sort_values(["number", "text"])
-        ticks = {text: place for place, text in enumerate(dict.fromkeys(ordered["text"]))}
-        series = list(ordered.groupby(["method", "labelled"]))
-        for number, ((method, labelled), own) in enumerate(series):
-            x = own["text"].map(ticks) + 0.14 * (number - (len(series) - 1) / 2)
-            _interval(panel, x, own, method)
-            panel.scatter(x[own["base"]], own["dice_mean"][own["base"]], s=110, **ring)
-            label = f"{method}, {labelled} labelled" if several else method
-            handles.setdefault(label, _handle(method, label))
+        text = rows["value"].map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
+        number = pd.to_numeric(rows["value"], errors="coerce")  # "all" and other words after the numbers
+        rows = rows.assign(text=text.fillna("all"), number=number, base=rows["base"].astype(bool))
+        rows = rows.sort_values(["number", "text"])
+        ticks = {text: place for place, text in enumerate(rows["text"].unique())}
+        series = list(rows.groupby(["method", "labelled"]))
+        for place, ((method, labelled), own) in enumerate(series):
+            x = own["text"].map(ticks) + 0.14 * (place - (len(series) - 1) / 2)
+            _intervals(panel, x, own, method, f"{method}, {labelled} labelled")
+            ringed = x[own["base"]], own["dice_mean"][own["base"]]
+            panel.scatter(*ringed, s=110, facecolors="none", edgecolors=BLACK, zorder=5, label="the method's own value")
         for row in () if reference is None else reference.itertuples():
-            colour = style(row.method)[0]
-            panel.axhline(row.dice_mean, color=colour, linestyle="--", linewidth=1.2)
-            label = f"{row.method}, {row.labelled} labelled" if several or row.method == "benchmark" else row.method
-            lines.setdefault(label, Line2D([], [], color=colour, linestyle="--", label=label))
+            line = {"color": style(row.method)[0], "linestyle": "--"}
+            panel.axhline(row.dice_mean, label=f"{row.method}, {row.labelled} labelled", **line)
         panel.set_xticks(range(len(ticks)), list(ticks))
-        for text, tick in zip(ticks, panel.get_xticklabels(), strict=True):
-            tick.set_fontweight("bold" if ordered["base"][ordered["text"] == text].any() else "normal")
         panel.set_xlim(-0.6, len(ticks) - 0.4)
-        panel.set_title(title, fontsize=9)
-        _tidy(panel)
-    ringed = {"color": BLACK, "marker": "o", "markerfacecolor": "none", "linestyle": "none", "markersize": 9}
-    shown = [*handles.values(), Line2D([], [], **ringed, label="the method's own value"), *lines.values()]
-    figure.supylabel("Dice (mean over test subjects)", fontsize=9)
-    counts = "" if several else f"{_range(axes_table['labelled'])} labelled, "
-    about = f"{counts}draws: {_range(axes_table['n_draws'])}, n = {_range(axes_table['n_subjects'])} test subjects"
-    figure.suptitle(f"{axes_table['dataset'].iloc[0]}, {about}, 95 % intervals over them", fontsize=9)
-    figure.legend(handles=shown, loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+        panel.set_title(title)
+    figure.supylabel("Dice (mean over test subjects)")
+    interval = f"95 % intervals over n = {_range(axes_table['n_subjects'])} test subjects"
+    figure.suptitle(f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}\n{interval}")
+    _legend(figure, panels, loc="outside lower center", ncols=4)
     return figure
 
 
-def _value_text(value: Any) -> str:
-    if value is None or value != value:  # None, or the NaN it became in a table
-        return "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+@styled
+def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
+    """Dice with intervals, and under it the share of positive pairs (0 to 1), against the threshold t.
+
+    `table` has one row per threshold: value, dice_mean, dice_low, dice_high, share.
+    """
+    rows = table.sort_values("value")
+    figure, (dice, share) = _panels(2, 1, 4.6, 1.8, sharex=True)
+    dice.errorbar(rows["value"], rows["dice_mean"], yerr=_errors(rows), color=GREEN, marker="o", elinewidth=1.6)
+    share.plot(rows["value"], rows["share"], color=BLUE, marker="s")
+    share.set(ylabel="positive pairs", ylim=(0, 1), xlabel="threshold t")
+    share.yaxis.set_major_formatter(PercentFormatter(1))
+    dice.set(ylabel="Dice", title=title)
+    return figure
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+@styled
+def ranks(table: pd.DataFrame) -> Figure:
+    """Mean rank of every method (1 is best) with its 95 % interval over test subjects; `table` of `stats.ranks`."""
+    figure, (axes,) = _panels(1, 1, 5, 0.19 * len(table) + 0.7)
+    errors = _errors(table, "rank")
+    for place, (method, mean, error) in enumerate(zip(table["method"], table["rank_mean"], errors.T, strict=True)):
+        axes.errorbar(mean, place, xerr=error[:, None], color=style(method)[0], marker="o", elinewidth=1.6)
+    axes.set_yticks(range(len(table)), table["method"])
+    axes.grid(axis="x")
+    axes.invert_yaxis()
+    axes.set_xlabel("mean rank, 1 is best")
+    cells, left_out = (table[column].max() for column in ("n_cells", "cells_left_out"))
+    about = f"{cells} cells, {left_out} left out that not all methods have"
+    axes.set_title(f"95 % intervals over n = {_range(table['n_subjects'])} test subjects\n{about}")
+    return figure
 
 
-def _curve(axes: Axes, steps: pd.Series, values: pd.Series, colour: str) -> None:
-    """Every value, faint, under a running median over a fortieth of the curve."""
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
-    axes.plot(steps, values.rolling(max(1, len(values) // 40), center=True, min_periods=1).median(), color=colour)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _tidy(axes)
+def _curves(curves: Mapping[str, pd.DataFrame], columns: int, width: float, height: float) -> Figure:
+    """A panel per table of steps and values: every value, faint, under a running median over a fortieth of the curve.
+
+    Of values that were not measured at every step the best is ringed.
+    """
+    figure, panels = _panels(len(curves), columns, width, height)
+    for panel, (title, curve) in zip(panels, curves.items(), strict=True):
+        steps, values = curve.dropna().to_numpy(dtype=float).T
+        if len(values) == len(curve):
+            smooth = pd.Series(values).rolling(max(1, len(values) // 40), center=True, min_periods=1).median()
+            panel.plot(steps, values, color=BLUE, linewidth=0.6, alpha=0.35)
+            panel.plot(steps, smooth, color=BLUE, linewidth=1.5)
+        else:
+            panel.plot(steps, values, color=GREEN, marker="o", markersize=3, linewidth=1)
+            best = values == values.max(initial=-np.inf)
+            panel.scatter(steps[best][:1], values[best][:1], s=90, facecolors="none", edgecolors=BLACK, zorder=3)
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.set_title(title, fontsize=8)
+    figure.supxlabel("step")
+    return figure
 
 
+@styled
 def training_curves(log: pd.DataFrame) -> Figure:
     """The log of one run, a panel for each column but `step`; of values measured now and then the best is ringed."""
-    columns = [column for column in log.columns if column != "step"]
-    figure, panels = _grid(len(columns), 3, 3.2, 2.4)
-    for panel, column in zip(panels, columns, strict=True):
-        measured = log[["step", column]].dropna()
-        if len(measured) == len(log):
-            _curve(panel, measured["step"], measured[column], BLUE)
-        else:
-            panel.plot(measured["step"], measured[column], color=GREEN, marker="o", markersize=3, linewidth=1)
-            best = measured.loc[[measured[column].idxmax()]] if len(measured) else measured
-            panel.scatter(best["step"], best[column], s=90, facecolors="none", edgecolors=BLACK, zorder=3)
-            _tidy(panel)
-        panel.set_title(column, fontsize=9)
-        panel.set_xlabel("step", fontsize=SMALL)
-    return figure
+    return _curves({column: log[["step", column]] for column in log.columns.drop("step")}, 3, 3.2, 2.4)
 
 
+@styled
 def pretraining_curves(log: pd.DataFrame) -> Figure:
     """The loss of every pre-training (columns step, loss, run), a panel each: their losses have scales of their own."""
     if log.empty:
         return _nothing("no pre-training")
-    runs = list(dict.fromkeys(log["run"]))
-    figure, panels = _grid(len(runs), 4, 2.1, 1.8)
-    for panel, run in zip(panels, runs, strict=True):
-        own = log[log["run"] == run]
-        _curve(panel, own["step"], own["loss"], BLUE)
-        panel.set_title(run.removeprefix("pretrain-"), fontsize=7)
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("loss", fontsize=9)
+    runs = log.groupby("run", sort=False)[["step", "loss"]]
+    figure = _curves({run.removeprefix("pretrain-"): own for run, own in runs}, 4, 2.1, 1.8)
+    figure.supylabel("loss")
     return figure
 
 
-# ------------------------------------------------------------------------------------------------- pairs and gradients
+def _matrix(
+    values: np.ndarray, width: float, title: str, groups: Sequence[Any] | None, lines: str, **look: Any
+) -> tuple[Figure, Axes]:
+    """A matrix [B, B] in colours, with lines between, and names at, the runs of equal neighbours in `groups` [B]."""
+    figure, (axes,) = _panels(1, 1, width, 3.6)
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+    axes.imshow(values, **look)
+    if groups is not None:
+        names = pd.Series(_array(groups)).astype(str)
+        starts = np.flatnonzero(names != names.shift())
+        for start in starts[1:]:
+            axes.axhline(start - 0.5, color=lines, linewidth=0.8)
+            axes.axvline(start - 0.5, color=lines, linewidth=0.8)
+        middles = (starts + np.append(starts[1:], len(names)) - 1) / 2
+        axes.set_xticks(middles, names[starts])
+        axes.set_yticks(middles, names[starts])
+    axes.set_title(title)
+    return figure, axes
 
 
-def _group_ticks(axes: Axes, groups: Sequence[Any], lines: str) -> None:
-    """Lines between, and names at, the runs of equal neighbours in `groups`."""
-    names = [str(group) for group in _array(groups)]
-    starts = [place for place in range(len(names)) if place == 0 or names[place] != names[place - 1]]
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(names)], strict=True)]
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color=lines, linewidth=0.8)
-        axes.axvline(start - 0.5, color=lines, linewidth=0.8)
-    axes.set_xticks(middles, [names[start] for start in starts])
-    axes.set_yticks(middles, [names[start] for start in starts])
-
-
+@styled
 def similarity_matrix(similarity: Any, title: str = "", groups: Sequence[Any] | None = None) -> Figure:
     """Cosine similarities [B, B] as colours from -1 (blue) to 1 (red); `groups` [B] names runs of neighbouring rows."""
-    figure = _figure(4.8, 4)
-    axes = figure.subplots()
-    image = axes.imshow(_array(similarity), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    if groups is not None:
-        _group_ticks(axes, groups, BLACK)
-    axes.tick_params(labelsize=SMALL)
-    axes.set_title(title, fontsize=10)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85)
-    bar.set_label("cosine similarity", fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
+    figure, axes = _matrix(_array(similarity), 4.4, title, groups, BLACK, cmap="RdBu_r", vmin=-1, vmax=1)
+    figure.colorbar(axes.images[0], ax=axes, shrink=0.85, label="cosine similarity")
     return figure
 
 
-def pairs_matrix(pairs: Pairs, title: str = "", groups: Sequence[Any] | None = None) -> Figure:
-    """Who is alike in a batch: row i is anchor i, with its positives, negatives, what is neither, and their shares."""
-    positive, negative = _array(pairs.positive), _array(pairs.negative)  # bool [B, B]
-    kind = np.where(positive, 2, np.where(negative, 1, 0))
+@styled
+def pairs_matrix(pairs: Any, title: str = "", groups: Sequence[Any] | None = None) -> Figure:
+    """Who is alike in a batch: row i is anchor i of `Pairs`, with positives, negatives, neither, and their shares."""
+    kind = np.where(_array(pairs.positive), 2, np.where(_array(pairs.negative), 1, 0))  # bool [B, B] each
     np.fill_diagonal(kind, 3)
     colours = {"neither": "#E4E4E4", "negative": ORANGE, "positive": BLUE, "itself": BLACK}
-    figure = _figure(5.4, 4)
-    axes = figure.subplots()
-    axes.imshow(kind, cmap=ListedColormap(list(colours.values())), vmin=-0.5, vmax=3.5, interpolation="nearest")
-    if groups is not None:
-        _group_ticks(axes, groups, "white")
-    axes.tick_params(labelsize=SMALL)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("row of the batch")
-    axes.set_ylabel("anchor")
-    others = max(1, kind.size - len(kind))
-    handles = [
-        Patch(color=colour, label=name if name == "itself" else f"{name} ({np.sum(kind == number) / others:.0%})")
-        for number, (name, colour) in enumerate(colours.items())
-    ]
-    figure.legend(handles=handles[::-1], loc="outside right upper", fontsize=SMALL, frameon=False)
+    look = {"cmap": ListedColormap(list(colours.values())), "vmin": -0.5, "vmax": 3.5}
+    figure, axes = _matrix(kind, 5, title, groups, "white", **look)
+    axes.set(xlabel="row of the batch", ylabel="anchor")
+    shares = [f" ({np.sum(kind == number) / max(1, kind.size - len(kind)):.0%})" for number in range(3)]
+    names = [name + share for name, share in zip(colours, [*shares, ""], strict=True)]
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours.values(), names, strict=True)]
+    figure.legend(handles=handles[::-1], loc="outside right upper")
     return figure
 
 
+def _groups(axes: Axes, points: np.ndarray, names: np.ndarray, size: float) -> np.ndarray:
+    """Points [n, 2] with a colour and marker per group; returns the colours [n]."""
+    colours = np.empty(len(points), dtype=object)
+    for number, name in enumerate(np.unique(names)):
+        own = names == name
+        colours[own] = GROUPS[number % len(GROUPS)]
+        marker = "os^D"[number // len(GROUPS) % 4]
+        axes.scatter(*points[own].T, s=size, color=colours[own], marker=marker, linewidths=0, zorder=3, label=str(name))
+    return colours
+
+
+@styled
 def gradient_picture(embedding: Any, gradient: Any, groups: Sequence[Any] | None = None, title: str = "") -> Figure:
     """Where a loss pulls embeddings of two dimensions: normalised points [B, 2] on the unit circle, an arrow each.
 
@@ -389,60 +393,83 @@ def gradient_picture(embedding: Any, gradient: Any, groups: Sequence[Any] | None
         raise ValueError(f"embedding and gradient must both be [B, 2]: {points.shape}, {pull.shape}")
     points = points / np.linalg.norm(points, axis=1, keepdims=True)
     pull = 0.5 * pull / max(np.linalg.norm(pull, axis=1).max(), 1e-12)
-    names = [""] * len(points) if groups is None else [str(group) for group in _array(groups)]
-    palette = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]
-    colours = {name: palette[number % len(palette)] for number, name in enumerate(dict.fromkeys(names))}
-    of_row = [colours[name] for name in names]
-
-    figure = _figure(5, 4)
-    axes = figure.subplots()
+    figure, (axes,) = _panels(1, 1, 4.3, 3.6)
     axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=GREY, linewidth=0.8))
-    axes.scatter(*points.T, c=of_row, s=36, zorder=3)
-    axes.quiver(*points.T, *pull.T, color=of_row, angles="xy", scale_units="xy", scale=1, width=0.008, zorder=2)
-    axes.set(xlim=(-1.55, 1.55), ylim=(-1.55, 1.55), aspect="equal")
-    axes.set_title(title, fontsize=10)
+    names = np.full(len(points), "") if groups is None else _array(groups)
+    colours = _groups(axes, points, names, 36).tolist()
+    axes.quiver(*points.T, *pull.T, color=colours, angles="xy", scale_units="xy", scale=1, width=0.008, zorder=2)
+    axes.set(xlim=(-1.55, 1.55), ylim=(-1.55, 1.55), aspect="equal", title=title)
     axes.set_axis_off()
     if groups is not None:
-        handles = [Line2D([], [], color=c, marker="o", linestyle="none", label=name) for name, c in colours.items()]
-        figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, frameon=False)
+        _legend(figure, [axes], loc="outside right upper")
     return figure
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+@styled
+def embedding(panels: Mapping[str, Any], colourings: Mapping[str, Any]) -> Figure:
+    """Embeddings in two dimensions (t-SNE): a column for each of `panels` (points [n, 2]), a row per colouring.
+
+    A colouring [n] of floats (positions) has a colour bar, any other (subjects, clusters) a colour and marker for each
+    value, and a legend of up to ten. The axes of a t-SNE mean nothing and have no ticks.
+    """
+    figure, axes = _panels(len(panels) * len(colourings), len(panels), 2, 2)
+    for start, (name, values) in enumerate(colourings.items()):
+        row, values = axes[start * len(panels) :][: len(panels)], _array(values)
+        for panel, (title, points) in zip(row, panels.items(), strict=True):
+            if values.dtype.kind == "f":
+                panel.scatter(*_array(points).T, c=values, s=9, linewidths=0)
+            else:
+                _groups(panel, _array(points), values, 9)
+            panel.set(xticks=[], yticks=[], title=title if start == 0 else "", box_aspect=1)
+            panel.spines[:].set(visible=True, color=GREY, linewidth=0.5)
+        if values.dtype.kind == "f":
+            figure.colorbar(panel.collections[0], ax=row)
+        elif len(np.unique(values)) <= 10:
+            _legend(panel, [panel], loc="upper left", bbox_to_anchor=(1, 1))
+        row[0].set_ylabel(name)
+    return figure
 
 
+@styled
+def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
+    """The upper 40 leaves of a hierarchical clustering, `linkage` [n - 1, 4] as SciPy's, cut at the height `cut`.
+
+    A leaf shows how many slices are merged in it, a colour the clusters below the cut.
+    """
+    figure, (axes,) = _panels(1, 1, 7, 3)
+    look = {"color_threshold": cut, "above_threshold_color": GREY, "leaf_rotation": 90, "leaf_font_size": 7}
+    hierarchy.dendrogram(linkage, p=40, truncate_mode="lastp", ax=axes, **look)
+    clusters = np.sum(linkage[:, 2] > cut) + 1
+    axes.axhline(cut, color=BLACK, linestyle="--", label=f"cut at {cut:.3g}: {clusters} clusters")
+    axes.set(title=title, xlabel="(slices merged in a leaf)", ylabel="distance")
+    _legend(axes, [axes], loc="upper right")
+    return figure
+
+
+@styled
 def volume_grid(
-    images: Any,
-    labels: Any | None = None,
-    title: str = "",
-    titles: Sequence[str] | None = None,
-    class_names: Mapping[int, str] | None = None,
+    images: Any, labels: Any = None, title: str = "", titles: Sequence[str] = (), class_names: Any = None
 ) -> Figure:
-    """Slices [N, H, W] in reading order on one grey scale, with the outlines of the classes in `labels` [N, H, W].
+    """Slices [N, H, W], or photographs [N, H, W, 3], in reading order on one scale, with the outlines of the classes.
 
-    `titles` are those of the slices; `class_names` {class index: name} are the legend's.
+    `labels` [N, H, W]; `titles` are those of the slices; `class_names` {class index: name} are the legend's.
     """
     images = _array(images).astype(float)
-    labels = None if labels is None else _array(labels)
     low, high = np.percentile(images, [0.5, 99.5])
-    height = 1.35 * images.shape[1] / images.shape[2] + (0.2 if titles is not None else 0)
-    figure, panels = _grid(len(images), min(6, max(3, int(np.ceil(np.sqrt(len(images)))))), 1.35, height)
+    images = np.clip((images - low) / max(high - low, 1e-12), 0, 1)
+    height = 1.35 * images.shape[1] / images.shape[2] + (0.2 if len(titles) else 0)
+    figure, panels = _panels(len(images), min(6, max(3, int(np.ceil(np.sqrt(len(images)))))), 1.35, height)
     for number, panel in enumerate(panels):
-        panel.imshow(images[number], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+        panel.imshow(images[number], cmap="gray", vmin=0, vmax=1)
         panel.set_axis_off()
-        if titles is not None:
-            panel.set_title(titles[number], fontsize=SMALL)
-        present = [] if labels is None else [index for index in np.unique(labels[number]) if index > 0]
-        for index in present:
-            mask = np.pad(labels[number] == index, 1)  # [H + 2, W + 2]: outlines close at the border
+        if len(titles):
+            panel.set_title(titles[number], fontsize=8)
+        mask = np.zeros(0) if labels is None else np.pad(_array(labels)[number], 1)  # outlines close at the border
+        for index in np.unique(mask[mask > 0]):
             rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
-            colour = STRUCTURES[(index - 1) % len(STRUCTURES)]
-            panel.contour(columns, rows, mask, levels=[0.5], colors=colour, linewidths=1)
-    figure.suptitle(title, fontsize=10)
+            panel.contour(columns, rows, mask == index, levels=[0.5], colors=STRUCTURES[index % 7], linewidths=1)
+    figure.suptitle(title)
     if class_names is not None:
-        handles = [
-            Line2D([], [], color=STRUCTURES[(index - 1) % len(STRUCTURES)], label=name)
-            for index, name in class_names.items()
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+        handles = [Line2D([], [], color=STRUCTURES[index % 7], label=name) for index, name in class_names.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure

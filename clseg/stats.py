@@ -14,23 +14,22 @@ GROUP = ["study", "dataset", "profile", "labelled"]  # what is compared with eac
 CELL = ["study", "dataset", "profile", "method", "labelled"]
 RUN = ["draw", "seed"]
 SUMMARY_COLUMNS = [
-    *CELL,
-    *["n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],
+    *[*CELL, "n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],
     *["dice_mean", "dice_low", "dice_high", "dice_sd_draws"],
     *["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows", "empty_rows"],
 ]
 COMPARISON_COLUMNS = [
-    *CELL,
-    *["baseline", "n_subjects", "n_runs", "runs_left_out"],
+    *[*CELL, "baseline", "n_subjects", "n_runs", "runs_left_out"],
     *["median_difference", "rank_biserial", "p", "p_holm", "note"],
 ]
+RANK_COLUMNS = ["method", "rank_mean", "rank_low", "rank_high", "n_subjects", "n_cells", "cells_left_out"]
 
 
 def per_subject(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice and HD95 of each subject in each run, over its structures and phases.
+    """Mean Dice and HD95 of each subject in each run (`CELL`, `RUN`, subject), over its structures and phases.
 
-    Returns columns study, dataset, profile, method, labelled, draw, seed, subject, dice, hd95; NaN for a subject of
-    whom no row is left. Sorted, so the order of the rows of `table` does not matter, not even for rounding.
+    NaN for a subject of whom no row is left. Sorted, so the order of the rows of `table` does not matter, not even for
+    rounding.
     """
     table = table.sort_values([*CELL, *RUN, "subject", "phase", "class_name"], kind="stable")
     return table.groupby([*CELL, *RUN, "subject"], as_index=False)[["dice", "hd95"]].mean()
@@ -57,50 +56,51 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
 
-    * `dice_mean`: over draws and seeds inside each test subject, then over test subjects. `dice_low`, `dice_high`: its
-      95 % bootstrap interval over test subjects. The interval says how far the mean depends on who was tested, given
-      the draws at hand; how far it depends on who was labelled says `dice_sd_draws`, the standard deviation (n - 1)
-      between the means of the draws, NaN with one draw.
+    * `dice_mean`: over draws and seeds inside each test subject, then over test subjects; `dice_low`, `dice_high`: its
+      95 % bootstrap interval over test subjects, which says how far the mean depends on who was tested. How far it
+      depends on who was labelled says `dice_sd_draws`, the standard deviation (n - 1) of the means of the draws.
     * `runs_missing`: pairs of draw and seed that another method of the same group has and this one lacks. Where it is
-      not 0 the mean is over easier or harder draws than the others', and `compare`, which pairs them, is the better
-      answer.
+      not 0 the draws may be easier or harder than the others', and `compare`, which pairs them, is the better answer.
     * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
       structure x run); `empty_rows`: rows where both are empty, in no mean.
     * `hd95_mean` is averaged like Dice, in `hd95_unit`; NaN where a cell mixes mm and px.
     """
     subjects = per_subject(table)
     runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
-    draws = per_draw(table).groupby(CELL)["dice"].std()
-    rows = []
-    of_cell = subjects.groupby(CELL)
+    of_draw, of_cell, rows = per_draw(table).groupby(CELL)["dice"].std(), subjects.groupby(CELL), []
     for cell, raw in table.groupby(CELL):
-        place, own = dict(zip(CELL, cell, strict=True)), of_cell.get_group(cell)
+        own, units, empty = of_cell.get_group(cell), sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
         runs = set(zip(own["draw"], own["seed"], strict=True))
-        dice = own.groupby("subject")["dice"].mean().dropna().to_numpy()
-        low, high = bootstrap_interval(dice)
-        units, empty = sorted(raw["hd95_unit"].unique()), int(raw["dice"].isna().sum())
-        missed, scored = int(raw["missed"].sum()), len(raw) - empty
+        missing = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
+        means = own.groupby("subject")[["dice", "hd95"]].mean()
+        dice = means["dice"].dropna().to_numpy()
+        missed, scored = raw["missed"].sum(), len(raw) - empty
         rows.append(
-            place
-            | {
-                "n_subjects": len(dice),
-                "n_draws": own["draw"].nunique(),
-                "n_seeds": own["seed"].nunique(),
-                "n_runs": len(runs),
-                "runs_missing": len(runs_of_group[tuple(place[key] for key in GROUP)] - runs),
-                "dice_mean": dice.mean() if len(dice) else np.nan,
-                "dice_low": low,
-                "dice_high": high,
-                "dice_sd_draws": draws[cell],
-                "hd95_mean": own.groupby("subject")["hd95"].mean().mean() if len(units) == 1 else np.nan,
-                "hd95_unit": "+".join(units),
-                "missed": missed,
-                "missed_share": missed / scored if scored else np.nan,
-                "scored_rows": scored,
-                "empty_rows": empty,
-            }
+            [
+                *[*cell, len(dice), own["draw"].nunique(), own["seed"].nunique(), len(runs), missing],
+                *[dice.mean() if len(dice) else np.nan, *bootstrap_interval(dice), of_draw[cell]],
+                *[means["hd95"].mean() if len(units) == 1 else np.nan, "+".join(units)],
+                *[missed, missed / scored if scored else np.nan, scored, empty],
+            ]
         )
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+
+
+def ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean rank of every method (1 is best, ties share theirs), best first (`RANK_COLUMNS`).
+
+    Methods are ranked by Dice in every cell (`GROUP`, `RUN`, subject), ranks averaged inside each test subject, then
+    over them, with a 95 % bootstrap interval over test subjects. Cells that not all methods have are left out, and
+    counted; `benchmark`, which has more labels, is not ranked.
+    """
+    cell = [*GROUP, *RUN, "subject"]
+    subjects = per_subject(table[table["method"] != "benchmark"])
+    cells = subjects.pivot(index=cell, columns="method", values="dice").round(12)  # what differs by rounding is equal
+    complete = cells.dropna()
+    means = complete.rank(axis=1, ascending=False).groupby(["dataset", "subject"]).mean()  # [subjects, methods]
+    counts = [len(means), len(complete), len(cells) - len(complete)]
+    rows = [[method, rank.mean(), *bootstrap_interval(rank.to_numpy()), *counts] for method, rank in means.items()]
+    return pd.DataFrame(rows, columns=RANK_COLUMNS).sort_values(["rank_mean", "method"], ignore_index=True)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -119,8 +119,8 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
     """Two-sided Wilcoxon signed-rank test of paired differences [n], one per subject: p, effect, note.
 
     Zeros are left out; p is exact for up to 50 differences without ties (SciPy decides), and 1 where nothing differs.
-    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), in [-1, 1]: 1 where every subject
-    gains. The note says where there are too few subjects for p to fall below 0.05.
+    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), 1 where every subject gains. The
+    note says where there are too few subjects for p to fall below 0.05.
     """
     difference = np.round(difference, 12)  # what differs by rounding only is equal
     difference = difference[difference != 0]
@@ -136,11 +136,11 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
 def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
     """Paired test of every method against `baseline` with as many labelled subjects (`COMPARISON_COLUMNS`).
 
-    Pairs are test subjects: the Dice of each is averaged over the draws and seeds that both methods have
-    (`n_runs`; `runs_left_out` counts those that only one has), and a subject counts where both have a value in all of
-    them. `median_difference` is method minus baseline. `p_holm` is corrected over the methods of one study, data set,
-    profile and number of labelled subjects. Test and effect: `signed_rank_test`. A method without common runs keeps its
-    row, with n 0 and a note. `benchmark` is compared only where the baseline has its number of labelled subjects.
+    Pairs are test subjects: the Dice of each is averaged over the draws and seeds that both methods have (`n_runs`;
+    `runs_left_out` counts the others), and a subject counts where both have a value in all of them. Test and effect:
+    `signed_rank_test`; `median_difference` is method minus baseline; `p_holm` is corrected over the methods of one
+    `GROUP`. A method without common runs keeps its row, with n 0 and a note. `benchmark` is compared only where the
+    baseline has its number of labelled subjects.
     """
     rows = []
     for group, members in per_subject(table).groupby(GROUP):
@@ -153,9 +153,8 @@ def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
             own = values[method]  # [subjects, runs]
             runs = own.columns.intersection(base.columns)
             difference = (own[runs] - base[runs]).dropna().mean(axis=1).dropna().to_numpy()
-            row = dict(zip(GROUP, group, strict=True)) | {"method": method, "baseline": baseline}
-            row |= {"n_subjects": len(difference), "n_runs": len(runs)}
-            row["runs_left_out"] = len(own.columns.union(base.columns)) - len(runs)
+            row = dict(zip(GROUP, group, strict=True)) | {"method": method, "baseline": baseline, "n_runs": len(runs)}
+            row |= {"n_subjects": len(difference), "runs_left_out": len(own.columns.union(base.columns)) - len(runs)}
             if len(difference):
                 row["median_difference"] = float(np.median(difference))
                 row["p"], row["rank_biserial"], row["note"] = signed_rank_test(difference)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
+from scipy.cluster import hierarchy
 
-from clseg import paths, plots, stats
+from clseg import config, paths, plots, stats
 from clseg.config import RequestError
 
 GAINS = {"random": 0.0, "gr": 0.02, "gd": 0.03, "gd+lr": 0.06}
@@ -44,6 +45,11 @@ def points(axes, size):
     return [np.asarray(c.get_offsets()) for c in scatters]
 
 
+def means(axes):
+    """The means of each line with intervals: [n, 2]."""
+    return [container[0].get_xydata() for container in axes.containers]
+
+
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -63,9 +69,10 @@ def test_label_curve_shows_every_mean_interval_and_draw():
     figure = drawn(plots.label_curve(summary, table))
     (axes,) = figure.axes
     assert legend(figure) == ["random", "gd", "gr", "gd+lr", "benchmark (77 labelled)", "one draw"]
-    bars, means, draws = intervals(axes), points(axes, 34), points(axes, 7)
-    assert len(bars) == len(means) == len(draws) == 4
-    for method, bar, mean, draw in zip(["random", "gd", "gr", "gd+lr"], bars, means, draws, strict=True):
+    bars, middles = intervals(axes), means(axes)
+    draws = [scatter for scatter in points(axes, 7) if len(scatter)]  # the legend's is empty
+    assert len(bars) == len(middles) == len(draws) == 4
+    for method, bar, mean, draw in zip(["random", "gd", "gr", "gd+lr"], bars, middles, draws, strict=True):
         rows = summary[summary["method"] == method].sort_values("labelled")
         np.testing.assert_allclose(bar[:, 1:], rows[["dice_low", "dice_high"]])
         np.testing.assert_allclose(mean[:, 1], rows["dice_mean"])
@@ -81,9 +88,9 @@ def test_label_curve_names_axes_counts_and_n():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "8"]
     assert axes.get_xticks().tolist() == [1, 2, 8]
     assert axes.get_xscale() == "log"
-    assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
-    assert axes.get_ylabel() == "Dice (mean over test subjects)"
-    assert "n = 6 test subjects" in axes.get_title()
+    assert figure.get_supxlabel() == "labelled subjects (draws of them: 3)"
+    assert figure.get_supylabel() == "Dice (mean over test subjects)"
+    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over n = 6 test subjects"
     assert "one draw" not in legend(figure)
 
 
@@ -115,9 +122,9 @@ def test_cells_with_fewer_draws_are_hollow():
     table = table[~((table["method"] == "gd") & (table["labelled"] == 2) & (table["draw"] == 3))]
     figure = plots.label_curve(stats.summary(table))
     assert legend(figure)[-1] == "fewer draws than others"
-    means = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and c.get_sizes()[0] == 34]
-    hollow = [[to_hex(face) == "#ffffff" for face in c.get_facecolors()] for c in means]
-    assert hollow == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
+    hollow = [line.get_xydata() for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert [len(shown) for shown in hollow] == [0, 1, 0, 0]  # random, gd, gr, gd+lr
+    np.testing.assert_allclose(hollow[1][0], means(figure.axes[0])[1][1])
 
 
 def test_published_numbers_stand_only_beside_cells_of_ours():
@@ -143,6 +150,24 @@ def test_label_curve_refuses_to_mix_profiles():
         plots.label_curve(both)
 
 
+def test_of_many_methods_each_has_a_panel_with_random():
+    methods = [*list(plots.STYLES)[: plots.ON_ONE_AXIS], "mine"]
+    table = tidy(dict.fromkeys(methods, 0.0), (1, 2), (1, 2))
+    rows = published(("gd+lr", 1, 0.725, "V2"), ("random", 2, 0.6, "V"))
+    figure = drawn(plots.label_curve(stats.summary(table), table, rows))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["gd+lr\n(× published, V2)" if m == "gd+lr" else m for m in methods if m != "random"]
+    assert legend(figure) == ["random (× published, V)", "benchmark (77 labelled)", "one draw"]
+    summary = stats.summary(table).set_index(["method", "labelled"])["dice_mean"]
+    for axes, method in zip(figure.axes, methods[1:], strict=True):
+        random, own = means(axes)
+        np.testing.assert_allclose(random[:, 1], summary["random"])
+        np.testing.assert_allclose(own[:, 1], summary[method])
+        assert axes.get_ylim() == figure.axes[0].get_ylim()
+    few = tidy(dict.fromkeys(methods[: plots.ON_ONE_AXIS], 0.0), (1,), (1,))
+    assert len(plots.label_curve(stats.summary(few)).axes) == 1
+
+
 def test_label_curve_of_little():
     one = stats.summary(tidy({"random": 0}, (2,), (1,), subjects=1, benchmark=0))  # no interval
     drawn(plots.label_curve(one))
@@ -157,6 +182,7 @@ def test_styles_are_fixed_and_tell_methods_apart():
     assert plots.style("gd") == plots.style("gd [stages.0.temperature=0.5]")
     assert plots.style("gd")[0] == plots.style("gr")[0] != plots.style("gd+lr")[0]
     assert plots.style("my_method") == plots.UNKNOWN
+    assert set(config.read_methods()) <= set(plots.STYLES)
 
 
 def test_families_differ_for_colour_blind_readers():
@@ -202,10 +228,9 @@ def test_ablation_has_a_panel_per_axis_with_ordered_values_and_intervals():
     np.testing.assert_allclose(bars, np.column_stack([range(3), rows["dice_low"], rows["dice_high"]]))
     (ring,) = points(temperature, 110)
     np.testing.assert_allclose(ring, [[1, rows["dice_mean"].iloc[1]]])
-    assert [label.get_fontweight() for label in temperature.get_xticklabels()] == ["normal", "bold", "normal"]
     for axes in figure.axes:
         assert axes.lines[-1].get_ydata() == pytest.approx([random["dice_mean"].iloc[0]] * 2)
-    assert legend(figure) == ["gd", "gd+lr", "the method's own value", "random"]
+    assert legend(figure) == ["gd, 2 labelled", "gd+lr, 2 labelled", "the method's own value", "random, 2 labelled"]
 
 
 def test_ablation_tells_numbers_of_labelled_subjects_apart():
@@ -283,8 +308,10 @@ def test_gradient_picture_points_downhill_from_the_circle():
     gradient = torch.tensor([[0.0, 3.0], [1.5, 0.0]])
     figure = drawn(plots.gradient_picture(embedding, gradient, ["a", "b"]))
     axes = figure.axes[0]
-    arrows = axes.collections[1]
-    np.testing.assert_allclose(np.asarray(axes.collections[0].get_offsets()), [[1, 0], [0, 1]])
+    arrows = axes.collections[-1]
+    np.testing.assert_allclose(np.concatenate(points(axes, 36)), [[1, 0], [0, 1]])
+    shown = [to_hex(c.get_facecolor()[0]) for c in axes.collections[:2]]
+    assert shown == [to_hex(colour) for colour in arrows.get_facecolor()] == [plots.BLUE.lower(), plots.RED.lower()]
     np.testing.assert_allclose(np.column_stack([arrows.U, arrows.V]), [[0, -0.5], [-0.25, 0]], atol=1e-12)
     assert legend(figure) == ["a", "b"]
     drawn(plots.gradient_picture(embedding, 0 * gradient))
@@ -303,12 +330,74 @@ def test_volume_grid_outlines_every_class_once():
     assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1
     assert legend(figure) == ["ventricle", "atrium"]
     first = figure.axes[0].collections[0]
-    assert to_hex(first.get_edgecolor()[0]) == plots.STRUCTURES[0].lower()
+    assert to_hex(first.get_edgecolor()[0]) == plots.STRUCTURES[1].lower()
     outline = first.get_paths()[0].vertices
     assert (outline.min(axis=0), outline.max(axis=0)) == (pytest.approx([2.5, 2.5]), pytest.approx([5.5, 5.5]))
     whole = figure.axes[1].collections[0].get_paths()[0].vertices  # a class that fills the slice
     assert (whole.min(), whole.max(axis=0).tolist()) == (-0.5, [15.5, 11.5])
     assert not drawn(plots.volume_grid(torch.from_numpy(images))).legends
+    photographs = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 3))
+    shown = [axes.images[0].get_array() for axes in drawn(plots.volume_grid(photographs)).axes]
+    assert all(image.shape == (8, 9, 3) for image in shown)
+    assert np.mean(shown) == pytest.approx(0.5, abs=0.05)
+
+
+# --------------------------------------------------------------------- thresholds, ranks, embeddings and clusters
+
+
+def test_threshold_curve_shows_dice_over_the_share_of_positives():
+    dice = pd.DataFrame({"dice_mean": [0.7, 0.6], "dice_low": [0.65, 0.6], "dice_high": [0.8, 0.61]})
+    table = dice.assign(value=[0.35, 0.1], share=[0.6, 0.2])
+    above, below = drawn(plots.threshold_curve(table)).axes
+    np.testing.assert_allclose(intervals(above)[0], [[0.1, 0.6, 0.61], [0.35, 0.65, 0.8]])
+    np.testing.assert_allclose(means(above)[0], [[0.1, 0.6], [0.35, 0.7]])
+    np.testing.assert_allclose(below.lines[0].get_xydata(), [[0.1, 0.2], [0.35, 0.6]])
+    assert above.get_xlim() == below.get_xlim()
+
+
+def test_ranks_are_dots_best_on_top():
+    table = stats.ranks(tidy(subjects=8))
+    figure = drawn(plots.ranks(table))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["gd+lr", "gd", "gr", "random"]
+    assert axes.yaxis.get_inverted()
+    np.testing.assert_allclose(np.concatenate(means(axes)), [[mean, n] for n, mean in enumerate(table["rank_mean"])])
+    (lows, highs) = np.array([c.get_segments()[0][:, 0] for c in axes.collections]).T
+    np.testing.assert_allclose(lows, table["rank_low"])
+    np.testing.assert_allclose(highs, table["rank_high"])
+    assert "n = 8 test subjects\n72 cells, 0 left out" in axes.get_title()
+
+
+def test_embedding_has_a_column_per_method_and_a_row_per_colouring():
+    random = np.random.default_rng(0)
+    clouds = {"random": random.normal(size=(30, 2)), "pcl": torch.from_numpy(random.normal(size=(30, 2)))}
+    position, subject = np.linspace(0, 1, 30), np.array([f"p{n % 3}" for n in range(30)])
+    figure = drawn(plots.embedding(clouds, {"position": position, "subject": subject}))
+    *panels, bar = figure.axes
+    assert [axes.get_title() for axes in panels] == ["random", "pcl", "", ""]
+    assert [axes.get_ylabel() for axes in panels] == ["position", "", "subject", ""]
+    np.testing.assert_allclose(points(panels[1], 9)[0], clouds["pcl"])
+    np.testing.assert_allclose(panels[0].collections[0].get_array(), position)
+    assert [len(cloud) for cloud in points(panels[2], 9)] == [10, 10, 10]
+    np.testing.assert_allclose(points(panels[2], 9)[1], clouds["random"][1::3])
+    assert [text.get_text() for text in panels[3].get_legend().get_texts()] == ["p0", "p1", "p2"]
+    assert bar.get_ylim() == (0, 1)
+    many = drawn(plots.embedding({"pcl": clouds["pcl"]}, {"subject": np.arange(30)})).axes[0]
+    looks = {(to_hex(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in many.collections}
+    assert (len(looks), many.get_legend()) == (30, None)  # none looks like another
+
+
+def test_dendrogram_is_cut_where_it_says():
+    centres = np.repeat([[0.0, 0.0], [10.0, 0.0], [0.0, 30.0]], 50, axis=0)
+    linkage = hierarchy.linkage(centres + np.random.default_rng(0).normal(0, 0.1, centres.shape), "ward")
+    (axes,) = drawn(plots.dendrogram(linkage, 20.0)).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["cut at 20: 3 clusters"]
+    assert axes.lines[-1].get_ydata() == [20.0, 20.0]
+    leaves = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(leaves) == 40
+    assert sum(int(leaf.strip("()")) if "(" in leaf else 1 for leaf in leaves) == 150
+    colours = {to_hex(colour) for links in axes.collections for colour in links.get_edgecolor()}
+    assert len(colours) == 4  # three clusters, and grey above the cut
 
 
 # ------------------------------------------------------------------------------------------------- figures as such
@@ -366,7 +455,7 @@ def test_published_file_that_is_none(tmp_path):
     with pytest.raises(RequestError, match=r"absent\.csv"):
         plots.published_for("acdc", "one", tmp_path / "absent.csv")
     (tmp_path / "p.csv").write_text("source,study\na,b\n", encoding="utf-8")
-    with pytest.raises(RequestError, match="column 'dataset' is missing"):
+    with pytest.raises(RequestError, match=r"p\.csv: .* not found: .*'dataset'"):
         plots.published_for("acdc", "one", tmp_path / "p.csv")
     with pytest.raises(RequestError, match=r"p\.csv: cannot be read"):
         plots.published_for("acdc", "one", write(tmp_path / "p.csv", [*ROW[:6], "high", *ROW[7:]]))
@@ -380,5 +469,15 @@ def test_the_published_numbers_of_the_project():
     assert comparison["dice"].between(0.5, 1).all()
     assert not plots.published_for("mmwhs_ct", "glcl_comparison").empty
     assert plots.published_for("mmwhs_mr", "glcl_comparison")["labelled"].isna().all()
+    user = plots.published_for("acdc", "pcl_semi").dropna(subset="labelled")
+    assert user[["method", "labelled", "dice", "tag"]].to_numpy().tolist() == [
+        ["random", 6, 0.7883, "V"],
+        ["pcl", 6, 0.8421, "V"],
+        ["pcl", 6, 0.7858, "V"],
+    ]
+    assert plots.published_for("isic2018", "ufc_skin")["dice"].between(0.85, 0.91).all()
     everything = pd.read_csv(paths.PARAMS / "published.csv")
+    assert set(everything["dataset"]) <= {path.stem for path in paths.PARAMS.glob("datasets/*.yaml")}
+    assert set(everything["study"].str.split().sum()) <= {path.stem for path in paths.PARAMS.glob("studies/*.yaml")}
+    assert set(everything["method"]) - {"gcl", "macl"} <= set(plots.STYLES)  # those two are not ours
     assert not everything.duplicated(["source", "dataset", "method", "labelled", "value"]).any()

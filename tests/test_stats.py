@@ -120,7 +120,7 @@ def test_subject_of_whom_nothing_is_scored_does_not_count():
 def test_order_of_rows_does_not_matter():
     table = study()
     shuffled = table.sample(frac=1, random_state=1)
-    for function in (stats.per_subject, stats.per_draw, stats.summary, stats.compare):
+    for function in (stats.per_subject, stats.per_draw, stats.summary, stats.compare, stats.ranks):
         pd.testing.assert_frame_equal(function(shuffled), function(table), check_exact=True)
 
 
@@ -279,3 +279,44 @@ def test_ablated_methods_are_compared_with_their_own_baseline():
     row = stats.compare(table, baseline="gd").iloc[0]
     assert row["method"] == "gd [stages.0.temperature=0.5]"
     assert row["median_difference"] < 0
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_ranks_by_hand():
+    table = pd.DataFrame(
+        rows("gd", 1, 1, {"a": [0.9], "b": [0.5]})
+        + rows("gr", 1, 1, {"a": [0.8], "b": [0.5 + 1e-15]})  # equal but for rounding
+        + rows("random", 1, 1, {"a": [0.1], "b": [0.7]})
+        + rows("gd", 2, 1, {"a": [0.9], "b": [0.9]})
+        + rows("gr", 2, 1, {"a": [0.8], "b": [0.6]})  # random is missing: two cells left out
+        + rows("benchmark", 1, 1, {"a": [1.0], "b": [1.0]})
+    )
+    result = stats.ranks(table)
+    assert result.columns.tolist() == stats.RANK_COLUMNS
+    # a: gd 1, gr 2, random 3; b: random 1, gd and gr share 2 and 3
+    assert result[["method", "rank_mean"]].to_numpy().tolist() == [["gd", 1.75], ["random", 2.0], ["gr", 2.25]]
+    assert (result[["n_subjects", "n_cells", "cells_left_out"]] == [2, 2, 2]).all(axis=None)
+    assert result.set_index("method").loc["gd", ["rank_low", "rank_high"]].tolist() == [1.0, 2.5]
+
+
+def test_ranks_do_not_depend_on_scale_and_are_of_subjects():
+    table = study(gain={"random": 0, "gd": 0.05, "gr": 0.02})
+    result = stats.ranks(table)
+    assert result["method"].tolist() == ["gd", "gr", "random"]
+    assert result["rank_mean"].sum() == pytest.approx(1 + 2 + 3)
+    easier = table.assign(dice=table["dice"] * table["subject"].map({f"p{n:02}": 0.5 + n / 30 for n in range(12)}))
+    pd.testing.assert_frame_equal(stats.ranks(easier), result)
+    copies = pd.concat([table.assign(draw=table["draw"] + 3 * n) for n in range(4)])  # more runs, the same subjects
+    columns = ["rank_mean", "rank_low", "rank_high", "n_subjects"]
+    np.testing.assert_allclose(stats.ranks(copies)[columns].astype(float), result[columns].astype(float))
+
+
+def test_ranks_of_methods_without_a_common_cell():
+    table = study(labelled=(1, 2))
+    apart = table[(table["method"] == "gd") == (table["labelled"] == 1)]
+    result = stats.ranks(apart)
+    assert result["cells_left_out"].tolist() == [72, 72]
+    assert result["rank_mean"].isna().all()
+    assert stats.ranks(table.iloc[:0]).empty
