@@ -271,7 +271,8 @@ def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
 
 @styled
 def ranks(table: pd.DataFrame) -> Figure:
-    """Mean rank of every method (1 is best) with its 95 % interval over test subjects; `table` of `stats.ranks`."""
+    """Mean rank of every method (1 is best) with its 95 % interval over test subjects; tidy `table` (`stats.ranks`)."""
+    table = stats.ranks(table)
     figure, (axes,) = _panels(1, 1, 5, 0.19 * len(table) + 0.7)
     errors = _errors(table, "rank")
     for place, (method, mean, error) in enumerate(zip(table["method"], table["rank_mean"], errors.T, strict=True)):

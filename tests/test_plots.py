@@ -356,9 +356,8 @@ def test_threshold_curve_shows_dice_over_the_share_of_positives():
 
 
 def test_ranks_are_dots_best_on_top():
+    (axes,) = drawn(plots.ranks(tidy(subjects=8))).axes
     table = stats.ranks(tidy(subjects=8))
-    figure = drawn(plots.ranks(table))
-    (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["gd+lr", "gd", "gr", "random"]
     assert axes.yaxis.get_inverted()
     np.testing.assert_allclose(np.concatenate(means(axes)), [[mean, n] for n, mean in enumerate(table["rank_mean"])])
