@@ -6,15 +6,12 @@ runs are skipped, and a run that another process holds is waited for, never done
 
 import json
 import os
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -122,52 +119,29 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
 # ----------------------------------------------------------------------------------------------------------- workers
 
 
-def _watch_parent(parent: int) -> None:
-    """End this worker when its coordinator is gone, however it went; the kernel notices and ends as well."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _start_worker(parent: int) -> None:
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-
-
-@contextmanager
-def _stderr_to(log: Path) -> Iterator[None]:
-    """What this process and its kernel write to standard error goes to a file."""
-    before = os.dup(2)
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-
-
-def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], threads: int = 1) -> None:
+def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     """Run a notebook with parameters in a fresh kernel; `target` is complete or absent.
 
-    What the kernel writes to standard error is kept beside `target` if the notebook fails.
+    What the kernel writes to its standard streams is kept beside `target` if the notebook fails.
     Raises `RequestError` where the notebook raised one, else papermill's exception.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    from clseg.kernels import WarmKernelManager
+
     running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
+    manager = type("Manager", (WarmKernelManager,), {"log_file": log})
+    about = {"kernel_name": "python3", "kernel_manager_class": manager, "progress_bar": False, "cwd": paths.NOTEBOOKS}
+    log.unlink(missing_ok=True)
     try:
-        with _stderr_to(log):
-            papermill.execute_notebook(
-                source, running, parameters, kernel_name="python3", progress_bar=False, cwd=paths.NOTEBOOKS
-            )
+        papermill.execute_notebook(source, running, parameters, **about)
     except PapermillExecutionError as error:
         if error.ename == RequestError.__name__:
             raise RequestError(error.evalue) from None
         raise
     os.replace(running, target)
-    log.unlink()
+    log.unlink(missing_ok=True)
 
 
 def execute_run(run: Run) -> tuple[str, str]:
@@ -180,7 +154,7 @@ def execute_run(run: Run) -> tuple[str, str]:
             return "done", ""
         source = paths.NOTEBOOKS / NOTEBOOK[run.kind]
         try:
-            execute_notebook(source, run.folder / "notebook.ipynb", run.parameters.model_dump(), run.experiment.threads)
+            execute_notebook(source, run.folder / "notebook.ipynb", run.parameters.model_dump())
         except RequestError as error:
             return "request", str(error)
         except Exception as error:  # whatever a notebook does must not end the grid
@@ -213,8 +187,10 @@ def execute(grid: Grid, jobs: int) -> None:
     if not todo:
         return
 
+    from clseg import kernels  # with all that a kernel needs: only where notebooks are executed
+
     def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (os.getpid(),))
+        return ProcessPoolExecutor(jobs, kernels.context(), kernels.end_with_parent)
 
     total = sum(run.cost for run in todo)
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"

@@ -1,0 +1,80 @@
+# %% [markdown]
+# # Are contrastive pairs better than other ways to use unlabelled scans?
+# **The second table of Chaitanya et al. (NeurIPS 2020): pretext tasks, semi-supervised methods and augmentation,
+# against and together with contrastive pre-training.** This notebook trains nothing; it reads the table of the study
+# `glcl_comparison`.
+#
+# You will see: Dice of every method against labelled subjects with intervals, paired tests against no pre-training,
+# published numbers where they are verified. Seconds on a CPU. What is committed here was computed with the `smoke`
+# profile, seconds per run: it proves that every row runs on one footing, its numbers mean little. For numbers, run
+# the command with `--profile laptop` or `paper`.
+
+# %%
+from clseg import config, grid, plots
+
+# %% tags=["parameters"]
+study: str = "glcl_comparison"  # a name under params/studies
+dataset: str = "phantom"  # a name under params/datasets
+profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
+
+# %%
+parameters = config.read_parameters(globals(), config.FigureParameters)
+results = grid.read_results(study, dataset, profile)
+print(f"{results.shown}\nmade by: {results.provenance['command']}")
+done, minutes = results.provenance["runs"]["done"], results.provenance["training_seconds"] / 60
+print(f"{done} runs, {minutes:.0f} minutes of training on {results.provenance['gpu'] or 'a CPU'}")
+print(results.provenance["dataset"]["description"])
+
+# %% [markdown]
+# ## What is missing
+# Cells of the study's grid that have no finished run, and the command that makes them.
+
+# %%
+print(f"{len(results.missing)} cells are missing")
+for cell in results.missing[:10]:
+    print(" ", cell)
+if results.missing:
+    print("make them with:", results.command)
+
+# %% [markdown]
+# ## Dice against labelled subjects
+# Bars are 95 % bootstrap intervals over test subjects; small points are single draws of labelled subjects. Published
+# numbers appear only where they are verified (tags V and V2 in `params/published.csv`), with their source.
+
+# %%
+published = plots.published_for(dataset, study)
+figure = plots.label_curve(results.summary, results.table, published)
+results.save(figure, "dice_against_labelled")
+figure
+
+# %% tags=["nbval-check-output"]
+columns = ["method", "labelled", "n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
+print(results.summary[columns].round(2).to_string(index=False))
+
+# %% [markdown]
+# ### The published numbers beside ours
+# The authors' table as a later paper quotes it (IDEAL), and independent re-runs (MACL) in another code base and
+# protocol. Both used larger images and far more steps.
+
+# %%
+published
+
+# %% [markdown]
+# ## Paired tests against no pre-training
+# Wilcoxon's signed-rank test over test subjects, on draws that both have, corrected by Holm over the whole table. The
+# median difference is in Dice, a method minus `random` on the same subject.
+
+# %% tags=["nbval-check-output"]
+columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial", "p_holm"]
+comparison = results.comparison[columns].round(3)
+print(comparison.assign(p_holm=results.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False))
+
+# %% [markdown]
+# ### Surface distance and missed structures
+# The 95th percentile Hausdorff distance, and how often a structure was missed altogether (then Dice is 0 and the
+# distance
+# is the image diagonal).
+
+# %%
+columns = ["method", "labelled", "hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows"]
+results.summary[columns].round(3)

@@ -1,0 +1,86 @@
+# %% [markdown]
+# # Where do slices lie?
+# **Embeddings of the same slices after four pre-trainings (Zeng et al., MICCAI 2021, figure): does position order them, or does the
+# patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
+# takes seconds under `smoke`.
+#
+# You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
+# partitions and positions, and two numbers that do not depend on a t-SNE: whether the nearest slice of another patient has a near
+# position, and whether the nearest slice at all is of the same patient. The settings of the published figure were not at hand.
+
+# %%
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.manifold import TSNE
+
+from clseg import config, grid, loop, plots, runs
+
+# %% tags=["parameters"]
+study: str = "pcl_embedding"  # a name under params/studies
+dataset: str = "phantom"  # a name under params/datasets
+profile: str = "smoke"  # smoke, laptop or paper
+
+# %%
+parameters = config.read_parameters(globals(), config.FigureParameters)
+plan = grid.expand(config.read_study(study), dataset, profile)
+pretrained = {run.method: runs.train(run.parent) for run in plan.finetune}
+first = plan.finetune[0]
+store = runs.open_store(first.experiment, progress=False)
+split = runs.split_of(first, store)
+print(f"{len(pretrained)} pre-trainings; {len(split.test)} subjects of the test fold are shown")
+
+# %% [markdown]
+# ## The features
+# The encoder's deepest feature map, averaged over its pixels, of every slice of the test fold.
+
+# %%
+rows = store.rows(split.test)
+batch = store.batch(rows, loop.device())
+subject = np.array([store.subjects[number] for number in batch.subject.tolist()])
+position = batch.position.cpu().numpy()
+
+
+@torch.no_grad()
+def features(network):
+    return network.eval().encoder(batch.image)[-1].mean(dim=(2, 3)).cpu().numpy()
+
+
+networks = {"random": runs.build_network(pretrained["simclr"], store)} if "simclr" in pretrained else {}
+for run in plan.finetune:
+    networks[run.method] = runs.build_network(run, store)
+embedded = {name: features(network) for name, network in networks.items()}
+
+# %%
+panels = {
+    name: TSNE(perplexity=min(20, len(rows) // 4), init="pca", random_state=0).fit_transform(values)
+    for name, values in embedded.items()
+}
+figure = plots.embedding(panels, {"position": position, "subject": subject})
+figure
+
+# %% [markdown]
+# A t-SNE shows who is near, not how far. So the same question in numbers, in the space of the features: by cosine, for every
+# slice, the nearest slice of *another* subject, and the nearest of all.
+
+# %% tags=["nbval-check-output"]
+table = []
+for name, values in embedded.items():
+    unit = torch.nn.functional.normalize(torch.from_numpy(values), dim=1)
+    similarity = (unit @ unit.T).fill_diagonal_(-2).numpy()
+    same = subject[:, None] == subject[None, :]
+    other = np.where(same, -2, similarity).argmax(axis=1)
+    table.append(
+        {
+            "pre-training": name,
+            "position off by": np.abs(position - position[other]).mean(),
+            "nearest is same subject": (subject == subject[similarity.argmax(axis=1)]).mean(),
+        }
+    )
+by_chance = np.abs(position[:, None] - position[None, :])[subject[:, None] != subject[None, :]].mean()
+print(pd.DataFrame(table).round(2).to_string(index=False))
+print(f"a random slice of another subject is off by {by_chance:.2f}")
+
+# %% [markdown]
+# "position off by" is the mean distance in position (0 to 1) to the nearest slice of another subject: small where position
+# orders the slices. The other column says how much the subject itself decides.

@@ -1,0 +1,109 @@
+# %% [markdown]
+# # How many pseudo-classes?
+# **Hierarchical clusters of auto-encoder features (Zhang et al., BIBM 2022, an interpretation): what is in a cluster, and what the
+# number of clusters does to the segmentation.** Dice comes from the table of the study `ufc_clusters`; dendrogram and examples come
+# from its pre-training, which is done here first if it is missing (seconds under `smoke`).
+#
+# You will see: the dendrogram with its cut, slices of some clusters, purity of the clusters against position and anatomy, and Dice
+# against the number of clusters and the linkage. How the paper cuts its hierarchy is not known: it has no public code. What is
+# committed here was computed with the `smoke` profile: it proves that every row runs, its numbers mean little.
+
+# %%
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from safetensors.torch import load_file
+
+from clseg import cluster, config, grid, loop, plots, runs
+
+# %% tags=["parameters"]
+study: str = "ufc_clusters"  # a name under params/studies
+dataset: str = "phantom"  # a name under params/datasets
+profile: str = "smoke"  # smoke, laptop or paper
+
+# %%
+parameters = config.read_parameters(globals(), config.FigureParameters)
+results = grid.read_results(study, dataset, profile)
+print(f"{results.shown}\nmade by: {results.provenance['command']}")
+print(f"{len(results.missing)} cells are missing")
+if results.missing:
+    print("make them with:", results.command)
+
+# %%
+run = next(r for r in grid.expand(config.read_study(study), dataset, profile).finetune if r.method == "ufc").parent
+runs.train(run)
+store = runs.open_store(run.experiment, progress=False)
+stage = run.experiment.stages[run.parameters.stage]
+found = run.read("clusters")
+print(f"{len(found)} slices in {found['cluster'].nunique()} clusters, {stage.linkage} linkage")
+found.groupby("cluster").agg(
+    slices=("row", "size"), subjects=("subject", "nunique"), position=("position", "mean")
+).round(2).T
+
+# %% [markdown]
+# ## The hierarchy and its cut
+
+# %%
+features = cluster.autoencoder_features(
+    store, found["row"].to_numpy(), load_file(run.parent.folder / "weights.safetensors"), loop.device()
+)
+linkage = cluster.linkage_matrix(features, stage.linkage)
+clusters = found["cluster"].nunique()
+figure = plots.dendrogram(
+    linkage, linkage[-clusters : len(linkage) + 1 - clusters or None, 2].mean(), "features of a beta-VAE"
+)
+results.save(figure, "dendrogram")
+figure
+
+# %% [markdown]
+# ## Slices of some clusters
+# Four of each of the largest clusters, from different places of the list.
+
+# %%
+largest = found["cluster"].value_counts().index[:4]
+shown = pd.concat(
+    [
+        found[found["cluster"] == number].iloc[:: max(1, (found["cluster"] == number).sum() // 4)][:4]
+        for number in largest
+    ]
+)
+images = store.batch(shown["row"].to_numpy()).image[:, 0]
+titles = [f"{c}: {s}, {p:.1f}" for c, s, p in zip(shown["cluster"], shown["subject"], shown["position"], strict=True)]
+plots.volume_grid(images, titles=titles, title="cluster: subject, position")
+
+# %% [markdown]
+# ## Purity
+# The share of slices that belong to the most frequent group of their cluster: groups are quarters of the position, and the set of
+# structures that the slice shows. With as many clusters as slices purity is 1, so it is shown for every number of clusters
+# beside that of clusters drawn at random.
+
+# %% tags=["nbval-check-output"]
+quarter = np.minimum((found["position"].to_numpy() * 4).astype(int), 3)
+labels = np.asarray(store.labels[found["row"].to_numpy()])
+anatomy = sum((labels == k).any(axis=(1, 2)).astype(int) << k for k in store.class_names)
+rng, table = np.random.default_rng(0), []
+for count in (2, 5, 10, 20, 40):
+    numbers = cluster.clusters_of(features, stage.model_copy(update={"clusters": count}))
+    chance = rng.permutation(numbers)
+    table.append(
+        {"k": count}
+        | {name: cluster.purity(numbers, truth) for name, truth in {"position": quarter, "anatomy": anatomy}.items()}
+        | {
+            f"{name}, shuffled": cluster.purity(chance, truth)
+            for name, truth in {"position": quarter, "anatomy": anatomy}.items()
+        }
+    )
+print(pd.DataFrame(table).round(2).to_string(index=False))
+
+# %% [markdown]
+# ## Dice against the number of clusters, and against the linkage
+
+# %%
+axes = grid.ablation_axes(study, dataset, profile, results.summary)
+figure = plots.ablation(axes, results.summary[results.summary["method"].isin(["random", "gr"])])
+results.save(figure, "ablation")
+display(figure)
+
+# %% tags=["nbval-check-output"]
+columns = ["method", "labelled", "n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high"]
+print(results.summary[columns].round(2).to_string(index=False))

@@ -1,0 +1,81 @@
+"""Every study of `params/studies` can be run on every data set it names, and every method of `params/methods.yaml`."""
+
+import numpy as np
+import pytest
+
+from clseg import config, grid, paths, runs
+from clseg.config import FinetuneParameters
+
+STUDIES = config.names("studies")
+ROWS = {  # those that must exist
+    "none": ["random"],
+    "global": ["gr", "gd-", "gd"],
+    "local": ["gr+lr", "gd+lr", "gd+ld"],
+    "positional": ["pcl", "pcl-partition"],
+    "cluster": ["ufc"],
+    "pretext": ["rotation", "inpainting", "context_restoration", "pirl"],
+    "semi-supervised": ["mixup", "self_training", "adversarial", "gan_augmentation", "mean_teacher"],
+    "together": ["gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
+    "ceiling": ["benchmark"],
+}
+FEW = ["finetune.steps=20", "finetune.validate_every=10", "pretrain.steps=6"]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
+    about = config.read_study(study)
+    assert (paths.NOTEBOOKS / "scripts" / f"{about.notebook}.py").is_file()
+    for dataset in about.datasets:
+        for profile in ("smoke", "laptop", "paper"):
+            plan = grid.expand(about, dataset, profile)
+            assert {run.parameters.method for run in plan.finetune} >= set(about.methods)
+            assert all(run.experiment.dataset.name == dataset for run in plan.finetune)
+            source = about.pretrain_dataset or dataset
+            assert all(run.experiment.dataset.name == source for run in plan.pretrain)
+            assert {run.experiment.geometry.dimensions for run in plan.all} == {about.dimensions}
+
+
+def test_every_row_of_the_design_is_there():
+    assert {row for rows in ROWS.values() for row in rows} <= set(config.read_methods())
+
+
+def train(method, dimensions=2):
+    few = config.applicable(FEW, config.read_methods()[method])
+    run = runs.finetune_run(
+        FinetuneParameters(
+            dataset="phantom",
+            profile="smoke",
+            method=method,
+            dimensions=dimensions,
+            labelled=0 if method == "benchmark" else 1,
+            overrides=few,
+        )
+    )
+    return runs.train(run)
+
+
+def check(run):
+    metrics = run.read("metrics")
+    assert len(metrics) == 16 * 3
+    assert np.isfinite(metrics[["dice", "hd95"]].to_numpy()).all()
+    assert metrics["dice"].between(0, 1).all()
+    assert np.isfinite(run.read("log")["loss"]).all()
+    while (run := run.parent) is not None:
+        assert np.isfinite(run.read("log")["loss"]).all()
+
+
+@pytest.mark.parametrize("method", sorted(config.read_methods()))
+def test_every_method_runs_on_the_phantom(method):
+    check(train(method))
+
+
+@pytest.mark.parametrize("method", ["random", "gr", "gd", "pcl", "ufc", "mixup", "self_training", "mean_teacher"])
+def test_in_3d(method):
+    run = train(method, dimensions=3)
+    assert run.experiment.geometry.dimensions == 3
+    check(run)
+
+
+def test_what_is_for_slices_only_says_so_in_3d():
+    with pytest.raises(config.RequestError, match="local works on 2-D slices only"):
+        train("gd+lr", dimensions=3)
