@@ -26,8 +26,15 @@ LARGEST = 20_000  # slices that are clustered at once: the distances of n slices
 
 
 @torch.no_grad()
-def features(autoencoder: BetaVAE, store: Store, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean μ of every slice's features [n, latent] float64, slices as they are (3-D: the centre of the plane)."""
+def features(store: Store, rows: np.ndarray, earlier: Mapping[str, Tensor], device: torch.device) -> np.ndarray:
+    """The mean μ of every slice's features [n, latent] float64, slices as they are (3-D: the centre of the plane).
+
+    The auto-encoder is the one among the weights of an earlier stage; `RequestError` where there is none.
+    """
+    weights = {name.removeprefix(PREFIX): value for name, value in earlier.items() if name.startswith(PREFIX)}
+    if not weights:
+        raise RequestError("stages: pairs 'cluster' need the weights of an autoencoder stage; put one before them")
+    autoencoder = BetaVAE.from_weights(weights, store.channels, store.size).to(device)
     parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     return np.concatenate([autoencoder.encode(store.batch(p, device).image)[0].cpu().double().numpy() for p in parts])
 
@@ -71,12 +78,8 @@ def pseudo_classes(
     as int64 [N] for all N slices of the store, -1 for slices that are not in `rows`, on the CPU.
     Raises `RequestError` where there is no auto-encoder, and as `clusters_of`.
     """
-    weights = {name.removeprefix(PREFIX): value for name, value in earlier.items() if name.startswith(PREFIX)}
-    if not weights:
-        raise RequestError("stages: pairs 'cluster' need the weights of an autoencoder stage; put one before them")
-    autoencoder = BetaVAE.from_weights(weights, store.channels, store.size).to(device)
     cluster = torch.full((len(store.slices),), -1)
-    cluster[rows] = torch.from_numpy(clusters_of(features(autoencoder, store, rows, device), stage))
+    cluster[rows] = torch.from_numpy(clusters_of(features(store, rows, earlier, device), stage))
     slices = store.slices.iloc[rows]
     table = store.volumes.iloc[slices["volume"]][["subject", "phase"]].set_index(slices.index)
     table = table.join(slices[["slice", "position"]]).assign(cluster=cluster[rows].numpy())

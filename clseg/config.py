@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError, model_validator
 
 from clseg import paths
 
@@ -330,6 +331,10 @@ class MethodConfig(Strict):
     all_labels: bool = False
 
 
+class Methods(RootModel[dict[str, MethodConfig]]):
+    """The methods of `params/methods.yaml`, by name."""
+
+
 # ----------------------------------------------------------------------------------------- profiles, experiments, runs
 
 
@@ -545,6 +550,16 @@ def read_yaml(path: Path) -> Any:
         raise RequestError(f"{path}: is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
 
 
+@lru_cache(maxsize=256)
+def _read_as(schema: Any, path: Path, _modified_ns: int) -> Any:
+    return _validated(schema, read_yaml(path), str(path))
+
+
+def read_as(schema: Any, path: Path) -> Any:
+    """A YAML file as a typed parameter, read again only when it changed; a `RequestError` names what is wrong."""
+    return _read_as(schema, path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
 def names(kind: str) -> list[str]:
     """The names known under `params/<kind>`."""
     return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml"))
@@ -555,7 +570,7 @@ def _named(kind: str, name: str, schema: type[AnyStrict]) -> AnyStrict:
     path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PARAMS / kind / f"{name}.yaml"
     if not path.is_file():
         raise RequestError(f"{kind.removesuffix('s')} {name!r} is not known, {nearest(name, names(kind))}")
-    return _validated(schema, read_yaml(path), str(path))
+    return read_as(schema, path)
 
 
 def read_dataset(name: str) -> DatasetConfig:
@@ -572,8 +587,7 @@ def read_study(name: str) -> StudyConfig:
 
 def read_methods() -> dict[str, MethodConfig]:
     """All methods of `params/methods.yaml`, by name."""
-    path = paths.PARAMS / "methods.yaml"
-    return _validated(dict[str, MethodConfig], read_yaml(path), str(path))
+    return read_as(Methods, paths.PARAMS / "methods.yaml").root
 
 
 def _assigned(cell: str) -> list[str]:

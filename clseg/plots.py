@@ -451,11 +451,17 @@ def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
 def volume_grid(
     images: Any, labels: Any = None, title: str = "", titles: Sequence[str] = (), class_names: Any = None
 ) -> Figure:
-    """Slices [N, H, W], or photographs [N, H, W, 3], in reading order on one scale, with the outlines of the classes.
+    """Slices in reading order on one scale, with the outlines of the classes.
 
-    `labels` [N, H, W]; `titles` are those of the slices; `class_names` {class index: name} are the legend's.
+    `images` [N, H, W], or [N, C, H, W] (the first of C channels, or colours where C = 3), or blocks [N, C, D, H, W] (the
+    middle slice); `labels` the same without C; `titles` of the slices; `class_names` {class index: name} of the legend.
     """
-    images = _array(images).astype(float)
+    images, labels = _array(images).astype(float), None if labels is None else _array(labels)
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+        labels = None if labels is None else labels[:, labels.shape[1] // 2]
+    if images.ndim == 4:
+        images = np.moveaxis(images, 1, -1) if images.shape[1] == 3 else images[:, 0]
     low, high = np.percentile(images, [0.5, 99.5])
     images = np.clip((images - low) / max(high - low, 1e-12), 0, 1)
     height = 1.35 * images.shape[1] / images.shape[2] + (0.2 if len(titles) else 0)
@@ -465,7 +471,7 @@ def volume_grid(
         panel.set_axis_off()
         if len(titles):
             panel.set_title(titles[number], fontsize=8)
-        mask = np.zeros(0) if labels is None else np.pad(_array(labels)[number], 1)  # outlines close at the border
+        mask = np.zeros(0) if labels is None else np.pad(labels[number], 1)  # outlines close at the border
         for index in np.unique(mask[mask > 0]):
             rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
             panel.contour(columns, rows, mask == index, levels=[0.5], colors=STRUCTURES[index % 7], linewidths=1)

@@ -103,7 +103,8 @@ class Run:
     def method(self) -> str:
         """The method as results name it: with the ablated value if there is one, and if test subjects pre-train it."""
         protocol = self.experiment.dataset.protocols[self.experiment.protocol]
-        seen = " (transductive)" if protocol.transductive and self.parent else ""
+        own = self.parent and not getattr(self.parameters, "pretrain_dataset", "")
+        seen = " (transductive)" if protocol.transductive and own else ""
         return self.parameters.method + (f" [{self.parameters.variant}]" if self.parameters.variant else "") + seen
 
     @property
@@ -180,9 +181,13 @@ def build_network(run: Run, store: Store) -> UNet:
     torch.manual_seed(seed_of(run.parameters.seed, "network"))
     network = _network(run, store)
     if run.parent is not None:
-        weights = run.parent.folder / "weights.safetensors"
-        transfer(network, load_file(weights), weights)
+        transfer(network, earlier_weights(run), run.parent.folder / "weights.safetensors")
     return network.to(device())
+
+
+def earlier_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights that the run's parent left, none without a parent."""
+    return load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
 
 
 def trained_network(run: Run, store: Store) -> UNet:
@@ -214,7 +219,7 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
     experiment, seed = run.experiment, run.parameters.seed
     stage = experiment.stages[run.parameters.stage]
     network = build_network(run, store)
-    earlier = load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
+    earlier = earlier_weights(run)
     torch.manual_seed(seed_of(seed, "head", run.parameters.stage))
     slices = min(stage.slices, experiment.pretrain.max_slices or stage.slices)
     training = STAGES[stage.stage](network, store, store.rows(split.pretrain), stage, slices, seed, earlier)

@@ -215,7 +215,7 @@ class Store:
             image = [fit(block.movedim(0, 1), self.size)[None] for block in image]  # [1, C, D, H, W]
             label = [fit(block, self.size)[None] for block in label]
         return SliceBatch(
-            image=torch.cat(image).to(device).float(),
+            image=torch.cat([block.float() for block in image]).to(device),  # under autocast `cat` takes no float16
             label=torch.cat(label).to(device).long() if labelled else None,
             row=torch.from_numpy(rows),
             volume=torch.from_numpy(volume),

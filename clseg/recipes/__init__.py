@@ -1,7 +1,13 @@
 """Fine-tuning recipes: each turns labelled slices and a network into a segmenter."""
 
+from clseg.recipes.adversarial import adversarial
+from clseg.recipes.gan_augmentation import gan_augmentation
+from clseg.recipes.mean_teacher import mean_teacher
+from clseg.recipes.self_training import self_training
 from clseg.recipes.supervised import supervised
 
-RECIPES = {"supervised": supervised}
+RECIPES = {
+    recipe.__name__: recipe for recipe in (supervised, self_training, mean_teacher, adversarial, gan_augmentation)
+}
 
-__all__ = ["RECIPES", "supervised"]
+__all__ = ["RECIPES", *RECIPES]

@@ -20,7 +20,7 @@ from clseg import augment, config, plots
 from clseg.data.prepare import prepare
 from clseg.loop import step_generator
 from clseg.losses import contrastive_loss
-from clseg.models import GlobalHead, UNet
+from clseg.models import UNet
 from clseg.pairs import instance_pairs, partition_pairs
 from clseg.stages.contrast import contrast, draw_batch
 from clseg.stages.sampling import partition_slices, random_slices
@@ -378,8 +378,9 @@ pd.DataFrame(table).set_index("S").round(2)
 small = prepare(about, about.geometry["smoke"], progress=False)
 width = config.NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 torch.manual_seed(0)
-network, head = UNet(small.channels, small.num_classes, width), GlobalHead(width, list(small.size))
-step_loss = contrast(network, head, small, small.rows(training), parameters, parameters.slices, seed=0)
+network = UNet(small.channels, small.num_classes, width)
+pretraining = contrast(network, small, small.rows(training), parameters, parameters.slices, seed=0, earlier={})
+head = pretraining.learning["head"]
 optimiser = torch.optim.Adam([*network.encoder.parameters(), *head.parameters()], parameters.learning_rate)
 
 
@@ -409,7 +410,7 @@ def measured(when):
 
 before, losses = measured("before"), []
 for step in range(300):
-    loss = step_loss(step)
+    loss = pretraining.step_loss(step)
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

@@ -320,13 +320,10 @@ def loss_of(network, head, views):
     return local_contrastive_loss(*embed(network, head, views), near, parameters.temperature)
 
 
-network, head = new_network()
-by_stage = local(
-    network, head, medium, training, parameters.model_copy(update={"strategy": "lr"}), parameters.slices, 0
-)
-print(
-    f"step 0: the stage says {by_stage(0).item():.3f}, this notebook {loss_of(network, head, two_views('same', training, 0)).item():.3f}"
-)
+network, _ = new_network()
+by_stage = local(network, medium, training, parameters.model_copy(update={"strategy": "lr"}), parameters.slices, 0, {})
+here = loss_of(network, by_stage.learning["head"], two_views("same", training, 0))
+print(f"step 0: the stage says {by_stage.step_loss(0).item():.3f}, this notebook {here.item():.3f}")
 
 # %%
 trained, losses = {"untrained": new_network()}, {}

@@ -14,6 +14,8 @@ import yaml
 from IPython.display import display
 
 from clseg import config, plots, runs
+from clseg.cluster import pseudo_classes
+from clseg.stages.contrast import draw_batch
 
 # %% tags=["parameters"]
 dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
@@ -47,16 +49,16 @@ print(f"{len(split.pretrain)} subjects, {len(rows)} slices for pre-training; ima
 # %%
 stage_config = run.experiment.stages[run.parameters.stage]
 if stage_config.stage == "contrast":
-    from clseg.stages.contrast import draw_batch
-
-    images, pairs = draw_batch(
-        store, rows, stage_config, min(stage_config.slices, 8), run.parameters.seed, 0, torch.device("cpu")
-    )
+    cluster, slices = None, min(stage_config.slices, 8)
+    if stage_config.pairs == "cluster":
+        runs.train(run.parent)
+        _, cluster = pseudo_classes(store, rows, stage_config, runs.earlier_weights(run), torch.device("cpu"))
+    images, pairs = draw_batch(store, rows, stage_config, slices, run.parameters.seed, 0, torch.device("cpu"), cluster)
     display(plots.pairs_matrix(pairs))
 
 # %%
 if stage_config.stage == "contrast":
-    display(plots.volume_grid(images[:16, 0].numpy(), title="the views of one batch (at most 16)"))
+    display(plots.volume_grid(images[:16], title="the views of one batch (at most 16)"))
 
 # %% [markdown]
 # ## Training

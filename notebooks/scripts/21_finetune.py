@@ -48,9 +48,7 @@ print(f"test: {len(split.test)} subjects")
 # %%
 rows = store.rows(split.labelled, labelled=True)[:16]
 batch = store.batch(rows, "cpu")
-plots.volume_grid(
-    batch.image[:, 0].numpy(), batch.label.numpy(), title="labelled slices (at most 16)", class_names=store.class_names
-)
+plots.volume_grid(batch.image, batch.label, title="labelled slices (at most 16)", class_names=store.class_names)
 
 # %% [markdown]
 # ## Training
@@ -73,12 +71,12 @@ metrics.groupby("class_name")[["dice", "hd95", "missed"]].mean().round(3)
 # %%
 volume = labelled_volumes(store, split.test)[0]
 probability = probabilities(runs.trained_network(run, store), store, volume)
-slices = store.batch(store.volume_rows(volume), "cpu")
+rows = store.volume_rows(volume)
 name = store.volumes["subject"][volume]
-plots.volume_grid(slices.image[:, 0].numpy(), slices.label.numpy(), title=f"{name}: reference")
+plots.volume_grid(store.images[rows], store.labels[rows], title=f"{name}: reference")
 
 # %%
-plots.volume_grid(slices.image[:, 0].numpy(), probability.argmax(dim=1).numpy(), title=f"{name}: prediction")
+plots.volume_grid(store.images[rows], probability.argmax(dim=1), title=f"{name}: prediction")
 
 # %% tags=["nbval-check-output"]
 print(f"{metrics['subject'].nunique()} test subjects, mean Dice {metrics['dice'].mean():.2f}")

@@ -12,7 +12,6 @@
 import numpy as np
 import pandas as pd
 from IPython.display import display
-from safetensors.torch import load_file
 
 from clseg import cluster, config, grid, loop, plots, runs
 
@@ -44,9 +43,7 @@ found.groupby("cluster").agg(
 # ## The hierarchy and its cut
 
 # %%
-features = cluster.autoencoder_features(
-    store, found["row"].to_numpy(), load_file(run.parent.folder / "weights.safetensors"), loop.device()
-)
+features = cluster.features(store, found["row"].to_numpy(), runs.earlier_weights(run), loop.device())
 linkage = cluster.linkage_matrix(features, stage.linkage)
 clusters = found["cluster"].nunique()
 figure = plots.dendrogram(
@@ -67,35 +64,34 @@ shown = pd.concat(
         for number in largest
     ]
 )
-images = store.batch(shown["row"].to_numpy()).image[:, 0]
+images = store.batch(shown["row"].to_numpy()).image
 titles = [f"{c}: {s}, {p:.1f}" for c, s, p in zip(shown["cluster"], shown["subject"], shown["position"], strict=True)]
 plots.volume_grid(images, titles=titles, title="cluster: subject, position")
 
 # %% [markdown]
 # ## Purity
-# The share of slices that belong to the most frequent group of their cluster: groups are quarters of the position, and the set of
-# structures that the slice shows. With as many clusters as slices purity is 1, so it is shown for every number of clusters
+# The share of slices that belong to the most frequent group of their cluster: groups are quarters of the position, the set of
+# structures that the slice shows, and the subject. With as many clusters as slices purity is 1, so it is shown for every number of clusters
 # beside that of clusters drawn at random.
 
 # %% tags=["nbval-check-output"]
-quarter = np.minimum((found["position"].to_numpy() * 4).astype(int), 3)
+groups = {"position": np.minimum((found["position"].to_numpy() * 4).astype(int), 3)}
 labels = np.asarray(store.labels[found["row"].to_numpy()])
-anatomy = sum((labels == k).any(axis=(1, 2)).astype(int) << k for k in store.class_names)
+groups["anatomy"] = sum((labels == k).any(axis=(1, 2)).astype(int) << k for k in store.class_names)
+groups["subject"] = found["subject"].to_numpy()
 rng, table = np.random.default_rng(0), []
 for count in (2, 5, 10, 20, 40):
     numbers = cluster.clusters_of(features, stage.model_copy(update={"clusters": count}))
-    chance = rng.permutation(numbers)
-    table.append(
-        {"k": count}
-        | {name: cluster.purity(numbers, truth) for name, truth in {"position": quarter, "anatomy": anatomy}.items()}
-        | {
-            f"{name}, shuffled": cluster.purity(chance, truth)
-            for name, truth in {"position": quarter, "anatomy": anatomy}.items()
-        }
-    )
+    chance, row = rng.permutation(numbers), {"k": count}
+    for name, truth in groups.items():
+        row |= {name: cluster.purity(numbers, truth), f"{name} (shuffled)": cluster.purity(chance, truth)}
+    table.append(row)
 print(pd.DataFrame(table).round(2).to_string(index=False))
 
 # %% [markdown]
+# If purity of the subject is what grows, the pseudo-classes are the patients: then cluster contrast says that slices of one
+# patient are alike, nearly the opposite of partitions and positions. `13_cluster_contrast` looks into that.
+#
 # ## Dice against the number of clusters, and against the linkage
 
 # %%
