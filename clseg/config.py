@@ -1,7 +1,6 @@
 """Typed, validated parameters: data set, method, profile, run, study. A wrong key is an error that names it.
 
-A method, a data set and a profile are YAML files under `params/`; `resolve` puts one of each together, applies
-`KEY=VALUE` overrides and returns an `Experiment`: everything that decides the numbers except labelled, draw and seed.
+`resolve` puts one data set, profile and method of `params/` together and applies `KEY=VALUE` overrides.
 """
 
 import ast
@@ -10,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from clseg import paths
 
@@ -46,22 +45,21 @@ class Strict(BaseModel):
 
 
 AnyStrict = TypeVar("AnyStrict", bound=Strict)
+Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
+UpToFive = Annotated[int, Field(ge=1, le=5)]
+NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0)]
-
-# ---------------------------------------------------------------------------------------------------------- data sets
 
 
 class Geometry(Strict):
     """Grid of the network: `size` [H, W], or [D, H, W] for 3-D patches, in pixels of `spacing_mm` in the plane.
 
-    Without a spacing a pixel is `step_px` native ones. 3-D: slices are resampled to `slice_mm` (None: kept) and patches
-    are taken from a stored plane of `plane` [H, W] (None: that of `size`). `resize`: whole images are resized to `size`
-    (photographs of any size) instead of cropped or padded.
+    Without a spacing a pixel is `step_px` native ones. 3-D: slices are resampled to `slice_mm` (None: kept), patches
+    taken from a stored `plane` [H, W] (None: that of `size`). `resize`: images are resized to `size`, not cropped.
     """
 
     size: Annotated[list[Count], Field(min_length=2, max_length=3)]
@@ -122,10 +120,10 @@ Protocol = Annotated[SeededProtocol | FoldsProtocol | ListProtocol, Field(discri
 
 
 class DatasetConfig(Strict):
-    """One data set: where it is, how it is read, what it may be used for, how its subjects are divided.
+    """One data set: where it is, how it is read, how its subjects are divided (by default the first of `protocols`).
 
     `classes`: label value in the files -> name, empty where the adapter knows; `phases`: those used, empty for all;
-    `geometry`, `geometry_3d`: by profile; `threshold`: of positional contrast; the first of `protocols` is the default.
+    `geometry`, `geometry_3d`: by profile; `threshold`: of positional contrast.
     """
 
     name: str
@@ -150,32 +148,26 @@ class DatasetConfig(Strict):
     protocols: Annotated[dict[str, Protocol], Field(min_length=1)]
 
 
-# ------------------------------------------------------------------------------------------------------------ methods
-
-
 class Optimisation(Strict):
     """How weights are changed; `cosine` goes per step from `learning_rate` to `final_learning_rate`."""
 
     optimiser: Literal["adam", "sgd"] = "adam"  # sgd has momentum 0.9
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    final_learning_rate: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0
 
 
 class StageConfig(Optimisation):
-    """What all pre-training stages share; `slices` make a batch before augmentation."""
-
-    slices: Several = 12
+    slices: Several = 12  # that make a batch, before augmentation
 
 
 class ContrastStage(StageConfig):
     """Contrastive pre-training of the encoder; `pairs` says who is alike.
 
-    partition: `strategy` gd- or gd of Chaitanya et al., or gcl, the partition baseline of Zeng et al.; position:
-    `threshold` (None: the data set's); cluster: pseudo-classes from the features of an autoencoder stage before, cut at
-    `clusters` or, where given, at `cluster_distance`; with `positives: view` rows of one pseudo-class are only kept out
-    of the negatives. `head`: flatten (g1, Chaitanya et al.) or pool (Zeng et al.).
+    partition: `strategy` gd- or gd (Chaitanya et al.), or gcl (Zeng et al.); position: `threshold` (None: the
+    data set's); cluster: pseudo-classes from the features of an autoencoder stage before, cut at `clusters` or, if set,
+    at `cluster_distance`; with `positives: view` rows of one pseudo-class are only kept out of the negatives.
     """
 
     stage: Literal["contrast"]
@@ -188,13 +180,12 @@ class ContrastStage(StageConfig):
     linkage: Literal["ward", "average", "complete"] = "ward"
     positives: Literal["cluster", "view"] = "cluster"
     views: Literal["glcl", "pcl"] = "glcl"
-    head: Literal["flatten", "pool"] = "flatten"
+    head: Literal["flatten", "pool"] = "flatten"  # g1 of Chaitanya et al., that of Zeng et al.
     temperature: Positive = 0.1
     denominator: Literal["all", "pair"] = "pair"
 
     @property
-    def answer(self) -> str:
-        """Who is alike, in a word."""
+    def answer(self) -> str:  # who is alike, in a word
         return self.strategy if self.pairs == "partition" else self.pairs
 
 
@@ -211,17 +202,13 @@ class LocalStage(StageConfig):
 
     stage: Literal["local"]
     strategy: Literal["lr", "ld"] = "lr"
-    decoder_blocks: Annotated[int, Field(ge=1, le=5)] = 3
+    decoder_blocks: UpToFive = 3
     regions: Literal[9, 13] = 13
     size: Literal[1, 3] = 3
-    negatives: Annotated[int, Field(ge=1, le=5)] = 5
+    negatives: UpToFive = 5
     neighbours: Literal["published", "nearest"] = "published"
     partitions: Several = 4
     temperature: Positive = 0.1
-
-    @property
-    def answer(self) -> str:
-        return self.strategy
 
 
 class RotationStage(StageConfig):
@@ -247,10 +234,7 @@ class ContextRestorationStage(StageConfig):
 
 
 class PirlStage(StageConfig):
-    """A slice and its `grid` x `grid` jigsaw are alike, slices of a memory are not. Trains the encoder.
-
-    `momentum` of the memory; `weight` of the jigsaw's loss, the rest is that of the slice itself.
-    """
+    """A slice and its `grid` x `grid` jigsaw (share `weight` of the loss) are alike, slices of a memory are not."""
 
     stage: Literal["pirl"]
     grid: Several = 3
@@ -260,16 +244,8 @@ class PirlStage(StageConfig):
     temperature: Positive = 0.07
 
 
-Stage = Annotated[
-    ContrastStage
-    | AutoencoderStage
-    | LocalStage
-    | RotationStage
-    | InpaintingStage
-    | ContextRestorationStage
-    | PirlStage,
-    Field(discriminator="stage"),
-]
+Pretext = RotationStage | InpaintingStage | ContextRestorationStage | PirlStage
+Stage = Annotated[ContrastStage | AutoencoderStage | LocalStage | Pretext, Field(discriminator="stage")]
 StageName = Literal["contrast", "autoencoder", "local", "rotation", "inpainting", "context_restoration", "pirl"]
 
 
@@ -279,7 +255,7 @@ class SupervisedRecipe(Optimisation):
     recipe: Literal["supervised"]
     loss: Literal["dice", "cross_entropy", "dice+cross_entropy"] = "dice"
     augmentation: Literal["published", "pcl", "none"] = "published"
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: NotNegative = 0.0
 
 
 class SelfTrainingRecipe(SupervisedRecipe):
@@ -316,10 +292,8 @@ class GanAugmentationRecipe(SupervisedRecipe):
     warm_up: Share = 0.04
 
 
-Recipe = Annotated[
-    SupervisedRecipe | SelfTrainingRecipe | MeanTeacherRecipe | AdversarialRecipe | GanAugmentationRecipe,
-    Field(discriminator="recipe"),
-]
+SemiSupervised = SelfTrainingRecipe | MeanTeacherRecipe | AdversarialRecipe | GanAugmentationRecipe
+Recipe = Annotated[SupervisedRecipe | SemiSupervised, Field(discriminator="recipe")]
 
 
 class MethodConfig(Strict):
@@ -331,26 +305,15 @@ class MethodConfig(Strict):
     all_labels: bool = False
 
 
-class Methods(RootModel[dict[str, MethodConfig]]):
-    """The methods of `params/methods.yaml`, by name."""
-
-
-# ----------------------------------------------------------------------------------------- profiles, experiments, runs
-
-
 class NetworkConfig(Strict):
-    """The U-Net of Chaitanya et al. (glcl) or of Zeng et al. (pcl).
-
-    `filters`: width of every level, finest first; `norm_momentum`: share of a new batch in the running averages.
-    """
+    """The U-Net of Chaitanya et al. (glcl) or of Zeng et al. (pcl), with so many `filters` per level, finest first."""
 
     architecture: Literal["glcl", "pcl"] = "glcl"
     filters: Annotated[list[Count], Field(min_length=2)] = [16, 32, 64, 128, 128, 128]
-    norm_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
+    norm_momentum: Share = 0.01  # of a new batch in the running averages
 
     @property
-    def coarsest(self) -> int:
-        """Pixels of the image side per pixel of the deepest level."""
+    def coarsest(self) -> int:  # pixels of the image side per pixel of the deepest level
         return 2 ** (len(self.filters) - 1)
 
 
@@ -363,11 +326,9 @@ class PretrainBudget(Strict):
 
 
 class FinetuneBudget(Strict):
-    """Steps, slices per batch, steps between validations."""
-
     steps: Count
-    batch: Count = 20
-    validate_every: Count = 50
+    batch: Count = 20  # slices
+    validate_every: Count = 50  # steps
 
 
 class Budget(Strict):
@@ -390,10 +351,7 @@ class ProfileConfig(Budget):
 
 
 class Experiment(Budget):
-    """Everything that decides a method's numbers on a data set, except labelled, draw and seed.
-
-    `unlabelled` limits the subjects of pre-training (None: all).
-    """
+    """All that decides a method's numbers but labelled, draw, seed; `unlabelled` limits subjects of pre-training."""
 
     method: str
     profile: str
@@ -408,9 +366,8 @@ class Experiment(Budget):
     @model_validator(mode="after")
     def _fits(self) -> "Experiment":
         if wrong := [side for side in self.geometry.size if side % self.network.coarsest]:
-            raise ValueError(
-                f"geometry.size: {wrong[0]} is no multiple of {self.network.coarsest}, as network.filters needs"
-            )
+            coarsest = self.network.coarsest
+            raise ValueError(f"geometry.size: {wrong[0]} is no multiple of {coarsest}, as network.filters needs")
         kinds = [getattr(stage, "pairs", stage.stage) for stage in self.stages]
         if "cluster" in kinds and "autoencoder" not in kinds[: kinds.index("cluster")]:
             raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
@@ -421,11 +378,8 @@ class Experiment(Budget):
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
         deciding = {"name", "adapter", "options", "channels", "classes", "phases", "normalisation"}
-        return self.dataset.model_dump(include=deciding) | {
-            "geometry": self.geometry.model_dump(),
-            "protocol": self.dataset.protocols[self.protocol].model_dump(),
-            "unlabelled": self.unlabelled,
-        }
+        key = self.dataset.model_dump(include=deciding) | self.model_dump(include={"geometry", "unlabelled"})
+        return key | {"protocol": self.dataset.protocols[self.protocol].model_dump()}
 
 
 FLAT_STAGES = ("local", "rotation", "inpainting", "context_restoration", "pirl")
@@ -440,7 +394,7 @@ class RunParameters(Strict):
     method: str
     protocol: str = ""
     dimensions: Literal[2, 3] = 2
-    seed: Seed = 0
+    seed: Natural = 0
     overrides: list[str] = []
     variant: str = ""
     study: str = ""
@@ -453,40 +407,31 @@ class RunParameters(Strict):
 class PretrainParameters(RunParameters):
     """One pre-training stage; the stages before it are its parents."""
 
-    stage: Annotated[int, Field(ge=0)] = 0
+    stage: Natural = 0
 
 
 class FinetuneParameters(RunParameters):
-    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them.
+    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them."""
 
-    `pretrain_dataset`: the data set of the pre-training where it is another one.
-    """
-
-    labelled: Annotated[int, Field(ge=0)] = 1
+    labelled: Natural = 1
     draw: Count = 1
-    pretrain_dataset: str = ""
+    pretrain_dataset: str = ""  # where it is another one
 
 
-class DataParameters(Strict):
-    """What the notebook that shows a data set is told."""
-
+class DataParameters(Strict):  # of the notebook that shows a data set
     dataset: str
     profile: str
     labelled: Count
     draws: Count
 
 
-class FigureParameters(Strict):
-    """What a figure notebook is told: which study's table to read."""
-
+class FigureParameters(Strict):  # which study's table a figure notebook reads
     study: str
     dataset: str
     profile: str
 
 
-class Axis(Strict):
-    """One ablated key and its values; the other keys stay as they are."""
-
+class Axis(Strict):  # one ablated key and its values; the other keys stay as they are
     name: str
     key: str
     values: list[Any]
@@ -494,9 +439,9 @@ class Axis(Strict):
 
 
 class StudyConfig(Strict):
-    """A grid (method x labelled x draw x seed, per data set) and the notebook that turns its table into figures.
+    """A grid (method x labelled x draw x seed) on the first of `datasets`, and the notebook of its figures.
 
-    The first of `datasets` is the default; `set`: overrides of this study by profile.
+    `set`: overrides of this study by profile.
     """
 
     name: str
@@ -506,7 +451,7 @@ class StudyConfig(Strict):
     methods: Annotated[list[str], Field(min_length=1)]
     labelled: Annotated[list[Count], Field(min_length=1)]
     draws: Annotated[list[Count], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Natural], Field(min_length=1)] = [0]
     protocol: str = ""
     dimensions: Literal[2, 3] = 2
     pretrain_dataset: str = ""
@@ -514,50 +459,36 @@ class StudyConfig(Strict):
     set: dict[str, list[str]] = {}
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def _keys(loc: Iterable[str | int], data: Any) -> list[str]:
-    """The keys on the way to an error, without the tags that pydantic puts in for unions."""
-    keys = []
-    for part in loc:
-        if isinstance(data, Mapping) and part not in data and part in data.values():
-            continue
-        keys.append(str(part))
-        with suppress(LookupError, TypeError):
-            data = data[part]
-    return keys
-
-
 def _validated(schema: Any, data: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        loc = "".join(f"{part}: " for part in [".".join(_keys(first["loc"], data))] if part)
+        first, here, keys = error.errors()[0], data, []
+        for part in first["loc"]:
+            if isinstance(here, Mapping) and part not in here and part in here.values():
+                continue  # the tag that pydantic puts in for a union
+            keys.append(str(part))
+            with suppress(LookupError, TypeError):
+                here = here[part]
+        key = f"{'.'.join(keys)}: " if keys else ""
         given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise RequestError(f"{where}: {loc}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
+        raise RequestError(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
 
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file, or a `RequestError` that names it."""
+@lru_cache(maxsize=256)
+def _read(schema: Any, path: Path, _modified_ns: int) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _validated(schema, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
 
 
-@lru_cache(maxsize=256)
-def _read_as(schema: Any, path: Path, _modified_ns: int) -> Any:
-    return _validated(schema, read_yaml(path), str(path))
-
-
-def read_as(schema: Any, path: Path) -> Any:
+def _read_as(schema: Any, path: Path) -> Any:
     """A YAML file as a typed parameter, read again only when it changed; a `RequestError` names what is wrong."""
-    return _read_as(schema, path, path.stat().st_mtime_ns if path.is_file() else 0)
+    return _read(schema, path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 def names(kind: str) -> list[str]:
@@ -565,49 +496,40 @@ def names(kind: str) -> list[str]:
     return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml"))
 
 
-def _named(kind: str, name: str, schema: type[AnyStrict]) -> AnyStrict:
-    """A data set, profile or study by its name under `params/`, or by the path of a YAML file."""
+def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
     path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PARAMS / kind / f"{name}.yaml"
     if not path.is_file():
-        raise RequestError(f"{kind.removesuffix('s')} {name!r} is not known, {nearest(name, names(kind))}")
-    return read_as(schema, path)
+        what = schema.__name__.removesuffix("Config").lower()
+        raise RequestError(f"{what} {name!r} is not known, {nearest(name, names(kind))}")
+    return _read_as(schema, path)
 
 
-def read_dataset(name: str) -> DatasetConfig:
-    return _named("datasets", name, DatasetConfig)
-
-
-def read_profile(name: str) -> ProfileConfig:
-    return _named("profiles", name, ProfileConfig)
-
-
-def read_study(name: str) -> StudyConfig:
-    return _named("studies", name, StudyConfig)
+read_dataset = partial(_named, DatasetConfig, "datasets")  # each by a name, or by the path of a YAML file
+read_profile = partial(_named, ProfileConfig, "profiles")
+read_study = partial(_named, StudyConfig, "studies")
 
 
 def read_methods() -> dict[str, MethodConfig]:
     """All methods of `params/methods.yaml`, by name."""
-    return read_as(Methods, paths.PARAMS / "methods.yaml").root
+    return _read_as(dict[str, MethodConfig], paths.PARAMS / "methods.yaml")
 
 
 def _assigned(cell: str) -> list[str]:
     """The names a cell assigns if it assigns literals and does nothing else, as parameter cells do."""
-    names = []
     try:
-        for statement in ast.parse(cell).body:
+        statements: Any = ast.parse(cell).body
+        for statement in statements:
             ast.literal_eval(statement.value)
-            names += [t.id for t in getattr(statement, "targets", None) or [statement.target]]
+        return [target.id for s in statements for target in getattr(s, "targets", None) or [s.target]]
     except (SyntaxError, AttributeError, TypeError, ValueError):
         return []
-    return names
 
 
 def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> AnyStrict:
-    """The typed parameters of a notebook from its namespace (`globals()`).
+    """The typed parameters of a notebook from its namespace (`globals()`). Raises `RequestError`.
 
-    Those are the fields of the schema, and whatever else was assigned by cells with nothing but literal assignments,
-    such as the parameters cell and the one papermill injects: a misspelt or mistyped one fails here, loudly. Where the
-    kernel keeps no history (nbval) only the fields are looked at. Raises `RequestError`.
+    Those are the fields of the schema, and whatever else cells of nothing but literal assignments assigned (the
+    parameters cell, the one papermill injects): a misspelt one fails here. Under nbval only the fields are looked at.
     """
     names = {*schema.model_fields, *(name for cell in namespace.get("In", ()) for name in _assigned(cell))}
     return _validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
@@ -651,16 +573,9 @@ def resolve(
     ):
         if name not in valid:
             raise RequestError(f"{what} {name!r} is not known, {nearest(name, valid)}")
-    tree = {
-        "method": method,
-        "profile": budget.name,
-        "dataset": data.model_dump(),
-        "protocol": protocol,
-        "unlabelled": None,
-        "geometry": geometry[budget.name].model_dump(),
-        **budget.model_dump(exclude={"name", "title", "network_3d"}),
-        **methods[method].model_dump(exclude={"title"}),
-    }
+    tree = budget.model_dump(exclude={"name", "title", "network_3d"}) | methods[method].model_dump(exclude={"title"})
+    tree |= {"method": method, "profile": budget.name, "protocol": protocol, "unlabelled": None}
+    tree |= {"dataset": data.model_dump(), "geometry": geometry[budget.name].model_dump()}
     if dimensions == 3:
         tree["network"] = budget.network_3d.model_dump()
     for text in overrides:
@@ -671,7 +586,8 @@ def resolve(
     for stage in tree["stages"]:
         if stage.get("pairs") == "position" and stage["threshold"] is None:
             if data.threshold is None:
-                raise RequestError(f"data set {data.name} has no `threshold`; set stages.0.threshold")
+                wrong = f"method {method} contrasts positions, and data set {data.name} has no `threshold`"
+                raise RequestError(f"{wrong}; choose a method with other pairs, or set stages.0.threshold")
             stage["threshold"] = data.threshold
     return _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
 
@@ -690,12 +606,11 @@ def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyC
 
 def applicable(overrides: Iterable[str], method: MethodConfig) -> list[str]:
     """The overrides that concern a method: those of stages it does not have are left out."""
-    parsed = {text: parse_override(text)[0] for text in overrides}
     absent = [str(number) for number in range(len(method.stages), 10)]
-    return [text for text, key in parsed.items() if key[0] != "stages" or len(key) == 1 or key[1] not in absent]
+    keys = {text: [*parse_override(text)[0], ""] for text in overrides}
+    return [text for text, key in keys.items() if key[0] != "stages" or key[1] not in absent]
 
 
-def digest(tree: Any, length: int = 10) -> str:
+def digest(tree: Any) -> str:
     """A short hash of a JSON-able tree; equal trees, equal hash."""
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:10]

@@ -1,5 +1,8 @@
 """Parameters: what is accepted, and what a wrong one is told."""
 
+import itertools
+import re
+
 import pytest
 
 from clseg import config, paths
@@ -20,11 +23,19 @@ def test_every_yaml_file_of_the_project_is_valid():
 
 
 def test_every_method_resolves_on_every_data_set_and_profile():
-    for dataset in config.names("datasets"):
-        for profile in config.names("profiles"):
-            for method in config.read_methods():
-                experiment = config.resolve(dataset, profile, method)
-                assert experiment.geometry == config.read_dataset(dataset).geometry[profile]
+    """But where slices have no positions, methods that contrast positions are refused in one sentence."""
+    methods, refused = config.read_methods(), set()
+    for dataset in map(config.read_dataset, config.names("datasets")):
+        for profile, method in itertools.product(config.names("profiles"), methods):
+            if dataset.threshold is None and "position" in [getattr(s, "pairs", "") for s in methods[method].stages]:
+                message = f"method {method} contrasts positions, and data set {dataset.name} has no `threshold`; "
+                with pytest.raises(RequestError, match=f"^{re.escape(message)}choose [^;]*$"):
+                    config.resolve(dataset.name, profile, method)
+                refused.add((dataset.name, method))
+            else:
+                assert config.resolve(dataset.name, profile, method).geometry == dataset.geometry[profile]
+    assert {("hvsmr", "pcl"), ("isic2018", "pcl"), ("ph2", "pcl")} <= refused
+    assert config.resolve("ph2", "smoke", "pcl", overrides=["stages.0.threshold=0.2"]).stages[0].threshold == 0.2
 
 
 def test_published_settings_are_the_paper_profile_s():
@@ -80,9 +91,11 @@ def test_an_override_changes_only_what_it_names():
         (("phantom", "smok", "gd"), "did you mean 'smoke'"),
         (("phantom", "smoke", "gd+lrr"), "did you mean 'gd"),
         (("phantom", "smoke", "gd", "chaitanya"), "protocol of data set phantom 'chaitanya'"),
+        (("phantom", "smoke", "gd", "", ["stages.0.pairs=cluster"]), "need an autoencoder stage"),
+        (("phantom", "smoke", "gd+lr", "", [], 3), "local works on 2-D slices only"),
     ],
 )
-def test_a_misspelt_name_is_told_the_nearest(names, message):
+def test_names_that_do_not_fit_are_told_what_does(names, message):
     with pytest.raises(RequestError, match=message.replace("+", r"\+")):
         config.resolve(*names)
 
