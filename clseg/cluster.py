@@ -5,8 +5,6 @@ clustering, its linkage, where it is cut and whether it is repeated during train
 interpretation: agglomerative clustering, once, before the contrast, cut at a number of clusters or at a distance.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 import torch
@@ -16,8 +14,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from clseg.config import ContrastStage, RequestError
-from clseg.data.prepare import Store
-from clseg.loop import step_generator
+from clseg.loop import Work, step_generator
 from clseg.models import BetaVAE
 
 PREFIX = "autoencoder."  # of its weights
@@ -26,17 +23,20 @@ LARGEST = 20_000  # slices that are clustered at once: the distances of n slices
 
 
 @torch.no_grad()
-def features(store: Store, rows: np.ndarray, earlier: Mapping[str, Tensor], device: torch.device) -> np.ndarray:
+def features(work: Work) -> np.ndarray:
     """The mean μ of every slice's features [n, latent] float64, slices as they are (3-D: the centre of the plane).
 
     The auto-encoder is the one among the weights of an earlier stage; `RequestError` where there is none.
     """
-    weights = {name.removeprefix(PREFIX): value for name, value in earlier.items() if name.startswith(PREFIX)}
+    weights = {name.removeprefix(PREFIX): value for name, value in work.earlier.items() if name.startswith(PREFIX)}
     if not weights:
         raise RequestError("stages: pairs 'cluster' need the weights of an autoencoder stage; put one before them")
-    autoencoder = BetaVAE.from_weights(weights, store.channels, store.size).to(device)
+    store, rows = work.store, work.rows
+    autoencoder = BetaVAE.from_weights(weights, store.channels, store.size).to(work.device)
     parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return np.concatenate([autoencoder.encode(store.batch(p, device).image)[0].cpu().double().numpy() for p in parts])
+    return np.concatenate(
+        [autoencoder.encode(store.batch(p, work.device).image)[0].cpu().double().numpy() for p in parts]
+    )
 
 
 def linkage_matrix(feature: np.ndarray, linkage: str = "ward") -> np.ndarray:
@@ -69,17 +69,16 @@ def clusters_of(feature: np.ndarray, stage: ContrastStage) -> np.ndarray:
     return pd.factorize(cluster)[0]
 
 
-def pseudo_classes(
-    store: Store, rows: np.ndarray, stage: ContrastStage, earlier: Mapping[str, Tensor], device: torch.device
-) -> tuple[pd.DataFrame, Tensor]:
-    """The pseudo-class of every slice in `rows`, by the auto-encoder among the weights of an earlier stage.
+def pseudo_classes(work: Work, stage: ContrastStage) -> tuple[pd.DataFrame, Tensor]:
+    """The pseudo-class of every slice in `work.rows`, by the auto-encoder among the weights of an earlier stage.
 
     Returns the table (row, subject, phase, slice, position, cluster) that is recorded with the run, and the clusters
     as int64 [N] for all N slices of the store, -1 for slices that are not in `rows`, on the CPU.
     Raises `RequestError` where there is no auto-encoder, and as `clusters_of`.
     """
+    store, rows = work.store, work.rows
     cluster = torch.full((len(store.slices),), -1)
-    cluster[rows] = torch.from_numpy(clusters_of(features(store, rows, earlier, device), stage))
+    cluster[rows] = torch.from_numpy(clusters_of(features(work), stage))
     slices = store.slices.iloc[rows]
     table = store.volumes.iloc[slices["volume"]][["subject", "phase"]].set_index(slices.index)
     table = table.join(slices[["slice", "position"]]).assign(cluster=cluster[rows].numpy())

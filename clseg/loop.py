@@ -9,9 +9,10 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,10 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from clseg.config import Optimisation
+
+if TYPE_CHECKING:
+    from clseg.data.prepare import Store
+    from clseg.models import UNet
 
 PROGRESS_SECONDS = 2.0
 
@@ -38,6 +43,31 @@ def step_generator(seed: int, stream: str, step: int) -> Generator:
 def device() -> torch.device:
     """The first GPU if there is one, else the CPU; `$CLSEG_DEVICE` decides otherwise."""
     return torch.device(os.environ.get("CLSEG_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage or a recipe works on: `slices` of `rows` make a batch of step 0, 1, ... `steps` - 1.
+
+    `rows` are slice ids: of a stage those of the pre-training subjects, of a recipe those with labels, and `unlabelled`
+    the others; `earlier`: the weights that earlier stages left.
+    """
+
+    network: "UNet"
+    store: "Store"
+    rows: np.ndarray
+    slices: int
+    seed: int
+    steps: int = 0
+    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def generator(self, stream: str, step: int) -> Generator:
+        return step_generator(self.seed, stream, step)
 
 
 @dataclass

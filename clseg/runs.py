@@ -30,7 +30,7 @@ from clseg import __version__, config, paths
 from clseg.config import Experiment, FinetuneParameters, Optimisation, PretrainParameters, RequestError
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import Fit, Training, device, fit, seed_of, write_atomically, write_json
+from clseg.loop import Fit, Training, Work, device, fit, seed_of, write_atomically, write_json
 from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
 from clseg.recipes.evaluation import scores, validation_dice
@@ -185,6 +185,13 @@ def build_network(run: Run, store: Store) -> UNet:
     return network.to(device())
 
 
+def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
+    """What the stage of a pre-training works on."""
+    stage, limit = run.experiment.stages[run.parameters.stage], run.experiment.pretrain.max_slices
+    slices, rows = min(stage.slices, limit or stage.slices), store.rows(split.pretrain)
+    return Work(network, store, rows, slices, run.parameters.seed, run.steps, earlier=earlier_weights(run))
+
+
 def earlier_weights(run: Run) -> dict[str, torch.Tensor]:
     """The weights that the run's parent left, none without a parent."""
     return load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
@@ -216,17 +223,14 @@ def train(run: Run) -> Run:
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
-    experiment, seed = run.experiment, run.parameters.seed
-    stage = experiment.stages[run.parameters.stage]
-    network = build_network(run, store)
-    earlier = earlier_weights(run)
-    torch.manual_seed(seed_of(seed, "head", run.parameters.stage))
-    slices = min(stage.slices, experiment.pretrain.max_slices or stage.slices)
-    training = STAGES[stage.stage](network, store, store.rows(split.pretrain), stage, slices, seed, earlier)
+    stage, network = run.experiment.stages[run.parameters.stage], build_network(run, store)
+    torch.manual_seed(seed_of(run.parameters.seed, "head", run.parameters.stage))
+    work = stage_work(run, store, split, network)
+    training = STAGES[stage.stage](work, stage)
     result = _fit(run, network, training, stage, "pre-training")
     # what came from earlier stages and what was learned now; heads of earlier stages stay behind
     learned = {f"{prefix}.{k}": v for prefix, part in training.learning.items() for k, v in part.state_dict().items()}
-    weights = {name: value for name, value in earlier.items() if not name.startswith("head.")} | learned
+    weights = {name: value for name, value in work.earlier.items() if not name.startswith("head.")} | learned
     own = network.state_dict()
     weights |= {name: value for name, value in own.items() if name in weights or name.startswith("encoder.")}
     _save_weights(run, store, weights)
@@ -240,7 +244,8 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     labelled = store.rows(split.labelled, labelled=True)
     others = store.rows(set(split.pretrain) - {*split.labelled, *split.validation, *split.test})
     torch.manual_seed(seed_of(seed, "recipe"))
-    training = RECIPES[recipe.recipe](network, store, labelled, others, recipe, budget.batch, seed, budget.steps)
+    work = Work(network, store, labelled, budget.batch, seed, budget.steps, others)
+    training = RECIPES[recipe.recipe](work, recipe)
     result = _fit(
         run,
         network,

@@ -14,6 +14,7 @@ from clseg import config, runs
 from clseg.cluster import clusters_of, features, linkage_matrix, pseudo_classes, purity
 from clseg.config import AutoencoderStage, ContrastStage, NetworkConfig, PretrainParameters, RequestError
 from clseg.data.prepare import prepare
+from clseg.loop import Work
 from clseg.models import BetaVAE, UNet, transfer
 from clseg.stages import autoencoder, contrast
 from clseg.stages.autoencoder import beta_vae_loss
@@ -42,12 +43,23 @@ def rows(store):
     return store.rows(store.subjects[2:7])
 
 
+def work(store, rows, earlier=None):
+    """Twelve slices a batch, for a network of the store's dimensions."""
+    network = UNet(store.channels, 4, SMALL, store.dimensions)
+    return Work(network, store, rows, 12, 0, earlier=earlier or {})
+
+
+def saved(vae):
+    """The weights of an auto-encoder as a run hands them on."""
+    return {f"autoencoder.{name}": value.detach() for name, value in vae.state_dict().items()}
+
+
 def train(store, rows, steps, **fields):
     """An auto-encoder after so many steps, its losses, and its weights as a run hands them on."""
     torch.manual_seed(0)
     network = UNet(store.channels, 4, SMALL, store.dimensions)
     stage = AutoencoderStage(stage="autoencoder", **{"latent": 8, **fields})
-    training = autoencoder(network, store, rows, stage, 12, 0, {})
+    training = autoencoder(Work(network, store, rows, 12, 0), stage)
     (prefix, vae), losses = *training.learning.items(), []
     optimiser = torch.optim.Adam(vae.parameters(), 1e-3)
     for step in range(steps):
@@ -56,7 +68,8 @@ def train(store, rows, steps, **fields):
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    return vae, losses, {f"{prefix}.{name}": value.detach() for name, value in vae.state_dict().items()}
+    assert prefix == "autoencoder"
+    return vae, losses, saved(vae)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +135,7 @@ def test_a_step_depends_on_seed_and_step_alone_and_the_network_stays_as_it_was(s
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for seed in (0, 0, 1):
         torch.manual_seed(3)
-        training = autoencoder(network, store, rows, AutoencoderStage(stage="autoencoder"), 6, seed, {})
+        training = autoencoder(Work(network, store, rows, 6, seed), AutoencoderStage(stage="autoencoder"))
         losses.setdefault(seed, []).append([training.step_loss(step).item() for step in (2, 1, 2)])
     assert losses[0][0] == losses[0][1]
     assert losses[0][0][0] == losses[0][0][2] != losses[0][0][1]
@@ -132,13 +145,13 @@ def test_a_step_depends_on_seed_and_step_alone_and_the_network_stays_as_it_was(s
 
 def test_features_are_the_means_of_each_slice_whatever_the_batch(store, rows, trained, monkeypatch):
     vae = trained[0]
-    found = features(vae, store, rows, CPU)
+    found = features(work(store, rows, saved(vae)))
     assert found.shape == (len(rows), 8)
     with torch.no_grad():
         alone = np.stack([vae.encode(store.batch(rows[i : i + 1]).image)[0][0].numpy() for i in (0, 7, len(rows) - 1)])
     np.testing.assert_allclose(found[[0, 7, -1]], alone, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(clustering, "BATCH", 7)
-    other = features(vae, store, rows[::-1].copy(), CPU)
+    other = features(work(store, rows[::-1].copy(), saved(vae)))
     np.testing.assert_allclose(other[::-1], found, rtol=1e-4, atol=1e-5)
 
 
@@ -177,7 +190,7 @@ def test_cuts_equal_those_of_scipy(linkage):
 
 def test_pseudo_classes_are_stable_hierarchical_and_change_with_k(store, rows, trained):
     def found(**fields):
-        return pseudo_classes(store, rows, stage(**fields), trained[2], CPU)[1][rows].numpy()
+        return pseudo_classes(work(store, rows, trained[2]), stage(**fields))[1][rows].numpy()
 
     coarse, fine = found(clusters=3), found(clusters=9)
     assert np.array_equal(found(clusters=3), coarse)
@@ -189,7 +202,7 @@ def test_pseudo_classes_are_stable_hierarchical_and_change_with_k(store, rows, t
 
 
 def test_every_pre_training_slice_has_a_pseudo_class_and_no_other(store, rows, trained):
-    table, cluster = pseudo_classes(store, rows, stage(), trained[2], CPU)
+    table, cluster = pseudo_classes(work(store, rows, trained[2]), stage())
     assert cluster.shape == (len(store.slices),)
     assert cluster.dtype == torch.int64
     assert np.flatnonzero(cluster >= 0).tolist() == rows.tolist()
@@ -210,9 +223,9 @@ def test_other_subjects_are_never_read(store, rows, monkeypatch):
         network = UNet(1, 4, SMALL)
         vae, losses, weights = train(store, rows, 4)
         torch.manual_seed(0)
-        training = contrast(network, store, rows, stage(), 6, 0, weights)
+        training = contrast(Work(network, store, rows, 6, 0, earlier=weights), stage())
         losses += [training.step_loss(step).item() for step in range(3)]
-        return losses, features(vae, store, rows, CPU).tolist(), training.tables["clusters"]["cluster"].tolist()
+        return losses, features(work(store, rows, saved(vae))).tolist(), training.tables["clusters"]["cluster"].tolist()
 
     torch.manual_seed(0)
     clean = numbers()
@@ -245,9 +258,9 @@ def test_purity():
 
 
 def test_positives_are_the_cluster_or_the_view_and_negatives_other_clusters(store, rows, trained):
-    _, cluster = pseudo_classes(store, rows, stage(), trained[2], CPU)
-    image, whole = draw_batch(store, rows, stage(), 12, 0, 5, CPU, cluster)
-    same, views = draw_batch(store, rows, stage(positives="view"), 12, 0, 5, CPU, cluster)
+    _, cluster = pseudo_classes(work(store, rows, trained[2]), stage())
+    image, whole = draw_batch(work(store, rows), stage(), 5, cluster)
+    same, views = draw_batch(work(store, rows), stage(positives="view"), 5, cluster)
     assert torch.equal(image, same)
     assert torch.equal(whole.negative, views.negative)
     place = torch.arange(24)
@@ -262,7 +275,7 @@ def test_positives_are_the_cluster_or_the_view_and_negatives_other_clusters(stor
 def test_cluster_contrast_learns(store, rows, trained, positives):
     torch.manual_seed(0)
     network = UNet(1, 4, SMALL)
-    training = contrast(network, store, rows, stage(positives=positives), 12, 0, trained[2])
+    training = contrast(Work(network, store, rows, 12, 0, earlier=trained[2]), stage(positives=positives))
     assert set(training.learning) == {"encoder", "head"}
     assert set(training.tables) == {"clusters"}
     optimiser = torch.optim.Adam([p for part in training.learning.values() for p in part.parameters()], 3e-3)
@@ -281,11 +294,11 @@ def test_blocks_are_clustered_and_contrasted_in_3d(tmp_path):
     rows = store.rows(store.subjects[1:5])
     vae, losses, weights = train(store, rows, 30)
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
-    training = contrast(UNet(1, 4, SMALL, 3), store, rows, stage(), 6, 0, weights)
+    training = contrast(Work(UNet(1, 4, SMALL, 3), store, rows, 6, 0, earlier=weights), stage())
     table = training.tables["clusters"]
     assert table["row"].tolist() == rows.tolist()
     assert table["cluster"].nunique() == 4
-    expected = clusters_of(features(vae, store, rows, CPU), stage())
+    expected = clusters_of(features(work(store, rows, saved(vae))), stage())
     assert table["cluster"].tolist() == expected.tolist()
     assert training.step_loss(0).isfinite()
 
@@ -301,7 +314,7 @@ def test_blocks_are_clustered_and_contrasted_in_3d(tmp_path):
 def test_what_cannot_be_clustered_is_refused(store, rows, trained, fields, weights, message):
     earlier = trained[2] if weights else {"encoder.levels.0.0.0.weight": torch.ones(1)}
     with pytest.raises(RequestError, match=message):
-        contrast(UNet(1, 4, SMALL), store, rows, stage(**fields), 12, 0, earlier)
+        contrast(work(store, rows, earlier), stage(**fields))
 
 
 def test_a_run_records_the_pseudo_classes_of_its_subjects(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from clseg.config import (
     RotationStage,
 )
 from clseg.data.prepare import prepare
-from clseg.loop import fit
+from clseg.loop import Work, fit
 from clseg.models import UNet
 from clseg.stages import STAGES, pirl
 from clseg.stages.pretext import Memory, box_mask, jigsaw, patch_swaps, rearrange, turns
@@ -46,7 +46,7 @@ def start(store, stage, rows=None, network_config=SMALL, slices=8):
     torch.manual_seed(0)
     network = UNet(1, 4, network_config)
     rows = store.rows(store.subjects) if rows is None else rows
-    return network, STAGES[stage.stage](network, store, rows, stage, slices, 0, {})
+    return network, STAGES[stage.stage](Work(network, store, rows, slices, 0), stage)
 
 
 def seen_by(network, training, step=0):
@@ -338,4 +338,4 @@ def test_patches_pass_the_encoder_one_by_one(store):
     image, patches = seen_by(network, training)
     assert (image.shape, patches.shape) == ((4, 1, 32, 32), (36, 1, 32, 32))  # 10 pixels, resized to 32
     with pytest.raises(RequestError, match="grid 40 is more than"):
-        pirl(network, store, store.rows(store.subjects), PirlStage(stage="pirl", grid=40), 4, 0, {})
+        pirl(Work(network, store, store.rows(store.subjects), 4, 0), PirlStage(stage="pirl", grid=40))

@@ -10,7 +10,7 @@ import torch
 from clseg import config
 from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
 from clseg.data.prepare import prepare
-from clseg.loop import step_generator
+from clseg.loop import Work, step_generator
 from clseg.models import UNet
 from clseg.recipes import supervised
 from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
@@ -79,7 +79,8 @@ def test_a_batch_that_cannot_be_filled_takes_what_is_there(store):
 )
 def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
     stage = ContrastStage(stage="contrast", **fields)
-    image, pairs = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 0, CPU)
+    everything = Work(UNet(1, 4, SMALL), store, store.rows(store.subjects), 12, 0)
+    image, pairs = draw_batch(everything, stage, 0)
     assert image.shape == (12 * views, 1, 32, 32)
     assert (pairs.positive.sum(dim=1) == positives).all()
     assert (pairs.negative.sum(dim=1) == negatives).all()
@@ -89,8 +90,8 @@ def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
         for row in range(len(store.slices))
     )
     assert original == (fields["pairs"] == "partition")  # the slice itself is a view, but not in `gr`
-    again, _ = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 0, CPU)
-    other, _ = draw_batch(store, store.rows(store.subjects), stage, 12, 0, 1, CPU)
+    again, _ = draw_batch(everything, stage, 0)
+    other, _ = draw_batch(everything, stage, 1)
     assert torch.equal(image, again)
     assert not torch.equal(image, other)
 
@@ -118,7 +119,7 @@ def drawn(store, cluster=None, **fields):
     """The pairs of a batch of 12 random slices, two copies of each, and the slices [24]."""
     stage = ContrastStage(stage="contrast", **fields)
     rows = store.rows(store.subjects)
-    image, pairs = draw_batch(store, rows, stage, 12, 0, 3, CPU, cluster)
+    image, pairs = draw_batch(Work(UNet(1, 4, SMALL), store, rows, 12, 0), stage, 3, cluster)
     chosen = random_slices(rows, 12, step_generator(0, "contrast", 3))
     assert image.shape == (24, 1, 32, 32)
     assert not torch.equal(image[:12], image[12:])
@@ -177,7 +178,7 @@ def test_global_contrast_learns(store, strategy):
     stage = ContrastStage(stage="contrast", **fields)
     torch.manual_seed(0)
     network = UNet(1, 4, SMALL)
-    training = contrast(network, store, store.rows(store.subjects), stage, 12, 0, {})
+    training = contrast(Work(network, store, store.rows(store.subjects), 12, 0), stage)
     assert set(training.learning) == {"encoder", "head"}
     losses = descend(training, 80)
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
@@ -189,7 +190,7 @@ def test_local_contrast_learns_and_leaves_the_encoder_alone(store, strategy):
     stage = LocalStage(stage="local", strategy=strategy)
     torch.manual_seed(0)
     network = UNet(1, 4, SMALL)
-    training = local(network, store, store.rows(store.subjects), stage, 8, 0, {})
+    training = local(Work(network, store, store.rows(store.subjects), 8, 0), stage)
     assert set(training.learning) == {"head", *(f"decoder.blocks.{k}" for k in range(3))}
     losses = descend(training, 30)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -214,7 +215,7 @@ def test_the_supervised_recipe_learns_to_segment(store, loss):
     before = validation_dice(network, store, store.subjects[:2])
     network.train()
     rows = store.rows(store.subjects[:2], labelled=True)
-    losses = descend(supervised(network, store, rows, rows[:0], recipe, 12, 0, 60), 60)
+    losses = descend(supervised(Work(network, store, rows, 12, 0, 60), recipe), 60)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert validation_dice(network, store, store.subjects[:2]) > before + 0.1
 
@@ -225,7 +226,7 @@ def test_without_augmentation_the_slices_are_used_as_they_are(store):
     network = UNet(1, 4, SMALL)
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     recipe = SupervisedRecipe(recipe="supervised", augmentation="none")
-    supervised(network, store, rows, rows[:0], recipe, 6, 0, 1).step_loss(0)
+    supervised(Work(network, store, rows, 6, 0, 1), recipe).step_loss(0)
     known = {store.images[row].tobytes() for row in rows}
     assert all(image.half().numpy().tobytes() in known for image in seen[0].contiguous())
 

@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from clseg.augment import FINETUNE_VIEWS
 from clseg.config import RequestError, SupervisedRecipe
-from clseg.data.prepare import Store
-from clseg.loop import Training, step_generator
+from clseg.loop import Training, Work
 from clseg.losses import SEGMENTATION_LOSSES
-from clseg.models import UNet
+
+Annotate = Callable[[Tensor], Tensor]
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:
@@ -37,60 +37,47 @@ def mixup(image: Tensor, label: Tensor, classes: int, alpha: float, generator: G
     return weight * image + (1 - weight) * image[other], weight * label + (1 - weight) * label[other]
 
 
-def labelled_batch(
-    store: Store,
-    rows: np.ndarray,
-    recipe: SupervisedRecipe,
-    count: int,
-    generator: Generator,
-    device: torch.device,
-    annotate: Callable[[Tensor], Tensor] | None = None,
+def _drawn(
+    work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None
 ) -> tuple[Tensor, Tensor]:
-    """`count` of these slices, drawn with repetition and augmented: images, and labels for `dice_loss`.
-
-    `annotate`: labels int64 [B, ...] of the images before augmentation, in place of those of the store.
-    """
-    chosen = rows[torch.randint(len(rows), (count,), generator=generator).numpy()]
-    batch = store.batch(chosen, device, generator)
+    chosen = rows[torch.randint(len(rows), (work.slices,), generator=generator).numpy()]
+    batch = work.store.batch(chosen, work.device, generator)
     label = annotate(batch.image) if annotate else batch.label
     image, label = FINETUNE_VIEWS[recipe.augmentation](batch.image, label, generator)
-    return mixup(image, label, store.num_classes, recipe.mixup, generator) if recipe.mixup else (image, label)
+    classes = work.store.num_classes
+    return mixup(image, label, classes, recipe.mixup, generator) if recipe.mixup else (image, label)
+
+
+def labelled_batch(work: Work, recipe: SupervisedRecipe, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Labelled slices, drawn with repetition and augmented: images, and labels for `dice_loss`."""
+    return _drawn(work, work.rows, recipe, generator, None)
 
 
 def unlabelled_batch(
-    store: Store, rows: np.ndarray, recipe: SupervisedRecipe, count: int, generator: Generator, device: torch.device
-) -> Tensor:
-    """The images of `count` of these slices, drawn and augmented as those with labels are."""
+    work: Work, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None = None
+) -> tuple[Tensor, Tensor]:
+    """As many slices without labels, drawn and augmented alike; `annotate` makes the labels (none: background).
 
-    def nothing(image: Tensor) -> Tensor:
-        return torch.zeros_like(image[:, 0], dtype=torch.long)
+    `annotate`: labels int64 [B, ...] of images before their augmentation.
+    Recipes pass them through the network apart from those with labels: in one batch, batch norm leaves the segmenter a
+    way to tell the few labelled subjects from the others, and what it learns on them fails on the others.
+    """
+    nothing = annotate or (lambda image: torch.zeros_like(image[:, 0], dtype=torch.long))
+    return _drawn(work, work.unlabelled, recipe, generator, nothing)
 
-    return labelled_batch(store, rows, recipe, count, generator, device, nothing)[0]
 
-
-def require_unlabelled(rows: np.ndarray, recipe: SupervisedRecipe) -> None:
+def require_unlabelled(work: Work, recipe: SupervisedRecipe) -> None:
     """Raise `RequestError` where a semi-supervised recipe has no slices without labels."""
-    if not len(rows):
+    if not len(work.unlabelled):
         raise RequestError(f"recipe {recipe.recipe!r}: no slices without labels are left; label fewer subjects")
 
 
-def supervised(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    _unlabelled: np.ndarray,
-    recipe: SupervisedRecipe,
-    batch_size: int,
-    seed: int,
-    _steps: int,
-) -> Training:
-    """Trains the network on the labelled slices `rows`."""
-    device = next(network.parameters()).device
+def supervised(work: Work, recipe: SupervisedRecipe) -> Training:
+    """Trains the network on the labelled slices."""
     segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "supervised", step)
-        image, label = labelled_batch(store, rows, recipe, batch_size, generator, device)
-        return segmentation_loss(network(image), label)
+        image, label = labelled_batch(work, recipe, work.generator("supervised", step))
+        return segmentation_loss(work.network(image), label)
 
-    return Training({"network": network}, step_loss)
+    return Training({"network": work.network}, step_loss)

@@ -4,17 +4,13 @@ Zhang et al. extract features with a beta-VAE (their abstract and figure). Its l
 not known: what is here is an interpretation, the beta-VAE of Higgins et al.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from clseg.config import AutoencoderStage
-from clseg.data.prepare import Store
-from clseg.loop import Training, step_generator
-from clseg.models import BetaVAE, UNet
-from clseg.stages.sampling import random_slices
+from clseg.loop import Training, Work
+from clseg.models import BetaVAE
+from clseg.stages.sampling import random_batch
 
 
 def beta_vae_loss(image: Tensor, restored: Tensor, mean: Tensor, log_variance: Tensor, beta: float) -> Tensor:
@@ -31,24 +27,14 @@ def beta_vae_loss(image: Tensor, restored: Tensor, mean: Tensor, log_variance: T
     return (image - restored).square().mean() / 2 + beta * divergence / image[0].numel()
 
 
-def autoencoder(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    stage: AutoencoderStage,
-    slices: int,
-    seed: int,
-    _earlier: Mapping[str, Tensor],
-) -> Training:
+def autoencoder(work: Work, stage: AutoencoderStage) -> Training:
     """Trains a beta-VAE, saved beside the network, which stays as it was."""
-    device = next(network.parameters()).device
-    vae = BetaVAE(store.channels, store.size, stage.latent).to(device)
+    vae = BetaVAE(work.store.channels, work.store.size, stage.latent).to(work.device)
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "autoencoder", step)
-        image = store.batch(random_slices(rows, slices, generator), device, generator).image
+        image, generator = random_batch(work, "autoencoder", step)
         mean, log_variance = vae.encode(image)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(work.device)
         restored = vae.decode(mean + (log_variance / 2).exp() * noise)
         return beta_vae_loss(image, restored, mean, log_variance, stage.beta)
 

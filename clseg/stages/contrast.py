@@ -13,19 +13,15 @@ In 3-D a row stands for the block around a slice; nothing else changes.
 them); brightness and contrast are drawn per image; positives of `gd` join all volumes of the batch, not sets of two.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from clseg.augment import CONTRAST_VIEWS
 from clseg.cluster import pseudo_classes
 from clseg.config import ContrastStage, RequestError
-from clseg.data.prepare import Store
-from clseg.loop import Training, step_generator
+from clseg.loop import Training, Work
 from clseg.losses import contrastive_loss, gather
-from clseg.models import GlobalHead, UNet
+from clseg.models import GlobalHead
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, partition_pairs, position_pairs
 from clseg.stages.sampling import equal_partitions, partition_slices, random_slices
 
@@ -33,26 +29,17 @@ from clseg.stages.sampling import equal_partitions, partition_slices, random_sli
 VIEWS = {"gd-": (False, True, True), "gd": (False, True)}
 
 
-def draw_batch(
-    store: Store,
-    rows: np.ndarray,
-    stage: ContrastStage,
-    slices: int,
-    seed: int,
-    step: int,
-    device: torch.device,
-    cluster: Tensor | None = None,
-) -> tuple[Tensor, Pairs]:
+def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | None = None) -> tuple[Tensor, Pairs]:
     """The batch of one step: images [V n, C, ...], view after view, and who is alike among them.
 
     cluster: pseudo-class of every row of the store [N] int64, for `cluster` pairs.
     """
-    generator = step_generator(seed, "contrast", step)
+    generator, store, device = work.generator("contrast", step), work.store, work.device
     views, partition = VIEWS.get(stage.answer, (True, True)), None
     if stage.answer in VIEWS:
-        chosen, partition = partition_slices(store, rows, stage.partitions, slices, generator)
+        chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
     else:
-        chosen = random_slices(rows, slices, generator)
+        chosen = random_slices(work.rows, work.slices, generator)
     batch = store.batch(chosen, device, generator)
     view_of = CONTRAST_VIEWS[stage.views]
     image = torch.cat([view_of(batch.image, generator) if augmented else batch.image for augmented in views])
@@ -75,27 +62,19 @@ def draw_batch(
     return image, pairs
 
 
-def contrast(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    stage: ContrastStage,
-    slices: int,
-    seed: int,
-    earlier: Mapping[str, Tensor],
-) -> Training:
+def contrast(work: Work, stage: ContrastStage) -> Training:
     """Trains the encoder and a head; with `cluster` pairs the pseudo-classes are among the tables."""
+    store, encoder = work.store, work.network.encoder
     if stage.pairs == "position" and not store.positions_known:
         raise RequestError(f"data set of {store.folder.name}: slices have no known position; choose other pairs")
-    device = next(network.parameters()).device
-    head = GlobalHead(network.config, store.size, stage.head).to(device)
+    head = GlobalHead(work.network.config, store.size, stage.head).to(work.device)
     tables, cluster = {}, None
     if stage.pairs == "cluster":
-        tables["clusters"], cluster = pseudo_classes(store, rows, stage, earlier, device)
+        tables["clusters"], cluster = pseudo_classes(work, stage)
 
     def step_loss(step: int) -> Tensor:
-        image, pairs = draw_batch(store, rows, stage, slices, seed, step, device, cluster)
-        embedding = gather(head(network.encoder(image)[-1]))
+        image, pairs = draw_batch(work, stage, step, cluster)
+        embedding = gather(head(encoder(image)[-1]))
         return contrastive_loss(embedding, pairs, stage.temperature, stage.denominator)
 
-    return Training({"encoder": network.encoder, "head": head}, step_loss, tables=tables)
+    return Training({"encoder": encoder, "head": head}, step_loss, tables=tables)

@@ -6,18 +6,14 @@ Source: Chaitanya et al., NeurIPS 2020, stage 2, and its released code.
 *Deviation*: brightness and contrast are drawn per image, not once per batch.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from clseg.augment import intensity
 from clseg.config import LocalStage, RequestError
-from clseg.data.prepare import Store
-from clseg.loop import Training, step_generator
+from clseg.loop import Training, Work
 from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
-from clseg.models import LocalHead, UNet
+from clseg.models import LocalHead
 from clseg.stages.sampling import partition_slices, random_slices
 
 
@@ -33,17 +29,9 @@ def regions(stage: LocalStage, map_size: tuple[int, int]) -> tuple[Tensor, Tenso
     return corners, neighbours[:, : stage.negatives]
 
 
-def local(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    stage: LocalStage,
-    slices: int,
-    seed: int,
-    _earlier: Mapping[str, Tensor],
-) -> Training:
+def local(work: Work, stage: LocalStage) -> Training:
     """Trains the first decoder blocks and a head."""
-    device = next(network.parameters()).device
+    network, store, device = work.network, work.store, work.device
     blocks = network.decoder.blocks
     if stage.decoder_blocks > len(blocks):
         raise RequestError(f"stages: decoder_blocks is {stage.decoder_blocks}, the network has {len(blocks)}")
@@ -53,12 +41,12 @@ def local(
     head = LocalHead(network.config, stage.decoder_blocks, stage.size).to(device)
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "local", step)
+        generator = work.generator("local", step)
         image_pairs = None
         if stage.strategy == "lr":
-            chosen = random_slices(rows, slices, generator)
+            chosen = random_slices(work.rows, work.slices, generator)
         else:
-            chosen, partition = partition_slices(store, rows, stage.partitions, slices, generator)
+            chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
             same = partition[:, None] == partition[None, :]
             image_pairs = same.fill_diagonal_(False).to(device)
         image = store.batch(chosen, device).image

@@ -11,7 +11,7 @@ The code of Chaitanya et al. has helpers that make the inputs of the first three
 that trains on them; Zeng et al. compare with rotation and PIRL, and neither is in their code.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,12 +20,10 @@ from torch.nn import functional as F
 
 from clseg.augment import intensity
 from clseg.config import ContextRestorationStage, InpaintingStage, NetworkConfig, PirlStage, RequestError, RotationStage
-from clseg.data.prepare import Store, fit
-from clseg.loop import Training, step_generator
-from clseg.models import EMBEDDING, UNet, initialise, output_layers
-from clseg.stages.sampling import random_slices
-
-Weights = Mapping[str, Tensor]
+from clseg.data.prepare import fit
+from clseg.loop import Training, Work
+from clseg.models import EMBEDDING, initialise, output_layers
+from clseg.stages.sampling import random_batch, random_slices
 
 
 def _pooled(config: NetworkConfig, outputs: int) -> nn.Module:
@@ -40,47 +38,36 @@ def turns(image: Tensor) -> tuple[Tensor, Tensor]:
     return turned, torch.arange(4, device=image.device).repeat_interleave(len(image))
 
 
-def rotation(
-    network: UNet, store: Store, rows: np.ndarray, _stage: RotationStage, slices: int, seed: int, _earlier: Weights
-) -> Training:
+def rotation(work: Work, _stage: RotationStage) -> Training:
     """Cross-entropy of the four turns of a slice, all four in one batch; trains the encoder and a linear classifier.
 
     Raises `RequestError` where images are not square.
     Source: Gidaris et al., ICLR 2018, eq. 2 and 3; `create_rotated_imgs` of Chaitanya et al. also takes all four turns.
     *Deviation*: slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
     """
-    if store.size[0] != store.size[1]:
-        raise RequestError(f"geometry.size: rotation needs square images, not {store.size}; choose equal sides")
-    device = next(network.parameters()).device
-    head = _pooled(network.config, 4).to(device)
+    encoder, (height, width) = work.network.encoder, work.store.size
+    if height != width:
+        raise RequestError(f"geometry.size: rotation needs square images, not {work.store.size}; choose equal sides")
+    head = _pooled(work.network.config, 4).to(work.device)
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "rotation", step)
-        image = store.batch(random_slices(rows, slices, generator), device).image
+        image, generator = random_batch(work, "rotation", step)
         turned, label = turns(intensity(image, generator))
-        return F.cross_entropy(head(network.encoder(turned)[-1]).float(), label)
+        return F.cross_entropy(head(encoder(turned)[-1]).float(), label)
 
-    return Training({"encoder": network.encoder, "head": head}, step_loss)
+    return Training({"encoder": encoder, "head": head}, step_loss)
 
 
-def _restoring(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    slices: int,
-    seed: int,
-    spoil: Callable[[Tensor, Generator], tuple[Tensor, Tensor]],
-) -> Training:
+def _restoring(work: Work, spoil: Callable[[Tensor, Generator], tuple[Tensor, Tensor]]) -> Training:
     """Trains encoder, decoder and output layers to restore slices, not augmented, from what `spoil` leaves of them.
 
     `spoil(image, generator)`: spoilt images and a bool mask [B, 1, H, W] of the pixels whose square error counts.
     """
-    device = next(network.parameters()).device
-    head = initialise(output_layers(store.channels, network.config), network.config).to(device)
+    network = work.network
+    head = initialise(output_layers(work.store.channels, network.config), network.config).to(work.device)
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "restoring", step)
-        image = store.batch(random_slices(rows, slices, generator), device).image
+        image, generator = random_batch(work, "restoring", step)
         spoilt, counts = spoil(image, generator)
         restored = head(network.decoder(network.encoder(spoilt))).float()
         return (restored - image).square()[counts.expand_as(image)].mean()
@@ -100,9 +87,7 @@ def box_mask(images: int, size: Sequence[int], stage: InpaintingStage, generator
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
-def inpainting(
-    network: UNet, store: Store, rows: np.ndarray, stage: InpaintingStage, slices: int, seed: int, _earlier: Weights
-) -> Training:
+def inpainting(work: Work, stage: InpaintingStage) -> Training:
     """Mean square error inside a box that was set to 0; trains encoder, decoder and output layers.
 
     Source: Pathak et al., CVPR 2016, eq. 1, the reconstruction loss; `create_inpaint_box` of Chaitanya et al.: 100
@@ -115,7 +100,7 @@ def inpainting(
         hidden = box_mask(len(image), image.shape[2:], stage, generator).to(image.device)
         return image.masked_fill(hidden, 0.0), hidden
 
-    return _restoring(network, store, rows, slices, seed, spoil)
+    return _restoring(work, spoil)
 
 
 def patch_swaps(images: int, size: Sequence[int], stage: ContextRestorationStage, generator: Generator) -> Tensor:
@@ -146,15 +131,7 @@ def rearrange(image: Tensor, source: Tensor) -> Tensor:
     return image.flatten(2).gather(2, source[:, None].expand(-1, image.shape[1], -1)).reshape(image.shape)
 
 
-def context_restoration(
-    network: UNet,
-    store: Store,
-    rows: np.ndarray,
-    stage: ContextRestorationStage,
-    slices: int,
-    seed: int,
-    _earlier: Weights,
-) -> Training:
+def context_restoration(work: Work, stage: ContextRestorationStage) -> Training:
     """Mean square error of slices restored from swapped patches; trains encoder, decoder and output layers.
 
     Source: Chen et al., Medical Image Analysis 2019; `context_restoration` of Chaitanya et al.: 10 swaps, 5 x 5 of 192.
@@ -166,7 +143,7 @@ def context_restoration(
         source = patch_swaps(len(image), image.shape[2:], stage, generator).to(image.device)
         return rearrange(image, source), torch.ones(1, dtype=torch.bool, device=image.device)
 
-    return _restoring(network, store, rows, slices, seed, spoil)
+    return _restoring(work, spoil)
 
 
 def jigsaw(image: Tensor, grid: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -219,9 +196,7 @@ class Memory(nn.Module):
         self.bank[index] = self.bank[index].lerp(F.normalize(embedding, dim=1), 1 - momentum)
 
 
-def pirl(
-    network: UNet, store: Store, rows: np.ndarray, stage: PirlStage, slices: int, seed: int, _earlier: Weights
-) -> Training:
+def pirl(work: Work, stage: PirlStage) -> Training:
     """λ L(g(puzzle of x_i), m_i) + (1 - λ) L(f(x_i), m_i), λ `weight`, L `Memory.loss`; trains encoder, f and g.
 
     Patches pass the encoder one by one, resized up to a multiple of its coarsest pixel (3 x 3 of 192 pixels fit as they
@@ -230,15 +205,16 @@ def pirl(
     *Deviation*: L is a softmax over the slice and the negatives (InfoNCE), without the published sum of log(1 - h) over
     negatives; 1024 of them, not 32,000; no random crops, neither of image nor of patches.
     """
+    network, store, rows, device = work.network, work.store, work.rows, work.device
     if stage.grid > min(store.size):
         raise RequestError(f"stages: grid {stage.grid} is more than the pixels of {store.size}; lower grid")
-    device, coarsest = next(network.parameters()).device, network.config.coarsest
+    coarsest = network.config.coarsest
     head, memory = PirlHead(network.config, stage.grid**2).to(device), Memory(len(rows)).to(device)
     patch_size = [-(-(side // stage.grid) // coarsest) * coarsest for side in store.size]
 
     def step_loss(step: int) -> Tensor:
-        generator = step_generator(seed, "pirl", step)
-        chosen = random_slices(np.arange(len(rows)), slices, generator)
+        generator = work.generator("pirl", step)
+        chosen = random_slices(np.arange(len(rows)), work.slices, generator)
         image, index = store.batch(rows[chosen], device).image, torch.from_numpy(chosen)
         others, index = memory.others(index, stage.negatives, generator).to(device), index.to(device)
         patches, _ = jigsaw(intensity(image, generator), stage.grid, generator)

@@ -6,12 +6,20 @@ from torch import Generator, Tensor
 
 from clseg.config import RequestError
 from clseg.data.prepare import Store
+from clseg.loop import Work
 
 
 def random_slices(rows: np.ndarray, count: int, generator: Generator) -> np.ndarray:
     """`count` of these slices without repetition, or all of them where there are fewer."""
     order = torch.randperm(len(rows), generator=generator)[:count].numpy()
     return rows[order]
+
+
+def random_batch(work: Work, stream: str, step: int) -> tuple[Tensor, Generator]:
+    """The images of `random_slices` of a step, and the generator they were drawn with."""
+    generator = work.generator(stream, step)
+    chosen = random_slices(work.rows, work.slices, generator)
+    return work.store.batch(chosen, work.device, generator).image, generator
 
 
 def partition_slices(

@@ -18,7 +18,7 @@ from IPython.display import display
 
 from clseg import augment, config, plots
 from clseg.data.prepare import prepare
-from clseg.loop import step_generator
+from clseg.loop import Work, step_generator
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import instance_pairs, partition_pairs
@@ -296,7 +296,8 @@ settings = {
     "gd-": published.model_copy(update={"strategy": "gd-"}),
     "gd": published,
 }
-drawn = {name: draw_batch(store, rows, setting, 12, 0, 0, torch.device("cpu"))[1] for name, setting in settings.items()}
+work = Work(UNet(1, store.num_classes, config.NetworkConfig()), store, rows, 12, seed=0)
+drawn = {name: draw_batch(work, setting, 0)[1] for name, setting in settings.items()}
 for name, of_batch in drawn.items():
     count = len(of_batch.positive)  # rows come view after view, and in each volume after volume
     place = torch.arange(count) % 12
@@ -348,7 +349,7 @@ for name, setting in settings.items():
 table = []
 for count in (2, 3, 4, 6):
     setting = published.model_copy(update={"partitions": count})
-    _, of_batch = draw_batch(store, rows, setting, 12, 0, 0, torch.device("cpu"))
+    _, of_batch = draw_batch(work, setting, 0)
     pairs_seen = between_volumes(setting)
     positive, negative = pairs_seen[pairs_seen["positive"]], pairs_seen[pairs_seen["negative"]]
     table.append(
@@ -379,7 +380,7 @@ small = prepare(about, about.geometry["smoke"], progress=False)
 width = config.NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 torch.manual_seed(0)
 network = UNet(small.channels, small.num_classes, width)
-pretraining = contrast(network, small, small.rows(training), parameters, parameters.slices, seed=0, earlier={})
+pretraining = contrast(Work(network, small, small.rows(training), parameters.slices, seed=0), parameters)
 head = pretraining.learning["head"]
 optimiser = torch.optim.Adam([*network.encoder.parameters(), *head.parameters()], parameters.learning_rate)
 
@@ -438,7 +439,7 @@ for who, subjects in {"training": training, "new": held_out}.items():
 # What does the temperature mean for *these* embeddings?
 
 # %%
-image, of_batch = draw_batch(small, small.rows(training), parameters, parameters.slices, 0, 999, torch.device("cpu"))
+image, of_batch = draw_batch(Work(network, small, small.rows(training), parameters.slices, seed=0), parameters, 999)
 with torch.no_grad():
     z = F.normalize(head(network.encoder(image)[-1]), dim=1)
 for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from clseg import config, plots
 from clseg.augment import intensity
 from clseg.data.prepare import prepare
-from clseg.loop import step_generator
+from clseg.loop import Work, step_generator
 from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
 from clseg.models import LocalHead, UNet
 from clseg.pairs import Pairs
@@ -321,7 +321,9 @@ def loss_of(network, head, views):
 
 
 network, _ = new_network()
-by_stage = local(network, medium, training, parameters.model_copy(update={"strategy": "lr"}), parameters.slices, 0, {})
+by_stage = local(
+    Work(network, medium, training, parameters.slices, seed=0), parameters.model_copy(update={"strategy": "lr"})
+)
 here = loss_of(network, by_stage.learning["head"], two_views("same", training, 0))
 print(f"step 0: the stage says {by_stage.step_loss(0).item():.3f}, this notebook {here.item():.3f}")
 

@@ -22,6 +22,7 @@ from IPython.display import display
 from clseg import config, plots
 from clseg.cluster import clusters_of, features, linkage_matrix, pseudo_classes, purity
 from clseg.data.prepare import prepare
+from clseg.loop import Work
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs
@@ -51,12 +52,12 @@ print(parameters.model_dump_json(indent=1))
 # %%
 about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 16}})
 store = prepare(about, about.geometry["laptop"], progress=False)
-rows, cpu = store.rows(store.subjects), torch.device("cpu")
+rows = store.rows(store.subjects)
 
 torch.manual_seed(0)
 network = UNet(store.channels, store.num_classes, config.NetworkConfig())
 settings = config.AutoencoderStage(stage="autoencoder", slices=parameters.slices)
-training = autoencoder(network, store, rows, settings, settings.slices, 0, {})
+training = autoencoder(Work(network, store, rows, settings.slices, seed=0), settings)
 vae, losses = training.learning["autoencoder"], []
 optimiser = torch.optim.Adam(vae.parameters(), settings.learning_rate)
 for step in range(600):
@@ -85,8 +86,9 @@ plots.volume_grid(
 
 # %%
 earlier = {f"autoencoder.{name}": value for name, value in vae.state_dict().items()}  # as a run hands it on
-table, cluster = pseudo_classes(store, rows, parameters, earlier, cpu)
-described = features(vae, store, rows, cpu)
+work = Work(network, store, rows, 12, seed=0, earlier=earlier)
+table, cluster = pseudo_classes(work, parameters)
+described = features(work)
 tree = linkage_matrix(described, parameters.linkage)
 cut = tree[-parameters.clusters :][:2, 2].mean()  # between the merge that leaves k clusters and the next
 plots.dendrogram(tree, cut, f"{len(rows)} slices, linkage {parameters.linkage}")
@@ -231,7 +233,7 @@ every = torch.arange(len(store.slices))
 
 
 def batch_pairs(cluster=None, **changes):
-    return draw_batch(store, rows, parameters.model_copy(update=changes), 12, 0, 0, cpu, cluster)[1]
+    return draw_batch(work, parameters.model_copy(update=changes), 0, cluster)[1]
 
 
 drawn = {

@@ -9,7 +9,8 @@
 # Pre-training sees only the subjects of the pre-training set: never a test subject.
 
 # %%
-import torch
+from dataclasses import replace
+
 import yaml
 from IPython.display import display
 
@@ -49,11 +50,13 @@ print(f"{len(split.pretrain)} subjects, {len(rows)} slices for pre-training; ima
 # %%
 stage_config = run.experiment.stages[run.parameters.stage]
 if stage_config.stage == "contrast":
-    cluster, slices = None, min(stage_config.slices, 8)
-    if stage_config.pairs == "cluster":
+    if run.parent:
         runs.train(run.parent)
-        _, cluster = pseudo_classes(store, rows, stage_config, runs.earlier_weights(run), torch.device("cpu"))
-    images, pairs = draw_batch(store, rows, stage_config, slices, run.parameters.seed, 0, torch.device("cpu"), cluster)
+    work = replace(
+        runs.stage_work(run, store, split, runs.build_network(run, store)), slices=min(stage_config.slices, 8)
+    )
+    cluster = pseudo_classes(work, stage_config)[1] if stage_config.pairs == "cluster" else None
+    images, pairs = draw_batch(work, stage_config, 0, cluster)
     display(plots.pairs_matrix(pairs))
 
 # %%

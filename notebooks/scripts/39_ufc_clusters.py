@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from clseg import cluster, config, grid, loop, plots, runs
+from clseg import cluster, config, grid, plots, runs
 
 # %% tags=["parameters"]
 study: str = "ufc_clusters"  # a name under params/studies
@@ -43,7 +43,8 @@ found.groupby("cluster").agg(
 # ## The hierarchy and its cut
 
 # %%
-features = cluster.features(store, found["row"].to_numpy(), runs.earlier_weights(run), loop.device())
+work = runs.stage_work(run, store, runs.split_of(run, store), runs.build_network(run, store))
+features = cluster.features(work)
 linkage = cluster.linkage_matrix(features, stage.linkage)
 clusters = found["cluster"].nunique()
 figure = plots.dendrogram(

@@ -1,0 +1,92 @@
+"""Learned augmentation: deformations and intensity changes of the labelled slices that look like unlabelled slices.
+
+Source: Chaitanya et al., IPMI 2019 and Medical Image Analysis 2021, and the released code (adversarial weight 1, size
+weight 0.001, 400 of 10,000 steps for the segmenter alone); the "cGAN" of Chaitanya et al., NeurIPS 2020.
+*Deviation*: both generators and the segmenter are trained together, not the generators one by one before a last
+segmenter; one discriminator of deformed and changed images, by gradient reversal in the same step; smaller networks;
+displacements are in 1/192 of the side, pixels at the published size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clseg.augment import REFERENCE_PX, warp
+from clseg.config import GanAugmentationRecipe, NetworkConfig
+from clseg.loop import Training, Work
+from clseg.losses import SEGMENTATION_LOSSES
+from clseg.models import CONV, initialise
+from clseg.recipes.adversarial import Discriminator, discriminator_loss, reverse
+from clseg.recipes.supervised import labelled_batch, one_hot, require_unlabelled, unlabelled_batch
+
+RANDOM = 100  # length of the random vector
+NODES = 6  # per side, of the map that is made of it: 192 / 32
+
+
+class Change(nn.Module):
+    """An image [B, C, ...] and a random vector [B, 100] to a map [B, outputs, ...] of the same sides.
+
+    The vector becomes a coarse map, which is upsampled and joined to features of the image; conv 3 and ReLU in between.
+    """
+
+    def __init__(self, channels: int, outputs: int, config: NetworkConfig, dimensions: int) -> None:
+        super().__init__()
+        conv, self.width = CONV[dimensions], config.filters[0]
+        self.coarse = nn.Linear(RANDOM, self.width * NODES**dimensions)
+        self.image = nn.Sequential(conv(channels, self.width, 3, padding=1), nn.ReLU())
+        joined = conv(2 * self.width, self.width, 3, padding=1)
+        self.both = nn.Sequential(joined, nn.ReLU(), conv(self.width, outputs, 3, padding=1))
+        initialise(self, config)
+
+    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+        sides = image.shape[2:]
+        coarse = self.coarse(vector).relu().reshape(-1, self.width, *[NODES] * len(sides))
+        coarse = F.interpolate(coarse, size=sides, mode="bilinear" if len(sides) == 2 else "trilinear")
+        return self.both(torch.cat([self.image(image), coarse], dim=1))
+
+
+def deform(image: Tensor, label: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Image [B, C, ...] and label, float [B, K, ...], moved alike by [B, dimensions, ...] in 1/192 of the side.
+
+    The first displacement is that along the last axis, as in `warp`; what comes from outside is 0 and background.
+    """
+    still = torch.eye(displacement.shape[1], displacement.shape[1] + 1).expand(len(image), -1, -1)
+    grid = F.affine_grid(still, [len(image), 1, *image.shape[2:]], align_corners=False).to(image.device)
+    grid = grid + 2 / REFERENCE_PX * displacement.movedim(1, -1)
+    organs = warp(label[:, 1:], grid)
+    return warp(image, grid), torch.cat([1 - organs.sum(dim=1, keepdim=True), organs], dim=1)
+
+
+def gan_augmentation(work: Work, recipe: GanAugmentationRecipe) -> Training:
+    """L(labelled and changed ones) + adversarial_weight log(1 - D(changed)) - size_weight (mean |v| + mean |Δ|).
+
+    v the displacements, Δ in (-1, 1) what is added to the deformed image; D(x) in (0, 1) is trained to be 1 for
+    unlabelled slices, 0 for changed ones. Segmenter and generators minimise the loss above; for `warm_up` of the steps
+    there is the segmenter alone, on labelled slices. Raises `RequestError` without unlabelled slices.
+    """
+    require_unlabelled(work, recipe)
+    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
+    network, store = work.network, work.store
+    about = network.config, store.dimensions
+    deformation = Change(store.channels, store.dimensions, *about).to(work.device)
+    intensity = Change(store.channels, store.channels, *about).to(work.device)
+    discriminator = Discriminator(store.channels, *about).to(work.device)
+
+    def step_loss(step: int) -> Tensor:
+        generator = work.generator("gan_augmentation", step)
+        image, label = labelled_batch(work, recipe, generator)
+        if step < round(recipe.warm_up * work.steps):
+            return segmentation_loss(network(image), label)
+        label = label if recipe.mixup else one_hot(label, store.num_classes)
+        vectors = torch.randn((2, work.slices, RANDOM), generator=generator).to(work.device)
+        displacement = deformation(image, vectors[0]).float()
+        moved, moved_label = deform(image, label, displacement)
+        added = intensity(moved, vectors[1]).float().tanh()
+        changed = moved + added
+        known = segmentation_loss(network(torch.cat([image, changed])), torch.cat([label, moved_label]))
+        real, _ = unlabelled_batch(work, recipe, generator)
+        contest = discriminator_loss(discriminator, real, reverse(changed, recipe.adversarial_weight))
+        return known + contest - recipe.size_weight * (displacement.abs().mean() + added.abs().mean())
+
+    learning = {"network": network, "deformation": deformation, "intensity": intensity, "discriminator": discriminator}
+    return Training(learning, step_loss)

@@ -1,0 +1,403 @@
+# %% [markdown]
+# # How near is alike?
+# **Positional contrast needs no labels and no partitions: two slices are alike if their places in their volumes differ by less
+# than a threshold.** One number replaces the borders of `10_global_contrast`, and everything hangs on it.
+#
+# You will see: the idea of the method figure of Zeng et al. (MICCAI 2021) on slices of the phantom, the loss as a slow loop and
+# as a fast function, how many pairs a threshold makes alike in short and in long volumes, and which other methods are
+# hidden in this one. Nothing is downloaded; about half a minute on one CPU thread, and a GPU would not be noticed.
+
+# %%
+from math import inf, log
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from IPython.display import display
+
+from clseg import config, plots
+from clseg.data.prepare import prepare
+from clseg.loop import Work, optimiser_for
+from clseg.loop import learning_rate as rate_at
+from clseg.losses import contrastive_loss
+from clseg.models import UNet
+from clseg.pairs import Pairs, cluster_pairs, instance_pairs, position_pairs
+from clseg.stages.contrast import contrast, draw_batch
+from clseg.stages.sampling import equal_partitions, random_slices
+
+# %% tags=["parameters"]
+stage: str = "contrast"  # the kind of stage: this notebook is about this one
+pairs: str = "position"  # who is alike: slices whose positions differ by less than the threshold
+threshold: float = 0.35  # t, in parts of the volume's length
+temperature: float = 0.1  # tau
+denominator: str = "all"  # the positives are in the denominator, too
+head: str = "pool"  # average over the map, then two layers
+views: str = "pcl"  # mirrored, turned, scaled and bent; brightness and contrast stay
+slices: int = 32  # slices in a batch, before they are augmented
+optimiser: str = "sgd"
+learning_rate: float = 0.1
+schedule: str = "cosine"
+weight_decay: float = 1e-5
+
+# %%
+parameters = config.read_parameters(globals(), config.ContrastStage)
+print(parameters.model_dump_json(indent=1))
+
+# %% [markdown]
+# ## The idea
+# Slice m of n has the *position* p = m/n. Two patients rarely have the same number of slices, but both volumes run from 0 to 1.
+# An anchor (black) is like all slices with $|p_i-p_j|<t$ (blue), its own neighbours and those of anybody else, and unlike the rest
+# (orange). Here are the patients with the fewest and the most slices.
+
+# %%
+about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
+store = prepare(about, about.geometry["laptop"], progress=False)
+shortest, longest = store.volumes["slices"].idxmin(), store.volumes["slices"].idxmax()
+shown = store.batch([*store.volume_rows(shortest), *store.volume_rows(longest)])
+anchor = store.volumes["slices"][shortest] // 2
+anchor_position = shown.position[anchor].item()
+
+figure, axis = plt.subplots(figsize=(9, 2.3))
+axis.axvspan(
+    anchor_position - parameters.threshold, anchor_position + parameters.threshold, color=plots.BLUE, alpha=0.12
+)
+blue = position_pairs(shown.position, parameters.threshold).positive[anchor]
+for row, (picture, position) in enumerate(zip(shown.image[:, 0], shown.position.tolist(), strict=True)):
+    colour = plots.BLACK if row == anchor else plots.BLUE if blue[row] else plots.ORANGE
+    bottom = 1.2 * (shown.volume[row] == shortest).item()
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1.5, extent=(position - 0.038, position + 0.038, bottom, bottom + 1))
+    axis.add_patch(plt.Rectangle((position - 0.038, bottom), 0.076, 1, fill=False, edgecolor=colour, linewidth=2))
+axis.set(xlim=(0.03, 1.05), ylim=(-0.1, 2.3), aspect="auto", xlabel="position, base to apex")
+axis.set_yticks([0.5, 1.7], [f"{store.volumes['slices'][v]} slices" for v in (longest, shortest)])
+plt.show()
+
+# %% [markdown]
+# Follow the shaded band downwards: the same stretch of heart in another patient, with more slices in it. Nothing was registered.
+# And compare with partitions: the band moves with the anchor, so no border ever separates two neighbours.
+#
+# ## Tiny tensors
+# Two patients, A and B, with two slices each, two views of every slice: eight rows, and embeddings of two dimensions, so that
+# everything can be drawn. The threshold is 0.35.
+
+# %%
+position = torch.tensor([0.2, 0.4, 0.6, 0.9]).repeat_interleave(2)  # [8]
+slice_id = torch.arange(4).repeat_interleave(2)
+name_of_row = [name for name in ("A 0.2", "B 0.4", "A 0.6", "B 0.9") for _ in range(2)]
+degrees = torch.tensor([10.0, 35.0, 60.0, 85.0, 20.0, 110.0, 150.0, 190.0], dtype=torch.float64)
+embedding = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)  # [8, 2], of length 1
+alike = position_pairs(position, 0.35)
+plots.pairs_matrix(alike, "t = 0.35: who is alike", groups=name_of_row)
+
+# %% [markdown]
+# A chain. Every slice is like the next one, so 0.2 is like 0.4, and 0.4 like 0.6, but 0.2 is **not** like 0.6. Partitions and clusters
+# are classes, this is not: no way to embed the slices can satisfy all pairs. And there is no grey: what is not alike is a negative.
+#
+# ## The loss, slowly
+# With $s_{ij}=\cos(z_i,z_j)/\tau$, 2N rows and the positives $\Lambda_i^+$ of anchor $i$ (Zeng et al., released code):
+# $$\mathcal L=\frac1{2N}\sum_i\frac{-1}{|\Lambda_i^+|}\sum_{j\in\Lambda_i^+}\log\frac{e^{s_{ij}}}{\sum_{k\ne i}e^{s_{ik}}}$$
+# The denominator holds **every** other row, positives included: they compete with each other.
+
+
+# %%
+def slow_loss(embedding, position, threshold, temperature):
+    """The formula, word for word, in float64."""
+    z = [vector / vector.norm() for vector in embedding.double()]
+    s = [[z_i @ z_j / temperature for z_j in z] for z_i in z]
+    rows, total = range(len(z)), 0.0
+    for i in rows:
+        positives = [j for j in rows if j != i and abs(position[i] - position[j]) < threshold]
+        everybody = sum(s[i][k].exp() for k in rows if k != i)
+        total += -1 / len(positives) * sum(torch.log(s[i][j].exp() / everybody) for j in positives)
+    return total / len(z)
+
+
+# %% [markdown]
+# The package asks `position_pairs` who is alike and hands the answer to the same `contrastive_loss` that every other method
+# uses. Do they agree, in value and in gradient?
+
+# %% tags=["nbval-check-output"]
+for tau in (0.1, 1.0):
+    slow, fast = embedding.clone().requires_grad_(), embedding.clone().requires_grad_()
+    slow_value = slow_loss(slow, position.tolist(), 0.35, tau)
+    fast_value = contrastive_loss(fast, position_pairs(position, 0.35), tau, denominator="all")
+    slow_value.backward()
+    fast_value.backward()
+    apart = max((slow_value - fast_value).abs(), (slow.grad - fast.grad).abs().max())
+    print(
+        f"temperature {tau}: slow {slow_value:.4f}, fast {fast_value:.4f}, the same within 1e-10: {bool(apart < 1e-10)}"
+    )
+
+# %% [markdown]
+# One thing is left out: the released code multiplies the loss by $\tau/0.07$, a habit of the code it grew from. At
+# $\tau=0.1$ that is a factor of 1.43 on every gradient. With Adam it would change nothing; with the published SGD it means
+# a learning rate of 0.143 where 0.1 is written (but for the weight decay).
+#
+# ## What the loss sees and what it does
+
+# %%
+display(plots.similarity_matrix(embedding @ embedding.T, "tiny embeddings", groups=name_of_row))
+for t in (0.1, 0.35, inf):
+    leaf = embedding.clone().requires_grad_()
+    arrows = torch.autograd.grad(contrastive_loss(leaf, position_pairs(position, t), 0.5), leaf)[0]
+    display(plots.gradient_picture(embedding, arrows, groups=name_of_row, title=f"t = {t}, temperature 0.5"))
+
+# %% [markdown]
+# The same eight points, three thresholds (the longest arrow has the same length in every picture). At 0.1 a slice knows only its own other
+# view. At 0.35 the chain acts: the lone view of A 0.6 at the right is pulled up to its neighbours. At infinity there is nobody to flee
+# from, and the outer points are pulled inwards.
+#
+# ## Temperature: positives that are pushed
+# Because positives compete, the derivative with respect to a similarity is, times $\tau$, the row's share of the
+# denominator, minus $1/|\Lambda_i^+|$ if the row is a positive. Negative: pulled. Positive: pushed. Ask autograd for the first view of B 0.4.
+
+# %%
+others = [row for row in range(8) if row != 2]
+table = {}
+for tau in (0.05, 0.1, 0.5, 1.0):
+    s = ((embedding @ embedding.T)[2, others] / tau).requires_grad_()
+    positive = alike.positive[2, others]
+    slope = torch.autograd.grad(s.logsumexp(dim=0) - s[positive].mean(), s)[0]
+    table[f"temperature {tau}"] = [round(value, 2) + 0.0 for value in slope.tolist()]
+table = pd.DataFrame(table, index=[name_of_row[row] for row in others])
+table.insert(0, "alike", positive.tolist())
+table.insert(1, "cosine", (embedding @ embedding.T)[2, others].round(decimals=2).tolist())
+table
+
+# %% [markdown]
+# TEXT
+#
+# ## The threshold: how many pairs are alike?
+# Take all pairs of a slice of one volume and a slice of another. If slices were infinitely thin, the share of positive pairs
+# would be $1-(1-t)^2$. Real stacks are staircases. Zeng et al. use t = 0.35 for ACDC, with some 9 or 10 slices to a volume, and
+# t = 0.1 for CT, with 17,525 slices in 68 volumes, 258 on average.
+
+
+# %% tags=["nbval-check-output"]
+def share(slices, threshold):
+    """Of the pairs of slices of two volumes with so many slices, the share that is alike."""
+    place = torch.arange(1, slices + 1) / slices
+    return position_pairs(place.repeat(2), threshold).positive[:slices, slices:].float().mean().item()
+
+
+for t, counts in ((0.35, (9, 10)), (0.1, (258,))):
+    for count in counts:
+        print(f"t = {t}, {count} slices: {share(count, t):.0%} of the pairs; 1 - (1 - t)^2 = {1 - (1 - t) ** 2:.0%}")
+
+# %%
+training, held_out = store.subjects[:16], store.subjects[16:]
+rows = store.rows(training)
+known = store.batch(rows)
+between = known.volume[:, None] != known.volume[None, :]
+thresholds = torch.arange(0.0125, 1.1, 0.0125).tolist()
+figure, axis = plt.subplots(figsize=(5.5, 3))
+for count, colour in ((10, plots.ORANGE), (258, plots.BLUE)):
+    axis.plot(thresholds, [share(count, t) for t in thresholds], color=colour, label=f"two volumes of {count} slices")
+phantom = [position_pairs(known.position, t).positive[between].float().mean() for t in thresholds]
+axis.plot(thresholds, phantom, color=plots.GREY, linestyle="--", label="phantom, all pairs of volumes")
+for t, name in ((0.1, "CT"), (0.35, "ACDC")):
+    axis.axvline(t, color="0.8", zorder=0)
+    axis.text(t, 1.02, f"{name}, {t}", fontsize=8, ha="center")
+axis.set(xlabel="threshold t", ylabel="share of positive pairs", xlim=(0, 1.1), ylim=(0, 1.1))
+axis.legend(fontsize=8, frameon=False, loc="lower right")
+plt.show()
+
+# %% [markdown]
+# So the two published thresholds ask for different things: on ACDC *most* pairs are alike, on CT a fifth. And in a stack of ten
+# every t above 0.3 and up to 0.4 is the same threshold: a finer search is a search for nothing.
+#
+# Is what is near also alike? As in `10_global_contrast`, if $a_k$, $b_k$ are the areas of structure $k$ in two slices, take
+# $2\sum_k\min(a_k,b_k)\,/\,\sum_k(a_k+b_k)$, the Dice their masks would have if structures could be moved.
+# `no loss below` is the mean of $\log|\Lambda_i^+|$: by Jensen's inequality no embedding gets under it.
+
+# %%
+area = torch.stack([(known.label == index).sum(dim=(1, 2)) for index in store.class_names], dim=1)  # [n, K]
+a, b = area[:, None], area[None, :]
+overlap = 2 * torch.minimum(a, b).sum(dim=2) / (a + b).sum(dim=2).clamp(min=1)  # [n, n]
+table = []
+for t in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8):
+    of_t = position_pairs(known.position, t)
+    in_batch = position_pairs(known.position[:: len(rows) // 32][:32].repeat(2), t)
+    table.append(
+        {
+            "t": t,
+            "share_positive": of_t.positive[between].float().mean().item(),
+            "overlap_positive": overlap[of_t.positive & between].mean().item(),
+            "overlap_negative": overlap[of_t.negative & between].mean().item(),
+            "no loss below": in_batch.positive.sum(dim=1).log().mean().item(),
+        }
+    )
+pd.DataFrame(table).set_index("t").round(2)
+
+# %% [markdown]
+# TEXT
+#
+# ## What is hidden in it
+# Three methods are this one at special values. Not nearly: pair by pair.
+
+# %% tags=["nbval-check-output"]
+everybody = ~torch.eye(8, dtype=torch.bool)
+half = (position > 0.5).long()  # two equal partitions
+cases = {
+    "t = inf: all are alike": (position_pairs(position, inf), Pairs(everybody, torch.zeros_like(everybody))),
+    "t below the smallest distance: instance (SimCLR)": (position_pairs(position, 0.1), instance_pairs(slice_id)),
+    "partition / S for p, t < 1 / S: pcl-partition": (position_pairs(half / 2, 0.25), cluster_pairs(slice_id, half)),
+}
+for name, (by_position, other) in cases.items():
+    same = by_position.positive.equal(other.positive) and by_position.negative.equal(other.negative)
+    print(
+        f"{name}: the same pairs {same}, losses",
+        *(f"{contrastive_loss(embedding, p):.4f}" for p in (by_position, other)),
+    )
+nothing = contrastive_loss(torch.ones(8, 2), position_pairs(position, inf))
+print(f"t = inf, all embeddings equal: {nothing:.4f}, the least there is: log(7) = {log(7):.4f}")
+
+# %% [markdown]
+# With t = infinity an encoder that says the same of every slice is perfect: such a threshold teaches nothing. `pcl-partition` is
+# the baseline "GCL" in the code of Zeng et al. (also not the loss of Chaitanya et al.). Here are both answers for one batch as
+# training draws it, sorted by position.
+
+# %%
+ask = {"position": parameters, "pcl-partition": parameters.model_copy(update={"pairs": "partition", "strategy": "gcl"})}
+width = config.NetworkConfig(architecture="pcl", filters=[8, 16, 32, 64, 128], norm_momentum=0.1)
+network = UNet(store.channels, store.num_classes, width)
+work = Work(network, store, rows, parameters.slices, seed=0)
+chosen = random_slices(rows, work.slices, work.generator("contrast", 0))  # of step 0, whoever is alike
+place = store.batch(chosen).position.repeat(2)
+order = place.argsort(stable=True)
+drawn = {}
+for name, of_stage in ask.items():
+    drawn[name] = draw_batch(work, of_stage, 0)[1]
+    ordered = Pairs(drawn[name].positive[order][:, order], drawn[name].negative[order][:, order])
+    tenths = [f"{p:.1f}" for p in place[order].tolist()]
+    display(plots.pairs_matrix(ordered, f"{name}: {len(order)} rows, by position", groups=tenths))
+
+part = equal_partitions(store, chosen, parameters.partitions).repeat(2)
+again = position_pairs(part / parameters.partitions, 0.5 / parameters.partitions)
+print("pcl-partition is position contrast of rounded positions:", again.positive.equal(drawn["pcl-partition"].positive))
+apart = (place[:, None] - place[None, :]).abs()
+for name, of_batch in drawn.items():
+    near = (apart[of_batch.negative] < 0.15).float().mean()
+    print(
+        f"{name}: {near:.0%} of the negatives are nearer than 0.15, the farthest positive is {apart[of_batch.positive].max():.2f} away"
+    )
+extra = position_pairs(place, 1e-3).positive.sum() - len(place)
+print(f"t = 0.001: {extra / len(place):.1f} positives per anchor besides its other view")
+
+# %% [markdown]
+# TEXT
+#
+# ## The border: |p - q| = t
+# The rule is "less than". Where positions are tenths and t is 0.1, a pair at distance t is a negative. Is it, for a computer?
+
+# %% tags=["nbval-check-output"]
+for p, q, t in ((0.2, 0.3, 0.1), (0.3, 0.4, 0.1), (0.5, 0.8, 0.3), (0.6, 0.9, 0.3)):
+    naive = (torch.tensor(p) - torch.tensor(q)).abs() < t
+    ours = position_pairs(torch.tensor([p, q]), t).positive[0, 1]
+    print(f"|{p} - {q}| < {t}: by float32 {bool(naive)}, by position_pairs {bool(ours)}")
+
+# %% [markdown]
+# TEXT
+#
+# ## Does a network learn position?
+# A small network of the kind Zeng et al. used, 200 steps on 16 subjects at 32 pixels with the parameters from the top; then the
+# same with the other two answers. A view may be upside down or turned: position has to be read from what is *in* the slice. The
+# test: all slices of 8 new subjects, as they are.
+
+# %%
+small = prepare(about, about.geometry["smoke"], progress=False)
+ask["instance"] = parameters.model_copy(update={"pairs": "instance"})
+STEPS = 200
+
+
+def train(name, of_stage):
+    torch.manual_seed(0)
+    network = UNet(small.channels, small.num_classes, width)
+    training_of = contrast(Work(network, small, small.rows(training), of_stage.slices, seed=0), of_stage)
+    steps = optimiser_for(training_of.learning.values(), of_stage)
+    losses = []
+    for step in range(STEPS):
+        for group in steps.param_groups:
+            group["lr"] = rate_at(of_stage, step, STEPS)
+        loss = training_of.step_loss(step)
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(loss.item())
+    print(
+        f"{name}: loss {sum(losses[:10]) / 10:.2f} in the first 10 steps, {sum(losses[-10:]) / 10:.2f} in the last 10"
+    )
+    return network.eval(), training_of.learning["head"].eval()
+
+
+new = small.batch(small.rows(held_out))
+other = new.volume[:, None] != new.volume[None, :]
+apart = (new.position[:, None] - new.position[None, :]).abs()
+order = new.position.argsort(stable=True)
+figure, axis = plt.subplots(figsize=(5, 3))
+table, matrices = {"chance": apart[other].mean().item()}, []
+for (name, of_stage), colour in zip(ask.items(), (plots.BLUE, plots.ORANGE, plots.GREY), strict=True):
+    network, head_of = train(name, of_stage)
+    with torch.no_grad():
+        z = F.normalize(head_of(network.encoder(new.image)[-1]), dim=1)
+    similarity = z @ z.T
+    nearest = similarity.masked_fill(~other, -2).argmax(dim=1)
+    table[name] = apart[torch.arange(len(z)), nearest].mean().item()
+    curve = pd.Series(similarity[other]).groupby((apart[other] * 10).round().numpy() / 10).mean()
+    axis.plot(curve, color=colour, marker="o", markersize=4, label=name)
+    tenths = [f"{p:.1f}" for p in new.position[order].tolist()]
+    matrices.append(plots.similarity_matrix(similarity[order][:, order], f"{name}: new subjects, by position", tenths))
+axis.axvline(parameters.threshold, color="0.8", zorder=0)
+axis.set(xlabel="distance of positions", ylabel="mean cosine similarity", title="slices of different new subjects")
+axis.legend(frameon=False)
+plt.show()
+pd.Series(table, name="the nearest slice of another new subject is so far away").round(2).to_frame()
+
+# %%
+display(matrices[0], matrices[2])
+
+# %% [markdown]
+# TEXT
+#
+# **Try it.** Set `threshold = 0.1` at the top and run all cells again: what happens to the curve, and what to the table?
+#
+# ## Exercise: count the positives
+# A batch holds all 10 slices of one volume, two views of each: 20 rows. The threshold is 0.3. How many positives has the anchor
+# at position 0.5? Count on paper, and put the number below.
+
+# %%
+answer = None  # your number
+
+
+# %%
+def check(answer):
+    if answer is None:
+        return "not answered yet"
+    hints = {
+        13: "a distance of exactly 0.3 is not below 0.3",
+        14: "a distance of exactly 0.3 is not below 0.3, and no row is a positive of itself",
+        10: "nearly: no row is a positive of itself",
+        8: "nearly: the other view of its own slice is a positive, too",
+        5: "those are the slices; each has two views, and one of these rows is the anchor",
+        4: "each slice has two views, and the anchor's own slice has another one, too",
+    }
+    place = (torch.arange(10) + 1) / 10
+    truth = position_pairs(place.repeat(2), 0.3).positive[4].sum().item()
+    return (
+        "right" if answer == truth else hints.get(answer, "no: which of 0.1, 0.2, ... 1.0 are nearer to 0.5 than 0.3?")
+    )
+
+
+check(answer)
+
+# %% [markdown]
+# <details><summary><b>Solution</b> (try first)</summary>
+#
+# 0.3, 0.4, 0.5, 0.6 and 0.7 are nearer than 0.3; 0.2 and 0.8 are at the threshold and negative. Five slices with two views are
+# ten rows, and one of them is the anchor: 9. (So its term of the loss cannot fall below $\log 9\approx 2.20$.)
+# </details>
+#
+# The same in code, checked:
+
+# %%
+print(f"5 * 2 - 1 = {5 * 2 - 1}: {check(5 * 2 - 1)}; lowest term {log(9):.2f}")
