@@ -5,6 +5,7 @@ runs are skipped, and a run that another process holds is waited for, never done
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -134,6 +135,7 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> 
     manager = type("Manager", (WarmKernelManager,), {"log_file": log})
     about = {"kernel_name": "python3", "kernel_manager_class": manager, "progress_bar": False, "cwd": paths.NOTEBOOKS}
     log.unlink(missing_ok=True)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that our schema checks
     try:
         papermill.execute_notebook(source, running, parameters, **about)
     except PapermillExecutionError as error:

@@ -26,7 +26,7 @@ stage: int = 0  # which of the method's stages, from 0; the ones before it are d
 protocol: str = ""  # how subjects are divided; "" is the data set's first
 dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
-overrides: list = []  # for example ["pretrain.steps=100"]
+overrides: list = []  # more of what `clseg run --set` takes: KEY=VALUE
 variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 

@@ -25,7 +25,7 @@ pretrain_dataset: str = ""  # pre-train on another data set than this one; "" is
 protocol: str = ""  # how subjects are divided; "" is the data set's first
 dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
-overrides: list = []  # for example ["finetune.steps=100"]
+overrides: list = []  # more of what `clseg run --set` takes: KEY=VALUE
 variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 
