@@ -185,7 +185,7 @@ class ContrastStage(StageConfig):
     denominator: Literal["all", "pair"] = "pair"
 
     @property
-    def answer(self) -> str:  # who is alike, in a word
+    def answer(self) -> str:  # who is alike, in a word; in the names of runs
         return self.strategy if self.pairs == "partition" else self.pairs
 
 
@@ -209,6 +209,10 @@ class LocalStage(StageConfig):
     neighbours: Literal["published", "nearest"] = "published"
     partitions: Several = 4
     temperature: Positive = 0.1
+
+    @property
+    def answer(self) -> str:  # in the names of runs
+        return self.strategy
 
 
 class RotationStage(StageConfig):

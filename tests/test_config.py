@@ -46,6 +46,7 @@ def test_published_settings_are_the_paper_profile_s():
     contrast, local = experiment.stages
     assert (contrast.slices, contrast.partitions, contrast.temperature, contrast.learning_rate) == (12, 4, 0.1, 1e-3)
     assert (local.regions, local.size, local.negatives, local.decoder_blocks) == (13, 3, 5, 3)
+    assert (contrast.answer, local.answer) == ("gd", "lr")  # in the names of run folders
 
 
 @pytest.mark.parametrize(
