@@ -1,9 +1,8 @@
 """From the tidy result table to means, intervals and paired tests; the unit of all of them is the test subject.
 
-The volumes, structures and runs of one subject are not independent observations: they are averaged inside the subject
-before anything is resampled or tested, so n is always a number of subjects. Rows where reference and prediction are
-both empty carry NaN (`metrics.score`): they are left out of every mean, and counted. Missed structures are rows like
-others, with Dice 0 and the image diagonal as HD95.
+The volumes, structures and runs of one subject are no independent observations: they are averaged inside the subject
+before anything is resampled or tested. Rows where reference and prediction are both empty carry NaN (`metrics.score`):
+they are counted, and in no mean. Missed structures count with Dice 0 and the image diagonal as HD95.
 """
 
 import numpy as np
@@ -18,18 +17,15 @@ SUMMARY_COLUMNS = [
     *["dice_mean", "dice_low", "dice_high", "dice_sd_draws"],
     *["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows", "empty_rows"],
 ]
-COMPARISON_COLUMNS = [
-    *[*CELL, "baseline", "n_subjects", "n_runs", "runs_left_out"],
-    *["median_difference", "rank_biserial", "p", "p_holm", "note"],
-]
+EFFECTS = ["median_difference", "rank_biserial", "p", "p_holm"]
+COMPARISON_COLUMNS = [*CELL, "baseline", "n_subjects", "n_runs", "runs_left_out", *EFFECTS, "note"]
 RANK_COLUMNS = ["method", "rank_mean", "rank_low", "rank_high", "n_subjects", "n_cells", "cells_left_out"]
 
 
 def per_subject(table: pd.DataFrame) -> pd.DataFrame:
     """Mean Dice and HD95 of each subject in each run (`CELL`, `RUN`, subject), over its structures and phases.
 
-    NaN for a subject of whom no row is left. Sorted, so the order of the rows of `table` does not matter, not even for
-    rounding.
+    NaN for a subject of whom no row is left. The order of the rows of `table` does not matter, not even for rounding.
     """
     table = table.sort_values([*CELL, *RUN, "subject", "phase", "class_name"], kind="stable")
     return table.groupby([*CELL, *RUN, "subject"], as_index=False)[["dice", "hd95"]].mean()
@@ -41,10 +37,9 @@ def per_draw(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over subjects; `values` [n], one per subject.
+    """95 % percentile bootstrap interval of the mean over subjects; `values` [n], one per subject, NaN if n < 2.
 
-    NaN with fewer than two subjects. With few subjects it is a little too narrow: about 93 % coverage with 20, 91 %
-    with 10. Memory: 16 n * `resamples` bytes.
+    A little too narrow: about 93 % coverage with n = 20, 91 % with 10. Memory: 16 n * `resamples` bytes.
     """
     if len(values) < 2:
         return float("nan"), float("nan")
@@ -57,13 +52,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
 
     * `dice_mean`: over draws and seeds inside each test subject, then over test subjects; `dice_low`, `dice_high`: its
-      95 % bootstrap interval over test subjects, which says how far the mean depends on who was tested. How far it
-      depends on who was labelled says `dice_sd_draws`, the standard deviation (n - 1) of the means of the draws.
+      95 % bootstrap interval, which says how far it depends on who was tested; how far on who was labelled says
+      `dice_sd_draws`, the standard deviation (n - 1) of the means of the draws. `hd95_mean`, averaged likewise, is in
+      `hd95_unit`; NaN where a cell mixes mm and px.
     * `runs_missing`: pairs of draw and seed that another method of the same group has and this one lacks. Where it is
-      not 0 the draws may be easier or harder than the others', and `compare`, which pairs them, is the better answer.
+      not 0 the draws may be easier or harder than the others'; `compare` pairs them.
     * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
-      structure x run); `empty_rows`: rows where both are empty, in no mean.
-    * `hd95_mean` is averaged like Dice, in `hd95_unit`; NaN where a cell mixes mm and px.
+      structure x run); `empty_rows`: rows where both are empty.
     """
     subjects = per_subject(table)
     runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
@@ -71,18 +66,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for cell, raw in table.groupby(CELL):
         own, units, empty = of_cell.get_group(cell), sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
         runs = set(zip(own["draw"], own["seed"], strict=True))
-        missing = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
+        lacking = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
         means = own.groupby("subject")[["dice", "hd95"]].mean()
-        dice = means["dice"].dropna().to_numpy()
+        dice, hd95 = means["dice"].dropna().to_numpy(), means["hd95"].mean() if len(units) == 1 else np.nan
         missed, scored = raw["missed"].sum(), len(raw) - empty
-        rows.append(
-            [
-                *[*cell, len(dice), own["draw"].nunique(), own["seed"].nunique(), len(runs), missing],
-                *[dice.mean() if len(dice) else np.nan, *bootstrap_interval(dice), of_draw[cell]],
-                *[means["hd95"].mean() if len(units) == 1 else np.nan, "+".join(units)],
-                *[missed, missed / scored if scored else np.nan, scored, empty],
-            ]
-        )
+        row = [*cell, len(dice), own["draw"].nunique(), own["seed"].nunique(), len(runs), lacking]
+        row += [dice.mean() if len(dice) else np.nan, *bootstrap_interval(dice), of_draw[cell]]
+        row += [hd95, "+".join(units), missed, missed / scored if scored else np.nan, scored, empty]
+        rows.append(row)
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
 
 
@@ -90,13 +81,12 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
     """Mean rank of every method (1 is best, ties share theirs), best first (`RANK_COLUMNS`).
 
     Methods are ranked by Dice in every cell (`GROUP`, `RUN`, subject), ranks averaged inside each test subject, then
-    over them, with a 95 % bootstrap interval over test subjects. Cells that not all methods have are left out, and
-    counted; `benchmark`, which has more labels, is not ranked.
+    over them, with a 95 % bootstrap interval. Cells that not all methods have are left out, and counted; `benchmark`,
+    which has more labels, is not ranked.
     """
-    cell = [*GROUP, *RUN, "subject"]
     subjects = per_subject(table[table["method"] != "benchmark"])
-    cells = subjects.pivot(index=cell, columns="method", values="dice").round(12)  # what differs by rounding is equal
-    complete = cells.dropna()
+    cells = subjects.pivot(index=[*GROUP, *RUN, "subject"], columns="method", values="dice")
+    complete = cells.round(12).dropna()  # what differs by rounding is equal
     means = complete.rank(axis=1, ascending=False).groupby(["dataset", "subject"]).mean()  # [subjects, methods]
     counts = [len(means), len(complete), len(cells) - len(complete)]
     rows = [[method, rank.mean(), *bootstrap_interval(rank.to_numpy()), *counts] for method, rank in means.items()]
@@ -119,13 +109,11 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
     """Two-sided Wilcoxon signed-rank test of paired differences [n], one per subject: p, effect, note.
 
     Zeros are left out; p is exact for up to 50 differences without ties (SciPy decides), and 1 where nothing differs.
-    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), 1 where every subject gains. The
-    note says where there are too few subjects for p to fall below 0.05.
+    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), 1 where every subject gains.
     """
     difference = np.round(difference, 12)  # what differs by rounding only is equal
     difference = difference[difference != 0]
-    n = len(difference)
-    if n == 0:
+    if (n := len(difference)) == 0:
         return 1.0, 0.0, "no subject differs"
     ranks = rankdata(np.abs(difference))
     effect = float((ranks * np.sign(difference)).sum() / ranks.sum())
@@ -134,13 +122,12 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
 
 
 def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
-    """Paired test of every method against `baseline` with as many labelled subjects (`COMPARISON_COLUMNS`).
+    """Paired test (`signed_rank_test`) of every method against `baseline` with as many labels (`COMPARISON_COLUMNS`).
 
     Pairs are test subjects: the Dice of each is averaged over the draws and seeds that both methods have (`n_runs`;
-    `runs_left_out` counts the others), and a subject counts where both have a value in all of them. Test and effect:
-    `signed_rank_test`; `median_difference` is method minus baseline; `p_holm` is corrected over the methods of one
-    `GROUP`. A method without common runs keeps its row, with n 0 and a note. `benchmark` is compared only where the
-    baseline has its number of labelled subjects.
+    `runs_left_out` counts the others), and a subject counts where both have a value in all of them. `median_difference`
+    is method minus baseline; `p_holm` is corrected over the methods of one `GROUP`. A method without common runs keeps
+    its row, with n 0 and a note; `benchmark` only where the baseline has its number of labels.
     """
     rows = []
     for group, members in per_subject(table).groupby(GROUP):
@@ -162,8 +149,7 @@ def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
                 row["note"] = f"no {'subject' if len(runs) else 'run'} in common with {baseline}"
             rows.append(row)
     result = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
-    numbers = ["median_difference", "rank_biserial", "p", "p_holm"]
-    result[numbers] = result[numbers].astype(float)
+    result[EFFECTS] = result[EFFECTS].astype(float)
     for _, family in result.groupby(GROUP):
         result.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())
     return result
