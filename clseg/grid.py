@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,59 +66,32 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
         if not any(text in config.applicable([text], methods[name]) for name in study.methods):
             raise RequestError(f"--set {text}: no method of study {study.name} has this stage")
     cells = [(method, "") for method in study.methods]
-    cells += [
-        (method, f"{axis.key}={json.dumps(value)}")
-        for axis in study.axes
-        for value in axis.values
-        for method in axis.methods
-    ]
+    for axis in study.axes:
+        cells += [(m, f"{axis.key}={json.dumps(value)}") for value in axis.values for m in axis.methods]
     finetune: dict[str, Run] = {}
     notes: dict[str, None] = {}
-    for method, variant in cells:
+    for (method, variant), draw, seed in product(cells, study.draws, study.seeds):
+        shared = {"dataset": dataset, "profile": profile, "method": method, "variant": variant, "study": study.name}
+        shared |= {name: getattr(study, name) for name in ("protocol", "dimensions", "pretrain_dataset")}
+        shared |= {"seed": seed, "draw": draw, "overrides": config.applicable(common, methods[method])}
         for labelled in [0] if methods[method].all_labels else study.labelled:
-            for draw in [1] if labelled == 0 else study.draws:
-                for seed in study.seeds:
-                    parameters = FinetuneParameters(
-                        dataset=dataset,
-                        profile=profile,
-                        method=method,
-                        protocol=study.protocol,
-                        dimensions=study.dimensions,
-                        pretrain_dataset=study.pretrain_dataset,
-                        seed=seed,
-                        overrides=config.applicable(common, methods[method]),
-                        variant=variant,
-                        study=study.name,
-                        labelled=labelled,
-                        draw=draw,
-                    )
-                    run = runs.finetune_run(parameters)
-                    protocol = run.experiment.dataset.protocols[run.experiment.protocol]
-                    offered = available_draws(protocol, labelled) if labelled else None
-                    if offered == []:
-                        raise RequestError(
-                            f"study {study.name}: protocol {run.experiment.protocol} of {dataset} has no lists with "
-                            f"{labelled} labelled subjects; it has {', '.join(map(str, protocol.labelled))}"
-                        )
-                    if offered is not None and draw not in offered:
-                        notes[
-                            f"{labelled} labelled, draw {draw}: not in the lists of protocol {run.experiment.protocol}"
-                        ] = None
-                    else:
-                        finetune.setdefault(run.name, run)
+            run = runs.finetune_run(FinetuneParameters(**shared, labelled=labelled))
+            about = f"protocol {run.experiment.protocol}"
+            offered = available_draws(run.experiment.division, labelled) if labelled else None
+            if offered == []:
+                lists = f"{labelled} labelled subjects; it has {', '.join(map(str, run.experiment.division.labelled))}"
+                raise RequestError(f"study {study.name}: {about} of {dataset} has no lists with {lists}")
+            if offered is not None and draw not in offered:
+                notes[f"{labelled} labelled, draw {draw}: not in the lists of {about}"] = None
+            else:
+                finetune.setdefault(run.name, run)
     pretrain: dict[str, Run] = {}
     for run in finetune.values():
-        chain = []
-        while (run := run.parent) is not None:
-            chain.append(run)
-        for parent in reversed(chain):
+        for parent in run.ancestors:
             pretrain.setdefault(parent.name, parent)
     if not finetune:
         raise RequestError(f"study {study.name}: nothing to run on {dataset}; " + "; ".join(notes))
     return Grid(study, dataset, profile, list(pretrain.values()), list(finetune.values()), list(notes))
-
-
-# ----------------------------------------------------------------------------------------------------------- workers
 
 
 def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> None:
@@ -249,9 +223,6 @@ def execute(grid: Grid, jobs: int) -> None:
         raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))
 
 
-# ----------------------------------------------------------------------------------------------------------- results
-
-
 def _subjects(run: Run) -> dict[str, str]:
     """The ids of every set of a finished run, a line each."""
     sets = json.loads((run.folder / "subjects.json").read_bytes())
@@ -272,22 +243,20 @@ def write_results(grid: Grid, command: str) -> Path:
     records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
     logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
     runs.write_table(folder / "pretraining.csv", pd.concat([pd.DataFrame(columns=["step", "loss", "run"]), *logs]))
-    runs.write_json(
-        folder / "provenance.json",
-        {
-            "command": command,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            **runs.provenance(),
-            "commits of the runs": sorted({record["provenance"]["commit"] for record in records}),
-            "runs": {"expected": len(grid.all), "done": len(records)},
-            "training_seconds": round(sum(record["training_seconds"] for record in records), 1),
-            "training_seconds_by_run": {record["run"]: record["training_seconds"] for record in records},
-            "expected_runs": [run.name for run in grid.finetune],
-            "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
-            "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry"}),
-            "subjects": {run.name: _subjects(run) for run in grid.all if run.is_done()},
-        },
-    )
+    about = {
+        "command": command,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        **runs.provenance(),
+        "commits of the runs": sorted({record["provenance"]["commit"] for record in records}),
+        "runs": {"expected": len(grid.all), "done": len(records)},
+        "training_seconds": round(sum(record["training_seconds"] for record in records), 1),
+        "training_seconds_by_run": {record["run"]: record["training_seconds"] for record in records},
+        "expected_runs": [run.name for run in grid.finetune],
+        "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
+        "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
+        "subjects": {run.name: _subjects(run) for run in grid.all if run.is_done()},
+    }
+    runs.write_json(folder / "provenance.json", about)
     return folder
 
 
@@ -322,10 +291,8 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
     command = f"clseg run {study} --dataset {dataset} --profile {profile}"
     own = paths.results_dir(profile, dataset, study)
-    folder = next(
-        (f for f in (own, paths.PROJECT / own.relative_to(paths.out_root())) if (f / "table.csv").is_file()), None
-    )
-    if folder is None:
+    places = own, paths.PROJECT / own.relative_to(paths.out_root())
+    if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
     names = ("table", "table_last", "summary", "comparison", "pretraining")
     table, last, summary, comparison, pretraining = (runs.read_table(folder / f"{name}.csv") for name in names)
@@ -335,9 +302,7 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     for run in expand(config.read_study(study), dataset, profile).finetune:
         cell = (run.method, run.parameters.labelled, run.key["draw"], run.parameters.seed)
         if cell not in (benchmark if run.experiment.all_labels else there):
-            missing.append(
-                f"{run.method}, {run.key['labelled']} labelled, draw {run.key['draw']}, seed {run.parameters.seed}"
-            )
+            missing.append(f"{run.method}, {run.key['labelled']} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
     return Results(folder, table, last, summary, comparison, provenance, pretraining, missing, command)
 
@@ -352,12 +317,12 @@ def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame)
             tree = config.resolve(dataset, profile, method).model_dump()
             for part in key:
                 tree = tree[int(part) if part.isdigit() else part]
-            names = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
-            found = summary[summary["method"].isin(names)]
-            value = found["method"].map(names)
-            rows.append(found.assign(axis=axis.name, value=value, base=found["method"] == method, method=method))
-    table = pd.concat(rows)
-    return table[["axis", "value", "base", *[c for c in table.columns if c not in ("axis", "value", "base")]]]
+            values = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
+            named = summary["method"].str.removesuffix(runs.SEEN)
+            found = summary[named.isin(values)].assign(axis=axis.name, base=named == method, value=named.map(values))
+            rows.append(found.assign(method=method))
+    table, first = pd.concat(rows), ["axis", "value", "base"]
+    return table[[*first, *table.columns.drop(first)]]
 
 
 def draw_figures(grid: Grid) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from clseg.config import Optimisation
+from clseg.config import Budget, Optimisation
 
 if TYPE_CHECKING:
     from clseg.data.prepare import Store
@@ -147,8 +147,7 @@ def fit(
     settings: Optimisation,
     steps: int,
     folder: Path,
-    checkpoint_every: int,
-    precision: str = "float32",
+    budget: Budget,
     evaluate: Callable[[], float] | None = None,
     evaluate_every: int = 0,
     title: str = "training",
@@ -196,7 +195,7 @@ def fit(
         modules.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
-        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=budget.precision == "bf16"):
             loss = training.step_loss(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -209,7 +208,7 @@ def fit(
             if best_step is None or score > max(value for _, value in scores[:-1]):
                 best_step = done
                 best_state = {name: value.detach().clone() for name, value in network.state_dict().items()}
-        if done % checkpoint_every == 0 or done == steps:
+        if done % budget.checkpoint_every == 0 or done == steps:
             save(done)
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()

@@ -5,13 +5,11 @@ absent; `status.json` comes last and names the hash of `record.json`, which name
 counts as done only while all of that agrees.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,24 +22,27 @@ from typing import Any
 import pandas as pd
 import safetensors
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from clseg import __version__, config, paths
-from clseg.config import Experiment, FinetuneParameters, Optimisation, PretrainParameters, RequestError
+from clseg.config import Experiment, FinetuneBudget, FinetuneParameters, PretrainParameters, RequestError, Stage
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import Fit, Training, Work, device, fit, seed_of, write_atomically, write_json
+from clseg.loop import Fit, Work, device, fit, seed_of, write_atomically, write_json
 from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
 from clseg.recipes.evaluation import scores, validation_dice
 from clseg.stages import STAGES
 
-TABLE_COLUMNS = (
+TABLE_COLUMNS = [
     *("study", "dataset", "profile", "method", "labelled", "draw", "seed"),
     *("subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed", "run"),
-)
-# set in kernels of a grid: there the worker seals the run, after the executed notebook is in place
-WORKER = "CLSEG_WORKER"
+]
+WORKER = "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, once its notebook is in place
+SEEN = " (transductive)"  # a method whose pre-training saw images of test subjects
+CODE = ("clseg", "params")  # what decides numbers
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "nibabel")
 
 
@@ -60,40 +61,36 @@ class Run:
     def kind(self) -> str:
         return "pretrain" if isinstance(self.parameters, PretrainParameters) else "finetune"
 
+    @property
+    def stage(self) -> Stage:
+        """The stage of a pre-training."""
+        return self.experiment.stages[self.parameters.stage]
+
     @cached_property
     def key(self) -> dict[str, Any]:
         """Everything that decides the numbers of this run."""
         experiment, parameters = self.experiment, self.parameters
-        common = {
-            "kind": self.kind,
-            "data": experiment.data_key(),
-            "network": experiment.network.model_dump(),
-            "threads": experiment.threads,
-            "precision": experiment.precision,
-            "seed": parameters.seed,
-            "parent": self.parent.name if self.parent else "",
-        }
-        if isinstance(parameters, PretrainParameters):
-            stage = experiment.stages[parameters.stage].model_dump()
-            return common | {"stage": stage, "steps": self.steps, "max_slices": experiment.pretrain.max_slices}
-        return common | {
-            "recipe": experiment.recipe.model_dump(),
-            "budget": experiment.finetune.model_dump(),
-            "labelled": "all" if experiment.all_labels else parameters.labelled,
-            "draw": 1 if experiment.all_labels else parameters.draw,
-        }
+        common = {"kind": self.kind, "data": experiment.data_key(), "network": experiment.network.model_dump()}
+        common |= {"threads": experiment.threads, "precision": experiment.precision, "seed": parameters.seed}
+        common["parent"] = self.parent.name if self.parent else ""
+        if self.kind == "pretrain":
+            limit = experiment.pretrain.max_slices
+            return common | {"stage": self.stage.model_dump(), "steps": self.steps, "max_slices": limit}
+        draws = experiment.cross_validated or not experiment.all_labels
+        cell = {"labelled": "all" if experiment.all_labels else parameters.labelled}
+        cell["draw"] = parameters.draw if draws else 1
+        return common | cell | {"recipe": experiment.recipe.model_dump(), "budget": experiment.finetune.model_dump()}
 
     @cached_property
     def name(self) -> str:
         parameters = self.parameters
-        if isinstance(parameters, PretrainParameters):
-            stage = self.experiment.stages[parameters.stage]
-            fields = [stage.stage, *filter(None, [getattr(stage, "answer", "")])]
+        if self.kind == "pretrain":
+            fields = [self.stage.stage, getattr(self.stage, "answer", "")]
         else:
             variant = parameters.variant.rpartition(".")[2].replace("/", "_").replace(" ", "")
-            fields = [parameters.method, *filter(None, [variant, parameters.pretrain_dataset])]
+            fields = [parameters.method, variant, parameters.pretrain_dataset]
             fields += [f"labelled{self.key['labelled']}", f"draw{self.key['draw']}"]
-        return "-".join([self.kind, *fields, f"seed{parameters.seed}", config.digest(self.key)])
+        return "-".join(filter(None, [self.kind, *fields, f"seed{parameters.seed}", config.digest(self.key)]))
 
     @property
     def folder(self) -> Path:
@@ -102,25 +99,28 @@ class Run:
     @property
     def method(self) -> str:
         """The method as results name it: with the ablated value if there is one, and if test subjects pre-train it."""
-        protocol = self.experiment.dataset.protocols[self.experiment.protocol]
         own = self.parent and not getattr(self.parameters, "pretrain_dataset", "")
-        seen = " (transductive)" if protocol.transductive and own else ""
+        seen = SEEN if own and self.experiment.division.transductive else ""
         return self.parameters.method + (f" [{self.parameters.variant}]" if self.parameters.variant else "") + seen
 
     @property
     def steps(self) -> int:
-        if isinstance(self.parameters, PretrainParameters):
-            stage, budget = self.experiment.stages[self.parameters.stage], self.experiment.pretrain
-            return budget.steps_of.get(stage.stage, budget.steps)
-        return self.experiment.finetune.steps
+        budget = self.experiment.pretrain
+        return budget.steps_of.get(self.stage.stage, budget.steps) if self.kind == "pretrain" else self.finetune.steps
+
+    @property
+    def finetune(self) -> FinetuneBudget:
+        return self.experiment.finetune
 
     @property
     def cost(self) -> float:
         """Price relative to other runs, about image passes; only for estimates of the time left."""
-        experiment = self.experiment
-        if isinstance(self.parameters, PretrainParameters):
-            return self.steps * 2.0 * experiment.stages[self.parameters.stage].slices
-        return self.steps * 2.5 * experiment.finetune.batch
+        return self.steps * (2.0 * self.stage.slices if self.kind == "pretrain" else 2.5 * self.finetune.batch)
+
+    @property
+    def ancestors(self) -> list["Run"]:
+        """The pre-trainings that it builds on, first to last."""
+        return [*self.parent.ancestors, self.parent] if self.parent else []
 
     def is_done(self) -> bool:
         return is_done(self.folder)
@@ -152,9 +152,6 @@ def finetune_run(parameters: FinetuneParameters) -> Run:
     return Run(parameters, pretrain_run(PretrainParameters(**shared, stage=len(stages) - 1)))
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def open_store(experiment: Experiment, progress: bool = True) -> Store:
     """The prepared data set of an experiment."""
     return prepare(experiment.dataset, experiment.geometry, progress)
@@ -163,17 +160,14 @@ def open_store(experiment: Experiment, progress: bool = True) -> Store:
 def split_of(run: Run, store: Store) -> Split:
     """The subjects of a run. A pre-training has no labelled set of its own."""
     experiment, parameters = run.experiment, run.parameters
-    protocol = experiment.dataset.protocols[experiment.protocol]
-    labelled, draw = "all", 1
-    if isinstance(parameters, FinetuneParameters) and not experiment.all_labels:
-        labelled, draw = parameters.labelled, parameters.draw
-    split = make_split(protocol, store.subjects, store.labelled_subjects, labelled, draw)
+    labelled = "all" if run.kind == "pretrain" or experiment.all_labels else parameters.labelled
+    draw = 1 if run.kind == "pretrain" else parameters.draw
+    split = make_split(experiment.division, store.subjects, store.labelled_subjects, labelled, draw)
     return replace(split, pretrain=unlabelled(split, experiment.unlabelled))
 
 
 def _network(run: Run, store: Store) -> UNet:
-    experiment = run.experiment
-    return UNet(store.channels, store.num_classes, experiment.network, experiment.geometry.dimensions)
+    return UNet(store.channels, store.num_classes, run.experiment.network, store.dimensions)
 
 
 def build_network(run: Run, store: Store) -> UNet:
@@ -187,12 +181,12 @@ def build_network(run: Run, store: Store) -> UNet:
 
 def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
     """What the stage of a pre-training works on."""
-    stage, limit = run.experiment.stages[run.parameters.stage], run.experiment.pretrain.max_slices
-    slices, rows = min(stage.slices, limit or stage.slices), store.rows(split.pretrain)
+    slices, rows = run.stage.slices, store.rows(split.pretrain)
+    slices = min(slices, run.experiment.pretrain.max_slices or slices)
     return Work(network, store, rows, slices, run.parameters.seed, run.steps, earlier=earlier_weights(run))
 
 
-def earlier_weights(run: Run) -> dict[str, torch.Tensor]:
+def earlier_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the run's parent left, none without a parent."""
     return load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
 
@@ -223,75 +217,45 @@ def train(run: Run) -> Run:
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
-    stage, network = run.experiment.stages[run.parameters.stage], build_network(run, store)
+    network = build_network(run, store)
     torch.manual_seed(seed_of(run.parameters.seed, "head", run.parameters.stage))
     work = stage_work(run, store, split, network)
-    training = STAGES[stage.stage](work, stage)
-    result = _fit(run, network, training, stage, "pre-training")
+    training = STAGES[run.stage.stage](work, run.stage)
+    result = fit(network, training, run.stage, run.steps, run.folder, run.experiment, title="pre-training")
     # what came from earlier stages and what was learned now; heads of earlier stages stay behind
     learned = {f"{prefix}.{k}": v for prefix, part in training.learning.items() for k, v in part.state_dict().items()}
     weights = {name: value for name, value in work.earlier.items() if not name.startswith("head.")} | learned
     own = network.state_dict()
     weights |= {name: value for name, value in own.items() if name in weights or name.startswith("encoder.")}
-    _save_weights(run, store, weights)
-    _write_record(run, result, ["log.csv", *_write_tables(run, training), "weights.safetensors"])
+    _keep(run, store, result, weights, training.tables)
 
 
 def _finetune(run: Run, store: Store, split: Split) -> None:
-    experiment, seed = run.experiment, run.parameters.seed
-    budget, recipe = experiment.finetune, experiment.recipe
-    network = build_network(run, store)
-    labelled = store.rows(split.labelled, labelled=True)
+    experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
+    network, labelled = build_network(run, store), store.rows(split.labelled, labelled=True)
     others = store.rows(set(split.pretrain) - {*split.labelled, *split.validation, *split.test})
     torch.manual_seed(seed_of(seed, "recipe"))
-    work = Work(network, store, labelled, budget.batch, seed, budget.steps, others)
-    training = RECIPES[recipe.recipe](work, recipe)
-    result = _fit(
-        run,
-        network,
-        training,
-        recipe,
-        "fine-tuning",
-        evaluate=lambda: validation_dice(network, store, split.validation),
-        evaluate_every=budget.validate_every,
-    )
-    fields = {
-        "dataset": experiment.dataset.name,
-        "profile": experiment.profile,
-        "method": run.method,
-        "labelled": len(split.labelled),
-        "draw": run.key["draw"],
-        "seed": seed,
-        "run": run.name,
-    }
-    last = scores(network, store, split.test)
+    work = Work(network, store, labelled, run.finetune.batch, seed, run.steps, others)
+    training, every = RECIPES[recipe.recipe](work, recipe), run.finetune.validate_every
+
+    def validate() -> float:
+        return validation_dice(network, store, split.validation)
+
+    result = fit(network, training, recipe, run.steps, run.folder, experiment, validate, every, "fine-tuning")
+    fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}
+    fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": seed, "run": run.name}
+
+    def scored() -> pd.DataFrame:
+        return pd.DataFrame(scores(network, store, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
+
+    last = scored()
     network.load_state_dict(result.best_state)
-    for name, rows in (("metrics", scores(network, store, split.test)), ("metrics_last", last)):
-        table = pd.DataFrame(rows).assign(**fields)[[c for c in TABLE_COLUMNS if c != "study"]]
-        write_table(run.folder / f"{name}.csv", table)
-    _save_weights(run, store, network.state_dict())
-    tables = _write_tables(run, training)
-    _write_record(run, result, ["log.csv", "metrics.csv", "metrics_last.csv", *tables, "weights.safetensors"])
+    tables = {"metrics": scored(), "metrics_last": last} | training.tables
+    _keep(run, store, result, network.state_dict(), tables)
 
 
-def _fit(run: Run, network: UNet, training: Training, settings: Optimisation, title: str, **more: Any) -> Fit:
-    every, precision = run.experiment.checkpoint_every, run.experiment.precision
-    result = fit(network, training, settings, run.steps, run.folder, every, precision, title=title, **more)
-    write_table(run.folder / "log.csv", result.log)
-    return result
-
-
-def _write_tables(run: Run, training: Training) -> list[str]:
-    for name, content in training.tables.items():
-        write_table(run.folder / f"{name}.csv", content)
-    return [f"{name}.csv" for name in training.tables]
-
-
-# ---------------------------------------------------------------------------------------------------- files and status
-
-
-def _save_weights(run: Run, store: Store, weights: dict[str, torch.Tensor]) -> None:
-    """Weights with the adaptation record: what a network and its input must be like for them to fit."""
+def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], tables: dict[str, pd.DataFrame]) -> None:
+    """Tables, weights with their adaptation record (what must fit for them to be used), and the record of the run."""
     experiment = run.experiment
     adaptation = {
         "network": experiment.network.model_dump(),
@@ -307,6 +271,20 @@ def _save_weights(run: Run, store: Store, weights: dict[str, torch.Tensor]) -> N
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {"clseg": json.dumps(adaptation, sort_keys=True)}
     write_atomically(run.folder / "weights.safetensors", lambda path: save_file(tensors, path, metadata))
+    tables = {"log": result.log} | tables
+    for name, content in tables.items():
+        write_table(run.folder / f"{name}.csv", content)
+    names = ["parameters.json", "subjects.json", "weights.safetensors", *(f"{name}.csv" for name in tables)]
+    record = {
+        "run": run.name,
+        "kind": run.kind,
+        "steps": run.steps,
+        "best_step": result.best_step,
+        "training_seconds": round(result.seconds, 1),
+        "provenance": provenance(),
+        "files": {name: (run.folder / name).stat().st_size for name in names},
+    }
+    write_json(run.folder / "record.json", record)
 
 
 def adaptation(weights: Path) -> dict[str, Any]:
@@ -335,12 +313,9 @@ def provenance() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
-        commit = (git("rev-parse", "HEAD") or "unknown") + (
-            "+changes" if git("status", "--porcelain", "clseg", "params") else ""
-        )
+        commit = (git("rev-parse", "HEAD") or "unknown") + "+changes" * bool(git("status", "--porcelain", *CODE))
     except OSError:
         commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit,
         "clseg": __version__,
@@ -348,33 +323,15 @@ def provenance() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _write_record(run: Run, result: Fit, files: list[str]) -> None:
-    names = ["parameters.json", "subjects.json", *files]
-    record = {
-        "run": run.name,
-        "kind": run.kind,
-        "steps": run.steps,
-        "best_step": result.best_step,
-        "training_seconds": round(result.seconds, 1),
-        "provenance": provenance(),
-        "files": {name: (run.folder / name).stat().st_size for name in names},
-    }
-    write_json(run.folder / "record.json", record)
 
 
 def seal(folder: Path) -> None:
     """Write the status, last: from here on the run counts as done."""
-    record = (folder / "record.json").read_bytes()
-    status = {
-        "status": "done",
-        "record_sha256": hashlib.sha256(record).hexdigest(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_json(folder / "status.json", status)
+    digest = hashlib.sha256((folder / "record.json").read_bytes()).hexdigest()
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / "status.json", {"status": "done", "record_sha256": digest, "finished": finished})
     for leftover in ("checkpoint.pt", "progress.json", "error.txt"):
         (folder / leftover).unlink(missing_ok=True)
 
@@ -398,24 +355,18 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     With `wait` it is always held in the end; without, another holder gives False at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    yield False
-                    return
-                if not said:
-                    print(f"waiting for another process that holds {path}")
-                    said = True
-                time.sleep(0.5)
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            yield False
+            return
+        print(f"waiting for another process that holds {path}")
+        lock.acquire()
+    with lock:
+        lock.release()  # the context holds it once more
+        yield True
 
 
 def table(folders: Iterable[Path], study: str | None = None, name: str = "metrics") -> pd.DataFrame:
@@ -426,6 +377,6 @@ def table(folders: Iterable[Path], study: str | None = None, name: str = "metric
             recorded = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]["study"]
             tables.append(read_table(folder / f"{name}.csv").assign(study=recorded if study is None else study))
     if not tables:
-        return pd.DataFrame(columns=list(TABLE_COLUMNS))
+        return pd.DataFrame(columns=TABLE_COLUMNS)
     order = ["dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
-    return pd.concat(tables)[list(TABLE_COLUMNS)].sort_values(order, kind="stable", ignore_index=True)
+    return pd.concat(tables)[TABLE_COLUMNS].sort_values(order, kind="stable", ignore_index=True)

@@ -5,12 +5,17 @@ import pytest
 import torch
 from torch import nn
 
+from clseg import config
 from clseg.config import Optimisation
 from clseg.loop import Training, fit, learning_rate, seed_of, step_generator, write_atomically
 
 
 class Killed(Exception):
     pass
+
+
+def budget(checkpoint_every):
+    return config.read_profile("smoke").model_copy(update={"checkpoint_every": checkpoint_every})
 
 
 def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **settings):
@@ -29,7 +34,7 @@ def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **s
         return -network[0].weight.detach().abs().sum().item() if scores is None else next(scores)
 
     training, settings = Training({"network": network}, step_loss), Optimisation(**{"learning_rate": 1e-2, **settings})
-    result = fit(network, training, settings, steps, folder, checkpoint_every, evaluate=evaluate, evaluate_every=4)
+    result = fit(network, training, settings, steps, folder, budget(checkpoint_every), evaluate, 4)
     return result, {k: v.clone() for k, v in network.state_dict().items()}
 
 
@@ -71,7 +76,7 @@ def test_what_else_learns_and_what_only_has_state_survives_a_kill(tmp_path):
             return (head(network(x)) - teacher(x)).square().mean()
 
         training = Training({"network": network, "head": head}, step_loss, {"teacher": teacher})
-        result = fit(network, training, Optimisation(), 9, folder, 2)
+        result = fit(network, training, Optimisation(), 9, folder, budget(2))
         return result.log["loss"].tolist(), teacher.weight.tolist()
 
     expected = go(tmp_path / "whole")
@@ -110,7 +115,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
         return network.weight.sum() * (float("nan") if step == 2 else 1.0)
 
     with pytest.raises(FloatingPointError, match="step 3 "):
-        fit(network, Training({"network": network}, step_loss), Optimisation(), 5, tmp_path, 5)
+        fit(network, Training({"network": network}, step_loss), Optimisation(), 5, tmp_path, budget(5))
 
 
 def test_streams_steps_and_seeds_are_independent():

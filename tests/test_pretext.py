@@ -22,6 +22,7 @@ from clseg.stages import STAGES, pirl
 from clseg.stages.pretext import Memory, box_mask, jigsaw, patch_swaps, rearrange, turns
 
 SMALL = NetworkConfig(filters=[8, 16, 16, 32, 32, 32], norm_momentum=0.3)
+BUDGET = config.read_profile("smoke").model_copy(update={"checkpoint_every": 2})
 SETTINGS = {
     "rotation": RotationStage(stage="rotation"),
     "inpainting": InpaintingStage(stage="inpainting"),
@@ -109,7 +110,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(store, tmp_path, name):
             return inner(step)
 
         training.step_loss = step_loss
-        fit(network, training, Optimisation(), 6, folder, 2)
+        fit(network, training, Optimisation(), 6, folder, BUDGET)
         modules = {"network": network} | training.learning | training.state
         return {f"{k}.{name}": v.clone() for k, m in modules.items() for name, v in m.state_dict().items()}
 

@@ -24,6 +24,7 @@ from clseg.recipes.mean_teacher import NOISE
 from clseg.recipes.supervised import mixup, one_hot
 
 TINY = NetworkConfig(filters=[4, 8], norm_momentum=0.3)
+BUDGET = config.read_profile("smoke").model_copy(update={"checkpoint_every": 3})
 SEMI = [name for name in RECIPES if name != "supervised"]
 BATCH = 3
 
@@ -165,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(store, tmp_path, name):
             return whole(step)
 
         training.step_loss = step_loss
-        result = fit(network, training, config.Optimisation(), 7, folder, 3)
+        result = fit(network, training, config.Optimisation(), 7, folder, BUDGET)
         return result.log, network.state_dict()
 
     expected, weights = go(tmp_path / "whole")
