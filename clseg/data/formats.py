@@ -5,12 +5,12 @@ Every adapter answers with the same `Volume`. Whatever is wrong with a file is a
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import nibabel as nib
@@ -19,6 +19,9 @@ from PIL import Image
 
 from clseg import paths
 from clseg.config import DatasetConfig, RequestError, nearest
+from clseg.data import phantom  # it imports this module: `Volume`
+
+Classes = Mapping[int, str]  # label value -> name
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class VolumeRef:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that decides the volume, once."""
         return tuple(dict.fromkeys(filter(None, [*self.images, self.label])))
 
     @property
@@ -87,7 +89,7 @@ def checked(volume: Volume, source: str | Path) -> Volume:
     raise RequestError(f"{source}: {problem}; repair or remove the volume")
 
 
-def class_indices(label: np.ndarray, classes: Mapping[int, str], source: Path, undeclared: str = "error") -> np.ndarray:
+def class_indices(label: np.ndarray, classes: Classes, source: Path, undeclared: str = "error") -> np.ndarray:
     """Label values of a file as class indices 0..K, uint8, in their order; others raise `RequestError`, or become 0."""
     values = [0, *sorted(classes)]
     order = np.argsort(values)  # 0 comes first in `values` even if others are negative
@@ -99,28 +101,26 @@ def class_indices(label: np.ndarray, classes: Mapping[int, str], source: Path, u
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels [C, Z, Y, X] as stored, and the affine."""
-    with _reading(path, "NIfTI"):
-        file = nib.load(path)
-        shape, kind = list(file.shape), file.get_data_dtype()
-        if len(shape) not in (3, 4) or 0 in shape or kind.kind not in "biuf":
-            raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
-        data, affine = np.asarray(file.dataobj).T, np.asarray(file.affine, dtype=float)
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise RequestError(f"{path}: its affine is not invertible; repair the header")
-    return data.reshape(-1, *data.shape[-3:]), affine
-
-
-def _nifti_volume(ref: VolumeRef, classes: Mapping[int, str], orient: bool, undeclared: str = "error") -> Volume:
+def _nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
-    arrays, affines = zip(*map(_read_nifti, ref.files), strict=True)
-    name, grid, affine = ref.images[0].name, arrays[0].shape[1:], affines[0]
-    corners = list(product(*[(0, n) for n in reversed(grid)], [1]))  # (x, y, z, 1)
-    for path, array, own in zip(ref.files, arrays, affines, strict=True):
-        shape, distance_mm = array.shape[1:], np.linalg.norm(corners @ (own - affine).T, axis=1).max()
-        if shape != grid or distance_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
-            raise RequestError(f"{path}: grid {list(shape)} or affine is not that of {name} {list(grid)}; resample it")
+    arrays, affines = [], []  # [C, Z, Y, X] as stored
+    for path in ref.files:
+        with _reading(path, "NIfTI"):
+            file = nib.load(path)
+            shape, kind = list(file.shape), file.get_data_dtype()
+            if len(shape) not in (3, 4) or 0 in shape or kind.kind not in "biuf":
+                raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
+            data = np.asarray(file.dataobj).T
+        arrays.append(data.reshape(-1, *data.shape[-3:]))
+        affines.append(own := np.asarray(file.affine, dtype=float))
+        if not np.isfinite(own).all() or np.linalg.matrix_rank(own[:3, :3]) < 3:
+            raise RequestError(f"{path}: its affine is not invertible; repair the header")
+        affine, grid, shape = affines[0], list(arrays[0].shape[1:]), list(data.shape[-3:])
+        corners = list(product(*[(0, n) for n in reversed(grid)], [1]))  # (x, y, z, 1)
+        apart_mm = np.linalg.norm(corners @ (own - affine).T, axis=1).max()
+        if shape != grid or apart_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
+            name = ref.images[0].name
+            raise RequestError(f"{path}: grid {shape} or affine is not that of {name} {grid}; resample it")
     world = nib.io_orientation(affine)  # of array axes x, y, z: number and sign of their dominating world axis
     flips = tuple(orient and sign < 0 for sign in world[::-1, 1].tolist())
     arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
@@ -138,8 +138,7 @@ def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
         return
     parts = ("", "training", "testing", "database/training", "database/testing")
     for patient in [path for part in parts for path in (folder / part).glob("patient[0-9]*/")]:
-        info = patient / "Info.cfg"
-        with _reading(info, "text"):
+        with _reading(info := patient / "Info.cfg", "text"):
             text = info.read_text(encoding="utf-8")
         for phase in ("ED", "ES"):
             if not (line := re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)):
@@ -171,8 +170,7 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
             yield VolumeRef(subject, phase, images, images[0], folder)
 
 
-def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    classes = class_names(dataset, ref.root)
+def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volume:
     if ref.images[0].suffix != ".h5":
         # the headers carry no patient orientation (identity); as stored, the basal slice is first, as in the h5 copy
         return _nifti_volume(ref, classes, orient=False)
@@ -181,24 +179,22 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
         with _reading(path, "HDF5"), h5py.File(path) as file:
             if "image" not in file:
                 raise RequestError(f"{path}: holds no data set 'image'; it holds {', '.join(file) or 'nothing'}")
-            image = np.array(file["image"], np.float32, ndmin=3)  # [Z, Y, X]; a slice is [1, Y, X]
-            label = np.array(file["label"], ndmin=3) if "label" in file else None
-        images.append(image)
-        expected = image.shape[:3] if len(ref.images) == 1 else (1, *images[0].shape[1:])
-        for name, array in {"image": image, "label": label}.items():
-            if array is not None and array.shape != expected:
+            arrays = {"image": np.array(file["image"], np.float32, ndmin=3)}  # [Z, Y, X]; a slice is [1, Y, X]
+            arrays |= {"label": np.array(file["label"], ndmin=3)} if "label" in file else {}
+        images.append(arrays["image"])
+        expected = images[0].shape[:3] if len(ref.images) == 1 else (1, *images[0].shape[1:])
+        for name, array in arrays.items():
+            if array.shape != expected:
                 raise RequestError(f"{path}: its {name} has shape {list(array.shape)} and not {list(expected)}")
-        if label is not None:
-            labels.append(class_indices(label, classes, path))
+        labels += [class_indices(arrays["label"], classes, path)] if "label" in arrays else []
     if 0 < len(labels) < len(images):
         raise RequestError(f"{ref.source}: only {len(labels)} of the {len(images)} slices of its volume have a label")
-    label, image = np.concatenate(labels) if labels else None, np.concatenate(images)[None]
-    return Volume(image, label, None, ref.subject, ref.phase)
+    label = np.concatenate(labels) if labels else None
+    return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
 
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
-    path = folder / "dataset.json"
-    with _reading(path, "JSON"):
+    with _reading(path := folder / "dataset.json", "JSON"):
         info = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(info, dict):
         raise RequestError(f"{path}: must be a JSON object")
@@ -230,24 +226,14 @@ def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
     ending, channels = info.get("file_ending", ".nii.gz"), len(info["channel_names"])
     if ending not in (".nii.gz", ".nii"):
         raise RequestError(f"{folder}/dataset.json: file_ending {ending!r} is not supported; convert to .nii.gz")
+    tail = f"_[0-9][0-9][0-9][0-9]{ending}"
     for part in ("imagesTr", "imagesTs"):
-        names = [re.fullmatch(rf"([^.].*)_\d{{4}}{re.escape(ending)}", path.name) for path in folder.glob(f"{part}/*")]
-        for case in sorted({name[1] for name in names if name}):
+        for case in sorted({path.name[: -len(ending) - 5] for path in folder.glob(f"{part}/[!.]*{tail}")}):
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
                 raise RequestError(f"{missing[0]}: is missing; dataset.json declares {channels} channels")
             label = folder / "labelsTr" / f"{case}{ending}"
             yield VolumeRef(case, "", images, label if part == "imagesTr" and label.is_file() else None, folder)
-
-
-def _read_msd(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    volume = _nifti_volume(ref, class_names(dataset, ref.root), orient=True)
-    channel, last = dataset.options.get("channel"), len(volume.image) - 1
-    if channel is None:
-        return volume
-    if type(channel) is not int or not 0 <= channel <= last:
-        raise RequestError(f"{ref.source}: has channels 0 to {last}; options.channel is {channel!r}")
-    return replace(volume, image=volume.image[[channel]])
 
 
 def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Path]:
@@ -260,13 +246,11 @@ def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Pa
     return {match[1]: path for name, path in found.items() if (match := expression.fullmatch(name))}
 
 
-def _scan_pairs(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
+def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     """One image and one mask per subject, or no mask; what looks like a mask is no image."""
     images, labels = (_matching(folder, dataset, option) for option in ("images", "labels"))
-    masks = set(labels.values())
-    for subject, image in images.items():
-        if image not in masks:
-            yield VolumeRef(subject, "", (image,), labels.get(subject), folder)
+    images = {subject: image for subject, image in images.items() if image not in labels.values()}
+    return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in images.items()]
 
 
 def _photograph(path: Path, channels: int) -> np.ndarray:
@@ -276,47 +260,35 @@ def _photograph(path: Path, channels: int) -> np.ndarray:
     return np.moveaxis(np.atleast_3d(data), 2, 0)[:, None]
 
 
-def _read_pairs(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    classes, options = class_names(dataset, ref.root), dataset.options
-    undeclared = options.get("undeclared", "error")
+def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volume:
+    """A volume from NIfTI files or photographs, by the options of `msd` and `pairs`."""
+    undeclared, channel = dataset.options.get("undeclared", "error"), dataset.options.get("channel")
     if undeclared not in ("error", "background"):
         raise RequestError(f"options.undeclared: must be error or background (given: {undeclared!r})")
-    if ".nii" in ref.images[0].suffixes:
-        return _nifti_volume(ref, classes, options.get("orient", True) is True, undeclared)
-    image = _photograph(ref.images[0], dataset.channels).astype(np.float32)
-    label = class_indices(_photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
-    return Volume(image, label, None, ref.subject, ref.phase)
+    if ".nii" not in ref.images[0].suffixes:
+        image = _photograph(ref.images[0], dataset.channels).astype(np.float32)
+        label = class_indices(_photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
+        return Volume(image, label, None, ref.subject, ref.phase)
+    volume = _nifti_volume(ref, classes, dataset.options.get("orient", True) is True, undeclared)
+    last = len(volume.image) - 1
+    if channel is not None and (type(channel) is not int or not 0 <= channel <= last):
+        raise RequestError(f"{ref.source}: has channels 0 to {last}; options.channel is {channel!r}")
+    return volume if channel is None else replace(volume, image=volume.image[[channel]])
 
 
 def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
-    from clseg.data import phantom  # it imports Volume from here
-
     count = dataset.options.get("subjects")
     if type(count) is not int or count < 1:
         raise RequestError(f"data set {dataset.name!r}: options.subjects must be a positive number (given: {count!r})")
-    names, stamp = (f"phantom{number:03d}" for number in range(count)), f"phantom {phantom.VERSION}"
-    return [VolumeRef(name, phase, (), None, folder, stamp) for name in names for phase in ("ED", "ES")]
+    frames, stamp = product(range(count), ("ED", "ES")), f"phantom {phantom.VERSION}"
+    return [VolumeRef(f"phantom{number:03d}", phase, (), None, folder, stamp) for number, phase in frames]
 
 
-def _read_phantom(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    from clseg.data import phantom
-
-    return phantom.phantom_volume(ref.subject, ref.phase)
-
-
-class Adapter(NamedTuple):
-    """`scan(folder, dataset)` lists volumes without opening them, `read(ref, dataset)` reads one; `options` it has."""
-
-    scan: Callable[[Path, DatasetConfig], Iterable[VolumeRef]]
-    read: Callable[[VolumeRef, DatasetConfig], Volume]
-    options: tuple[str, ...] = ()
-
-
-ADAPTERS = {
-    "phantom": Adapter(_scan_phantom, _read_phantom, ("subjects",)),
-    "acdc": Adapter(_scan_acdc, _read_acdc),
-    "msd": Adapter(_scan_msd, _read_msd, ("channel",)),
-    "pairs": Adapter(_scan_pairs, _read_pairs, ("images", "labels", "undeclared", "orient")),
+ADAPTERS = {  # what lists volumes without opening them, what reads one, and its options
+    "phantom": (_scan_phantom, lambda ref, *_: phantom.phantom_volume(ref.subject, ref.phase), ["subjects"]),
+    "acdc": (_scan_acdc, _read_acdc, []),
+    "msd": (_scan_msd, _read_files, ["channel"]),
+    "pairs": (_scan_pairs, _read_files, ["images", "labels", "undeclared", "orient"]),
 }
 
 
@@ -325,15 +297,14 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
     classes = dict(dataset.classes)
     if not classes and dataset.adapter != "msd":
         raise RequestError(f"data set {dataset.name!r}: its files name no classes; declare `classes` as value and name")
-    if not classes:
-        path, info = _dataset_json(folder)
-        if not isinstance(info.get("labels"), dict):
-            raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
-        for key, value in info["labels"].items():
-            number, name = (value, key) if "channel_names" in info else (key, value)  # nnU-Net: {name: 1}
-            if name == "ignore" or not re.fullmatch(r"\d+", str(number)):
-                raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
-            classes[int(number)] = str(name)
+    path, info = (folder, {"labels": {}}) if classes else _dataset_json(folder)
+    if not isinstance(info.get("labels"), dict):
+        raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
+    for key, value in info["labels"].items():
+        number, name = (value, key) if "channel_names" in info else (key, value)  # nnU-Net: {name: 1}
+        if name == "ignore" or not re.fullmatch(r"\d+", str(number)):
+            raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
+        classes[int(number)] = str(name)
     return {value: name for value, name in sorted(classes.items()) if value != 0}
 
 
@@ -351,13 +322,13 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     about, folder = f"data set {dataset.name!r}", paths.data_root() / dataset.folder
     if dataset.adapter not in ADAPTERS:
         raise RequestError(f"{about}: unknown adapter {dataset.adapter!r}, {nearest(dataset.adapter, ADAPTERS)}")
-    adapter = ADAPTERS[dataset.adapter]
-    if wrong := sorted(set(dataset.options) - set(adapter.options)):
-        raise RequestError(f"{about}: unknown option {wrong[0]!r}, {nearest(wrong[0], adapter.options or ['none'])}")
+    list_volumes, _, options = ADAPTERS[dataset.adapter]
+    if wrong := sorted(set(dataset.options) - set(options)):
+        raise RequestError(f"{about}: unknown option {wrong[0]!r}, {nearest(wrong[0], options or ['none'])}")
     if dataset.folder and not folder.is_dir():
         raise RequestError(f"{folder}: {about} is not there; {how_to_get(dataset)}")
     try:
-        refs = sorted(adapter.scan(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
+        refs = sorted(list_volumes(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
@@ -373,4 +344,4 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
 
 def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     """One checked volume; `RequestError` names the file that cannot be used."""
-    return checked(ADAPTERS[dataset.adapter].read(ref, dataset), ref.source)
+    return checked(ADAPTERS[dataset.adapter][1](ref, dataset, class_names(dataset, ref.root)), ref.source)

@@ -1,9 +1,9 @@
 """A digital short-axis cardiac phantom: the data set that is always there, each volume computed from its subject id.
 
-Smooth curves and ellipsoids, painted one over the other, seen by a crude model of an MR scanner: it can show that the
-code runs, and how a method works and fails. It cannot show how well one would do on patients: real anatomy is less
-smooth, disease is not five groups, readers err, images hold flow, motion and banding, and this heart contracts in the
-plane only. No score on it is a clinical result, or comparable with one on ACDC, whose classes it borrows.
+Smooth curves and ellipsoids, painted one over the other, seen by a crude model of an MR scanner: it shows that the code
+runs, and how a method works and fails, not how well one would do on patients: real anatomy is less smooth, disease is
+not five groups, readers err, images hold flow, motion and banding, and this heart contracts in the plane only. No score
+on it is a clinical result, or comparable with one on ACDC, whose classes it borrows.
 """
 
 import hashlib
@@ -11,20 +11,19 @@ import hashlib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from clseg.data.formats import Volume
+from clseg.data import formats
 
 VERSION = 1  # part of the key of the prepared store: raise it with every change of a voxel
 ANGLES = 720  # samples of a contour around the heart
 LUNG, FAT, BLOOD = 0.07, 1.05, 1.0  # signal relative to blood; that of muscle depends on the scanner
 
 
-def phantom_volume(subject: str, phase: str = "ED") -> Volume:
+def phantom_volume(subject: str, phase: str = "ED") -> "formats.Volume":
     """Compute a subject's phantom: image float32 [1, Z, Y, X] in whole scanner units, label uint8 [Z, Y, X].
 
-    Classes as in ACDC: 0 background, 1 right ventricle, 2 myocardium, 3 left ventricle with its papillary muscles.
-    8 to 12 slices from the base, where the outflow tract opens the ring of muscle, to the apex, which has no class 1.
-    One id gives one volume in every process; its phases share anatomy and scanner, not the noise.
-    Raises: ValueError if the phase is neither "ED" nor "ES".
+    Classes as in ACDC: 0 background, 1 right ventricle, 2 myocardium, 3 left ventricle with its papillary muscles. 8 to
+    12 slices from the base, where the outflow tract opens the ring of muscle, to the apex, which has no class 1. One id
+    gives one volume in every process; its phases ("ED", "ES", else `ValueError`) share anatomy and scanner, not noise.
     """
     if phase not in ("ED", "ES"):
         raise ValueError(f"phase must be 'ED' or 'ES', not {phase!r}")
@@ -40,14 +39,14 @@ def phantom_volume(subject: str, phase: str = "ED") -> Volume:
     signal = gaussian_filter(_slice_mean(canvas.signal * (1 + 0.1 * canvas.texture)), (0, blur_px, blur_px))
     bias = (0.4, 0.8, 0.5)[scanner]  # range of the logarithm of the receive field
     slope = bias / 250 * draw(-1, 0.4, 2)  # most coils lie on the chest, above and left of the heart
-    field = slope[0] * canvas.columns_mm + slope[1] * canvas.rows_mm[:, None]
-    field = field + 0.3 * bias * canvas.smooth_field((2, 4, 4), signal.shape)
-    signal = np.clip(signal * np.exp(field), 0, None) ** ((1.00, 1.25, 0.85)[scanner] * draw(0.9, 1.1))
+    coils = slope[0] * canvas.columns_mm + slope[1] * canvas.rows_mm[:, None]
+    gain = np.exp(coils + 0.3 * bias * canvas.smooth_field((2, 4, 4), signal.shape))
+    signal = np.clip(signal * gain, 0, None) ** ((1.00, 1.25, 0.85)[scanner] * draw(0.9, 1.1))
     noise = (0.030, 0.045, 0.060)[scanner] * draw(0.7, 1.4) * noise_rng.standard_normal((2, *signal.shape), np.float32)
     image = np.hypot(signal + noise[0], noise[1]) * (310, 720, 1900)[scanner] * draw(0.7, 1.4)  # Rician; stored unit
     image = np.rint(image).astype(np.float32)  # as scanners store it; and processors differ in the last bits
     spacing_mm = (canvas.slice_mm, canvas.pixel_mm, canvas.pixel_mm)
-    return Volume(image[None], label, spacing_mm, subject, phase, np.diag([*spacing_mm[::-1], 1.0]))
+    return formats.Volume(image[None], label, spacing_mm, subject, phase, np.diag([*spacing_mm[::-1], 1.0]))
 
 
 def _slice_mean(values: np.ndarray) -> np.ndarray:
