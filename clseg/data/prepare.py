@@ -43,35 +43,33 @@ class SliceBatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
-def correct_bias(image: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> np.ndarray:
-    """N4 bias field correction of a channel [Z, Y, X], as in `N4_bias_correction.py` of Chaitanya et al.: no mask."""
-    try:
-        import SimpleITK as sitk
-    except ImportError:
-        raise RequestError("normalisation.n4 needs SimpleITK; install the extra: pip install 'clseg[n4]'") from None
-    filtered = sitk.GetImageFromArray(image)
-    if spacing_mm:
-        filtered.SetSpacing(spacing_mm[::-1])
-    corrector = sitk.N4BiasFieldCorrectionImageFilter()
-    corrector.SetConvergenceThreshold(1e-3)
-    corrector.SetMaximumNumberOfIterations([50] * 4)
-    return sitk.GetArrayFromImage(corrector.Execute(filtered))
-
-
 def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.ndarray:
     """(v - p_low) / (p_high - p_low) per channel of the whole volume, not clipped; float32 [C, Z, Y, X].
 
-    Source: Chaitanya et al., 1st and 99th percentile. `RequestError` if they coincide, or without SimpleITK for N4.
+    Source: Chaitanya et al., 1st and 99th percentile; N4 without a mask, as their `N4_bias_correction.py`.
+    `RequestError` if the percentiles coincide, or without SimpleITK for N4.
     """
     channels = []
     for channel, image in enumerate(volume.image):
-        image = correct_bias(image, volume.spacing_mm) if setting.n4 else image
+        image = _n4(image, volume.spacing_mm) if setting.n4 else image
         low, high = np.percentile(image, [setting.low, setting.high])
         if not high > low:
             percentiles = f"percentiles {setting.low:g} and {setting.high:g} of channel {channel} are both {low:g}"
             raise RequestError(f"{source}: {percentiles}; remove the image or widen normalisation.low and .high")
         channels.append((image - np.float32(low)) / np.float32(high - low))
     return np.stack(channels)
+
+
+def _n4(image: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> np.ndarray:
+    try:
+        import SimpleITK as sitk
+    except ImportError:
+        raise RequestError("normalisation.n4 needs SimpleITK; install the extra: pip install 'clseg[n4]'") from None
+    filtered, corrector = sitk.GetImageFromArray(image), sitk.N4BiasFieldCorrectionImageFilter()
+    filtered.SetSpacing(spacing_mm[::-1] if spacing_mm else (1.0, 1.0, 1.0))
+    corrector.SetConvergenceThreshold(1e-3)
+    corrector.SetMaximumNumberOfIterations([50] * 4)
+    return sitk.GetArrayFromImage(corrector.Execute(filtered))
 
 
 def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int, int]:
@@ -117,26 +115,23 @@ def to_network(
     classes = torch.from_numpy(np.zeros(image.shape[1:], np.uint8) if label is None else label)[:, None]
     classes = fit(F.interpolate(classes, plane, mode="nearest-exact")[:, 0], size)  # [Z, H, W]
     if z != len(slices):
-        columns = slices.flatten(1)[None, None]  # [1, 1, Z, C H W]
-        columns = F.interpolate(columns, (z, columns.shape[-1]), mode="bilinear", antialias=True)
+        columns = F.interpolate(slices.flatten(1)[None, None], (z, slices[0].numel()), mode="bilinear", antialias=True)
         slices = columns.reshape(z, *slices.shape[1:])
         classes = classes[(_centres(z, len(classes)) + 0.5).long()]
     return slices.clamp(-65504, 65504).half().numpy(), classes.numpy()  # the range of float16
 
 
-def to_native(probability: Tensor, resampled: tuple[int, int], native: tuple[int, int, int]) -> np.ndarray:
+def to_native(probability: Tensor, resampled: Sequence[int], native: Sequence[int]) -> np.ndarray:
     """Class probabilities [Z', K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native one.
 
     Put back where they were cropped (outside: background), resized linearly, argmax, as Chaitanya et al. released it.
     """
-    labels = np.empty(native, np.uint8)
+    labels, last = np.empty(native, np.uint8), len(probability) - 1
     outside = torch.eye(probability.shape[1])[0, :, None, None]  # [K, 1, 1], background
-    last = len(probability) - 1
     for z, centre in enumerate(_centres(len(labels), last + 1).clamp(0, last).tolist()):  # needs memory for one slice
         near = probability[[int(centre), min(int(centre) + 1, last)]].detach().float().cpu()
-        plane = torch.lerp(*near, centre % 1)
         # padding with zeros is right for all but the background, so shift it: p - outside is zero there
-        canvas = fit(plane - outside, resampled) + outside  # [K, H', W']
+        canvas = fit(torch.lerp(*near, centre % 1) - outside, resampled) + outside  # [K, H', W']
         labels[z] = F.interpolate(canvas[None], native[1:], mode="bilinear")[0].argmax(0).numpy()
     return labels
 
@@ -159,18 +154,20 @@ class Store:
         self.plane: list[int] = index["plane"]
         self.class_names: dict[int, str] = dict(enumerate(index["class_names"], start=1))
         self.num_classes = len(self.class_names) + 1
-        self.volumes = pd.DataFrame(index["volumes"]).astype({f"spacing_{axis}": float for axis in "zyx"})
-        self.positions_known: bool = index["positions"] == "known" and self.volumes["slice_axis"].nunique() == 1
-        self._subject, subjects = pd.factorize(self.volumes["subject"], sort=True)  # of each volume
+        self.volumes = table = pd.DataFrame(index["volumes"]).astype({f"spacing_{axis}": float for axis in "zyx"})
+        self.positions_known: bool = index["positions"] == "known" and table["slice_axis"].nunique() == 1
+        self._subject, subjects = pd.factorize(table["subject"], sort=True)  # of each volume
         self.subjects: tuple[str, ...] = tuple(subjects)
-        self.labelled_subjects: tuple[str, ...] = tuple(sorted({*self.volumes["subject"][self.volumes["labelled"]]}))
+        self.labelled_subjects: tuple[str, ...] = tuple(sorted({*table["subject"][table["labelled"]]}))
         for start, size in (("first_row", "slices"), ("label_offset", "label_bytes")):
-            self.volumes[start] = self.volumes[size].cumsum() - self.volumes[size]
-        self._volume = volume = np.repeat(np.arange(len(self.volumes)), self.volumes["slices"])  # of each slice
-        self.slices = pd.DataFrame({"volume": volume})
-        self.slices["slice"] = self.slices.groupby("volume").cumcount()
-        self.slices["slices_in_volume"] = self.volumes["slices"].to_numpy()[volume]
-        self.slices["position"] = (self.slices["slice"] + 1) / self.slices["slices_in_volume"]
+            table[start] = table[size].cumsum() - table[size]
+        self._volume = volume = np.repeat(np.arange(len(table)), table["slices"])  # of each slice
+        place, count = (
+            np.arange(len(volume)) - table["first_row"].to_numpy()[volume],
+            table["slices"].to_numpy()[volume],
+        )
+        self.slices = pd.DataFrame({"volume": volume, "slice": place, "slices_in_volume": count})
+        self.slices["position"] = (place + 1) / count
         with self._reading("images.f16") as path:
             self.images = np.memmap(path, np.float16, "r").reshape(len(volume), self.channels, *self.plane)
         with self._reading("labels.u8") as path:
@@ -178,18 +175,17 @@ class Store:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[Path]:
-        path = self.folder / name
         try:
-            yield path
+            yield self.folder / name
         except (OSError, ValueError, zlib.error):
-            raise RequestError(f"{path}: is incomplete; delete {self.folder}, it is made again") from None
+            raise RequestError(f"{self.folder}/{name}: is incomplete; delete {self.folder}, it is made again") from None
 
     def rows(self, subjects: Iterable[str], labelled: bool | None = None) -> np.ndarray:
         """Slice ids of these subjects, of their labelled (True), unlabelled (False) or all volumes (None), in order."""
-        wanted = set(subjects)
-        if unknown := sorted(wanted - set(self.subjects)):
+        subjects = set(subjects)
+        if unknown := sorted(subjects - set(self.subjects)):
             raise ValueError(f"not in the store: {', '.join(unknown)}")
-        chosen = self.volumes["subject"].isin(wanted)
+        chosen = self.volumes["subject"].isin(subjects)
         if labelled is not None:
             chosen &= self.volumes["labelled"] == labelled
         return np.flatnonzero(chosen.to_numpy()[self._volume])
@@ -207,21 +203,16 @@ class Store:
         a patch of `size` at a corner drawn by `generator`, or its centre.
         """
         rows = np.asarray(rows, dtype=np.int64)
-        volume = self._volume[rows]
-        labelled = self.volumes["labelled"].to_numpy()[volume].all()
+        volume, position = self._volume[rows], self.slices["position"].to_numpy(np.float32)[rows]
         windows = [rows] if self.dimensions == 2 else [self._window(row, generator) for row in rows]
         image, label = ([torch.from_numpy(np.array(a[w])) for w in windows] for a in (self.images, self.labels))
         if self.dimensions == 3:
             image = [fit(block.movedim(0, 1), self.size)[None] for block in image]  # [1, C, D, H, W]
             label = [fit(block, self.size)[None] for block in label]
-        return SliceBatch(
-            image=torch.cat([block.float() for block in image]).to(device),  # under autocast `cat` takes no float16
-            label=torch.cat(label).to(device).long() if labelled else None,
-            row=torch.from_numpy(rows),
-            volume=torch.from_numpy(volume),
-            subject=torch.from_numpy(self._subject[volume]),
-            position=torch.from_numpy(self.slices["position"].to_numpy(np.float32)[rows]),
-        ).to(device)
+        image = torch.cat([block.float() for block in image])  # under autocast `cat` takes no float16
+        label = torch.cat(label).to(device).long() if self.volumes["labelled"].to_numpy()[volume].all() else None
+        numbers = map(torch.from_numpy, (rows, volume, self._subject[volume], position))
+        return SliceBatch(image, label, *numbers).to(device)
 
     def _window(self, row: int, generator: torch.Generator | None) -> tuple:
         """The index of a slice's block in `images` and `labels`."""
@@ -282,15 +273,16 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
         try:
-            _build(folder, dataset, geometry, refs, progress)
+            _build(
+                folder, dataset, geometry, tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
+            )
         except OSError as error:
-            raise RequestError(
-                f"{folder}: cannot be written ({error.strerror or error}); choose another --out"
-            ) from None
+            reason = error.strerror or error
+            raise RequestError(f"{folder}: cannot be written ({reason}); choose another --out") from None
     return Store(folder)
 
 
-def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool) -> None:
+def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
     """Write a hidden sibling folder under a lock, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -301,38 +293,32 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         try:
-            bar = tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
-            _write(partial, dataset, geometry, bar)
+            _write(partial, dataset, geometry, refs)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
-    volumes, plane = [], geometry.plane or geometry.size[-2:]
+    volumes, plane, declared = [], geometry.plane or geometry.size[-2:], dataset.channels
     for ref in refs:
         volume = read(ref, dataset)
         channels, *native = volume.image.shape
-        if channels != dataset.channels:
-            raise RequestError(
-                f"{ref.source}: has {channels} channels and data set {dataset.name!r} declares {dataset.channels}; "
-                "correct `channels`, or choose one by options.channel"
-            )
-        normalised, resampled = normalise(volume, dataset.normalisation, ref.source), resampled_size(volume, geometry)
+        if channels != declared:
+            problem = f"has {channels} channels and data set {dataset.name!r} declares {declared}"
+            raise RequestError(f"{ref.source}: {problem}; correct `channels`, or choose one by options.channel")
+        resampled, labelled = resampled_size(volume, geometry), volume.label is not None
+        normalised = normalise(volume, dataset.normalisation, ref.source)
         image, label = to_network(normalised, volume.label, resampled, plane)
-        native_label = b"" if volume.label is None else zlib.compress(volume.label.tobytes(), level=1)
+        native_label = zlib.compress(volume.label.tobytes(), level=1) if labelled else b""
         for name, data in {"images.f16": image, "labels.u8": label, "native_labels.zlib": native_label}.items():
             with open(folder / name, "ab") as file:
                 file.write(data)
-        about = {"subject": ref.subject, "phase": ref.phase, "labelled": volume.label is not None}
+        about = {"subject": ref.subject, "phase": ref.phase, "labelled": labelled}
         about |= {"slice_axis": volume.slice_axis, "slices": len(image), "label_bytes": len(native_label)}
-        for grid, values in {
-            "native": native,
-            "resampled": resampled,
-            "spacing": volume.spacing_mm or [None] * 3,
-        }.items():
-            about |= {f"{grid}_{axis}": value for axis, value in zip("zyx", values, strict=True)}
-        volumes.append(about)
-    index = {"channels": dataset.channels, "size": geometry.size, "plane": plane, "positions": dataset.positions}
+        grids = {"native": native, "resampled": resampled, "spacing": volume.spacing_mm or [None] * 3}
+        columns = {f"{name}_{axis}": n for name, grid in grids.items() for axis, n in zip("zyx", grid, strict=True)}
+        volumes.append(about | columns)
+    index = {"channels": declared, "size": geometry.size, "plane": plane, "positions": dataset.positions}
     index |= {"class_names": list(dataset.classes.values()), "volumes": volumes}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")

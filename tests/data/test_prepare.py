@@ -109,7 +109,7 @@ def test_the_way_back_lands_where_it_came_from(native, step_px, size):
     _, small = to_network(np.zeros((1, *label.shape), np.float32), label, resampled, list(size))
     back = to_native(one_hot(small, 2), resampled[1:], (1, *native))
     assert back.shape == label.shape
-    assert dice(back > 0, label > 0) > 0.9
+    assert dice(back > 0, label > 0) > 0.89  # the worst of a disc of five coarse pixels
     for found, wanted in zip(np.argwhere(back).mean(0), np.argwhere(label).mean(0), strict=True):
         assert abs(found - wanted) < 0.25 + 0.25 * step_px
 
