@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from clseg.config import FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
 
 Count = int | Literal["all"]  # of subjects with labels
-Sets = tuple[list[str], list[str], list[str], list[str]]  # the four of `Split`
+Sets = tuple[list[str], list[str], list[str], list[str]]  # those of `Split`
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,9 @@ def make_split(
         raise ValueError(f"labelled and draw start at 1 (given: {labelled}, {draw})")
     make = {SeededProtocol: _seeded, FoldsProtocol: _folds, ListProtocol: _listed}[type(protocol)]
     sets = make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw)
-    pretrain, chosen, validation, test = map(tuple, sets)
+    split = Split(*map(tuple, sets))
     if protocol.transductive:
-        pretrain = tuple(dict.fromkeys(pretrain + validation + test))
-    split = Split(pretrain, chosen, validation, test)
+        split = replace(split, pretrain=tuple(dict.fromkeys(split.pretrain + split.validation + split.test)))
     disjoint = [("labelled", "validation"), ("labelled", "test"), ("validation", "test")]
     for first, second in disjoint if protocol.transductive else [*disjoint, ("pretrain", "test")]:
         if both := sorted(set(getattr(split, first)) & set(getattr(split, second))):
@@ -65,10 +64,9 @@ def _seeded(protocol: SeededProtocol, subjects: list[str], with_label: list[str]
     """One permutation gives test, validation and pool, in this order; the n-subject set is the start of the draw's."""
     wanted, held_out = 1 if labelled == "all" else labelled, protocol.test + protocol.validation
     if len(with_label) < held_out + wanted:
-        raise RequestError(
-            f"{wanted} labelled, {protocol.validation} validation and {protocol.test} test subjects are wanted and "
-            f"{len(with_label)} have labels; lower `labelled`, or test and validation of the protocol"
-        )
+        sizes = f"{wanted} labelled, {protocol.validation} validation and {protocol.test} test subjects are wanted and"
+        remedy = "lower `labelled`, or test and validation of the protocol"
+        raise RequestError(f"{sizes} {len(with_label)} have labels; {remedy}")
     order = np.random.default_rng(protocol.seed).permutation(with_label).tolist()
     test, validation, pool = order[: protocol.test], order[protocol.test : held_out], order[held_out:]
     chosen = np.random.default_rng([protocol.seed, draw]).permutation(pool).tolist()[:wanted]
@@ -99,17 +97,15 @@ def _folds(protocol: FoldsProtocol, subjects: list[str], with_label: list[str], 
 
 
 def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
-    test, validation = protocol.test, protocol.validation
+    draws, test, validation = protocol.labelled.get(labelled, {}), protocol.test, protocol.validation
     if labelled == "all":
         chosen = sorted(set(with_label) - {*test, *validation, *protocol.not_in_all})
+    elif draw in draws:
+        chosen, validation = draws[draw], protocol.validation_of.get(labelled, {}).get(draw, validation)
     else:
-        draws = protocol.labelled.get(labelled, {})
-        if draw not in draws:
-            asked = f"labelled={labelled}, draw={draw}" if draws else f"labelled={labelled}"
-            offered = ", ".join(map(str, sorted(draws or protocol.labelled)))
-            raise RequestError(f"{asked}: the published lists offer {offered}")
-        chosen = draws[draw]
-        validation = protocol.validation_of.get(labelled, {}).get(draw, validation)
+        asked = f"labelled={labelled}, draw={draw}" if draws else f"labelled={labelled}"
+        offered = ", ".join(map(str, sorted(draws or protocol.labelled)))
+        raise RequestError(f"{asked}: the published lists offer {offered}")
     labels_needed = {*chosen, *validation, *test}
     if absent := sorted({*protocol.pretrain, *labels_needed} - set(subjects)):
         raise RequestError(f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}")
