@@ -165,8 +165,7 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
             if gaps := sorted(set(range(1, numbers[-1])) - set(numbers)):
                 raise RequestError(f"{folder}: slice {gaps[0]} of {subject}_frame{frame:02d} is missing")
             images = tuple(files[number] for number in numbers)
-            # the frames of this copy are numbered 1 and 2; the lower is end-diastole
-            phase = "ED" if frame == (min(frames) if len(frames) == 2 else 1) else "ES"
+            phase = "ED" if frame == (min(frames) if len(frames) == 2 else 1) else "ES"  # 1 and 2, ED is the lower
             yield VolumeRef(subject, phase, images, images[0], folder)
 
 
@@ -249,8 +248,9 @@ def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Pa
 def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     """One image and one mask per subject, or no mask; what looks like a mask is no image."""
     images, labels = (_matching(folder, dataset, option) for option in ("images", "labels"))
-    images = {subject: image for subject, image in images.items() if image not in labels.values()}
-    return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in images.items()]
+    masks = set(labels.values())
+    found = {subject: image for subject, image in images.items() if image not in masks}
+    return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in found.items()]
 
 
 def _photograph(path: Path, channels: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, d
 from clseg.data.formats import Volume, VolumeRef, class_names, read, scan
 
 STORE_VERSION = 2
+Device = torch.device | str
 
 
 @dataclass
@@ -39,7 +40,7 @@ class SliceBatch:
     subject: Tensor  # int64 [B], numbers its subjects
     position: Tensor  # float32 [B] in (0, 1], place along the volume: m / n for the m-th of n slices
 
-    def to(self, device: torch.device | str) -> "SliceBatch":
+    def to(self, device: Device) -> "SliceBatch":
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
@@ -162,10 +163,8 @@ class Store:
         for start, size in (("first_row", "slices"), ("label_offset", "label_bytes")):
             table[start] = table[size].cumsum() - table[size]
         self._volume = volume = np.repeat(np.arange(len(table)), table["slices"])  # of each slice
-        place, count = (
-            np.arange(len(volume)) - table["first_row"].to_numpy()[volume],
-            table["slices"].to_numpy()[volume],
-        )
+        first, count = table[["first_row", "slices"]].to_numpy()[volume].T
+        place = np.arange(len(volume)) - first
         self.slices = pd.DataFrame({"volume": volume, "slice": place, "slices_in_volume": count})
         self.slices["position"] = (place + 1) / count
         with self._reading("images.f16") as path:
@@ -194,9 +193,7 @@ class Store:
         """Slice ids of one volume, in order of position."""
         return np.flatnonzero(self._volume == volume)
 
-    def batch(
-        self, rows: np.ndarray, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-    ) -> SliceBatch:
+    def batch(self, rows: np.ndarray, device: Device = "cpu", generator: torch.Generator | None = None) -> SliceBatch:
         """These slices, in this order, on the device.
 
         3-D: the blocks of D slices around them, kept inside the volume (zero padded where it has fewer), and of `plane`
@@ -219,8 +216,7 @@ class Store:
         first, count = self.volumes[["first_row", "slices"]].to_numpy()[self._volume[row]]
         start = min(max(row - self.size[0] // 2, first), first + max(count - self.size[0], 0))
         window = [slice(start, min(start + self.size[0], first + count)), ...]
-        for have, want in zip(self.plane, self.size[1:], strict=True):
-            room = have - want
+        for room, want in zip(np.subtract(self.plane, self.size[1:]).tolist(), self.size[1:], strict=True):
             corner = room // 2 if generator is None else int(torch.randint(room + 1, (), generator=generator))
             window.append(slice(corner, corner + want))
         return tuple(window)
@@ -273,16 +269,14 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
         try:
-            _build(
-                folder, dataset, geometry, tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
-            )
+            _build(folder, dataset, geometry, refs, progress)
         except OSError as error:
-            reason = error.strerror or error
-            raise RequestError(f"{folder}: cannot be written ({reason}); choose another --out") from None
+            problem = f"cannot be written ({error.strerror or error})"
+            raise RequestError(f"{folder}: {problem}; choose another --out") from None
     return Store(folder)
 
 
-def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
+def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool) -> None:
     """Write a hidden sibling folder under a lock, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -293,7 +287,8 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         try:
-            _write(partial, dataset, geometry, refs)
+            bar = tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
+            _write(partial, dataset, geometry, bar)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -78,7 +78,7 @@ def _seeded(protocol: SeededProtocol, subjects: list[str], with_label: list[str]
 def _folds(protocol: FoldsProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
     """Draw f tests on fold f; the n-subject set is the start of one random order of the other folds.
 
-    Source: the released code of Zeng et al., scikit-learn's shuffled `KFold`, then `random.sample`; the same subjects.
+    Source: released code of Zeng et al., the same subjects as scikit-learn's shuffled `KFold`, then `random.sample`.
     *Deviation*: there the epoch is chosen on the test fold, here by `validation` subjects, the last of that order.
     """
     if not protocol.transductive:  # one pre-training serves all folds, so it sees subjects that are tested
