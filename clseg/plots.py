@@ -1,14 +1,11 @@
-"""Every figure of the study: functions of tables and arrays that return a matplotlib figure.
+"""Every figure of the study: functions of tables and arrays that return a matplotlib figure, which shows itself.
 
-Nothing goes through `pyplot`: no figure stays open, and none depends on what was drawn before. A figure that is the
-last value of a notebook cell shows itself. A method has the same colour, marker and line in every figure: the colour is
-that of its family (Okabe and Ito's palette, which colour-blind readers can tell apart), the marker its own in it.
+Nothing goes through `pyplot`: no figure stays open, and none depends on what was drawn before. A method looks the same
+in every figure: its colour is that of its family (Okabe and Ito's, which colour-blind readers can tell apart).
 """
 
-from __future__ import annotations
-
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +55,7 @@ STYLE: Any = {
     **{"image.interpolation": "nearest", "figure.dpi": 100},
 }
 styled = rc_context(STYLE)
+MaybeTable = pd.DataFrame | None
 
 
 class Figure(MatplotlibFigure):
@@ -104,7 +102,7 @@ def _array(values: Any) -> np.ndarray:
 
 def style(method: str) -> tuple[str, str, Any]:
     """Colour, marker and line of a method; an ablated value does not change them."""
-    return STYLES.get(method.partition(" [")[0], UNKNOWN)
+    return STYLES.get(method.partition(" ")[0], UNKNOWN)
 
 
 def _range(values: pd.Series) -> str:
@@ -112,12 +110,15 @@ def _range(values: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
+def _subjects(table: pd.DataFrame) -> str:
+    return f"95 % intervals over n = {_range(table['n_subjects'])} test subjects"
+
+
 def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "published.csv") -> pd.DataFrame:
     """Published Dice of a data set that may be shown beside a study: method, labelled, dice, tag, source, note.
 
-    `labelled` is <NA> where the source does not say how many subjects a printed percentage stands for. The file's
-    `study` may name several studies, separated by blanks.
-    Raises `RequestError` for a file that is not such a table, and for any tag other than V and V2 anywhere in it.
+    `labelled` is <NA> where the source does not say how many subjects a printed percentage stands for; `study` of the
+    file may name several. Raises `RequestError` for a file that is no such table, or has a tag other than V and V2.
     """
     columns: Any = {"usecols": PUBLISHED_COLUMNS, "dtype": {"labelled": "Int64", "value": float}}
     try:
@@ -129,9 +130,8 @@ def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "publish
         if tag not in TAGS:
             raise RequestError(f"{path}, line {line}: tag {tag!r} is not printed, only V and V2 are; remove the row")
     beside = table["study"].str.split().map(lambda names: study in names)
-    chosen = table[beside & (table["dataset"] == dataset) & (table["metric"] == "dice")]
-    shown = ["method", "labelled", "dice", "tag", "source", "note"]
-    return chosen.rename(columns={"value": "dice"})[shown].reset_index(drop=True)
+    chosen = table[beside & (table["dataset"] == dataset) & (table["metric"] == "dice")].reset_index(drop=True)
+    return chosen.rename(columns={"value": "dice"})[["method", "labelled", "dice", "tag", "source", "note"]]
 
 
 def _errors(rows: pd.DataFrame, what: str = "dice") -> np.ndarray:
@@ -149,53 +149,45 @@ def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, method: str, label:
 
 
 @styled
-def label_curve(
-    summary: pd.DataFrame, table: pd.DataFrame | None = None, published: pd.DataFrame | None = None
-) -> Figure:
+def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: MaybeTable = None) -> Figure:
     """Dice against the number of labelled subjects: one line per method, with 95 % intervals over test subjects.
 
-    `summary` is that of `stats.summary` for one study, data set and profile; of more than `ON_ONE_AXIS` methods
-    each has a panel, with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is
-    `benchmark`, a cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer
-    draws than others. Bars stand side by side: only the ticks are numbers of subjects.
+    `summary` is that of `stats.summary` for one study, data set and profile; of more than `ON_ONE_AXIS` methods each has
+    a panel, with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
+    cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer draws than
+    others. Bars stand side by side: only the ticks are numbers of subjects.
     Raises `ValueError` for several studies, data sets or profiles, and for a published tag other than V and V2.
     """
     place = summary[["study", "dataset", "profile"]].drop_duplicates()
     if len(place) != 1:
         raise ValueError(f"a label curve shows one study, data set and profile, not {len(place)}")
-    if published is None:
-        published = pd.DataFrame(columns=["method", "labelled", "dice", "tag"])
+    nothing = pd.DataFrame(columns=["method", "labelled", "dice", "tag"])
+    draws = nothing if table is None else stats.per_draw(table)
+    published = nothing if published is None else published
     if not published["tag"].isin(TAGS).all():
         raise ValueError("published numbers are drawn with tag V or V2 only")
-    draws = None if table is None else stats.per_draw(table)
     curves, ceiling = summary[summary["method"] != "benchmark"], summary[summary["method"] == "benchmark"]
     methods = [m for m in STYLES if m in set(curves["method"])] + sorted({*curves["method"]} - {*STYLES})
     groups, several = [methods], len(methods) > ON_ONE_AXIS
     if several:
         groups = [[m for m in methods if m in ("random", own)] for own in methods if own != "random"]
     counts = sorted(curves["labelled"].unique())
-    gap = min(np.diff(np.log2(counts)), default=1.0)
-    step = min(
-        0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0]))
-    )  # in doublings: bars of neighbouring counts never meet
-
+    gap = min(np.diff(np.log2(counts)), default=1.0)  # in doublings, as is the step: bars of neighbours never meet
+    step = min(0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0])))
     figure, panels = _panels(len(groups), 5, *(1.8, 1.6) if several else (6.6, 3.6), sharey=True)
     for panel, members in zip(panels, groups, strict=True):
         for number, method in enumerate(members):
-            shift = 2.0 ** (step * (number - (len(members) - 1) / 2))
-            look = {"color": style(method)[0], "zorder": 4}
+            shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), style(method)[0]
             rows = curves[curves["method"] == method].sort_values("labelled")
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
             tags = f"(× published, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
-                panel.set_title(f"{method}\n{tags}".strip(), fontsize=8, fontweight="bold", color=look["color"])
+                panel.set_title(f"{method}\n{tags}".strip(), fontsize=8, fontweight="bold", color=colour)
             _intervals(panel, rows["labelled"] * shift, rows, method, "_" if named else f"{method} {tags}".strip())
-            x = beside["labelled"].astype(float) * shift * 2.0 ** (0.4 * step)
-            panel.scatter(x, beside["dice"], marker="x", s=30, linewidths=1.4, **look)
-            if draws is not None:
-                own = draws[draws["method"] == method]
-                x = own["labelled"] * shift * 2.0 ** (-0.35 * step)
-                panel.scatter(x, own["dice"], s=7, alpha=0.55, linewidths=0, **look)
+            cross, dot = {"marker": "x", "s": 30, "linewidths": 1.4}, {"s": 7, "alpha": 0.55, "linewidths": 0}
+            for points, aside, look in (beside, 0.4, cross), (draws[draws["method"] == method], -0.35, dot):
+                x = points["labelled"].astype(float) * shift * 2.0 ** (aside * step)
+                panel.scatter(x, points["dice"], color=colour, zorder=4, **look)
         for row in ceiling.itertuples():
             panel.axhspan(row.dice_low, row.dice_high, color=BLACK, alpha=0.08, linewidth=0)
             panel.axhline(row.dice_mean, color=BLACK, linestyle="--", label=f"benchmark ({row.labelled} labelled)")
@@ -204,24 +196,23 @@ def label_curve(
         panel.xaxis.set_minor_locator(NullLocator())
         if counts:
             panel.set_xlim(counts[0] * 2.0 ** (-0.6 * gap), counts[-1] * 2.0 ** (0.6 * gap))
-    if draws is not None:
+    if len(draws):
         panel.scatter([], [], s=7, color=GREY, label="one draw")
     if (curves["runs_missing"] > 0).any():
         panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer draws than others")
     _legend(figure, panels, loc="outside right upper")
     figure.supxlabel(f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else "")
     figure.supylabel("Dice (mean over test subjects)")
-    interval = f"95 % intervals over n = {_range(summary['n_subjects'])} test subjects"
-    figure.suptitle(f"{', '.join(place.iloc[0])}\n{interval}")
+    figure.suptitle(f"{', '.join(place.iloc[0])}\n{_subjects(summary)}")
     return figure
 
 
 @styled
-def ablation(axes_table: pd.DataFrame, reference: pd.DataFrame | None = None) -> Figure:
+def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
     """One panel per axis of an ablation: Dice for each value, with 95 % intervals over test subjects.
 
-    `axes_table` has the columns of `stats.summary` and axis (title), value, base (True for the method's own value,
-    which is ringed); `reference`, rows of the same summary, are dashed lines across.
+    `axes_table` is a `stats.summary` with axis (title), value, base (True for the method's own value, which is ringed);
+    `reference`, rows of the same summary, are dashed lines across.
     """
     if axes_table.empty:
         return _nothing("no finished run")
@@ -241,24 +232,21 @@ def ablation(axes_table: pd.DataFrame, reference: pd.DataFrame | None = None) ->
             ringed = x[own["base"]], own["dice_mean"][own["base"]]
             panel.scatter(*ringed, s=110, facecolors="none", edgecolors=BLACK, zorder=5, label="the method's own value")
         for row in () if reference is None else reference.itertuples():
-            line = {"color": style(row.method)[0], "linestyle": "--"}
-            panel.axhline(row.dice_mean, label=f"{row.method}, {row.labelled} labelled", **line)
+            label = f"{row.method}, {row.labelled} labelled"
+            panel.axhline(row.dice_mean, label=label, color=style(row.method)[0], linestyle="--")
         panel.set_xticks(range(len(ticks)), list(ticks))
         panel.set_xlim(-0.6, len(ticks) - 0.4)
         panel.set_title(title)
     figure.supylabel("Dice (mean over test subjects)")
-    interval = f"95 % intervals over n = {_range(axes_table['n_subjects'])} test subjects"
-    figure.suptitle(f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}\n{interval}")
+    about = f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}"
+    figure.suptitle(f"{about}\n{_subjects(axes_table)}")
     _legend(figure, panels, loc="outside lower center", ncols=4)
     return figure
 
 
 @styled
 def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
-    """Dice with intervals, and under it the share of positive pairs (0 to 1), against the threshold t.
-
-    `table` has one row per threshold: value, dice_mean, dice_low, dice_high, share.
-    """
+    """Dice (dice_mean, _low, _high) and, under it, the share of positive pairs against the threshold t (value)."""
     rows = table.sort_values("value")
     figure, (dice, share) = _panels(2, 1, 4.6, 1.8, sharex=True)
     dice.errorbar(rows["value"], rows["dice_mean"], yerr=_errors(rows), color=GREEN, marker="o", elinewidth=1.6)
@@ -274,24 +262,20 @@ def ranks(table: pd.DataFrame) -> Figure:
     """Mean rank of every method (1 is best) with its 95 % interval over test subjects; tidy `table` (`stats.ranks`)."""
     table = stats.ranks(table)
     figure, (axes,) = _panels(1, 1, 5, 0.19 * len(table) + 0.7)
-    errors = _errors(table, "rank")
-    for place, (method, mean, error) in enumerate(zip(table["method"], table["rank_mean"], errors.T, strict=True)):
-        axes.errorbar(mean, place, xerr=error[:, None], color=style(method)[0], marker="o", elinewidth=1.6)
+    for place, (row, error) in enumerate(zip(table.itertuples(), _errors(table, "rank").T, strict=True)):
+        look = {"color": style(row.method)[0], "marker": "o", "elinewidth": 1.6}
+        axes.errorbar(row.rank_mean, place, xerr=error[:, None], **look)
     axes.set_yticks(range(len(table)), table["method"])
     axes.grid(axis="x")
     axes.invert_yaxis()
     axes.set_xlabel("mean rank, 1 is best")
-    cells, left_out = (table[column].max() for column in ("n_cells", "cells_left_out"))
-    about = f"{cells} cells, {left_out} left out that not all methods have"
-    axes.set_title(f"95 % intervals over n = {_range(table['n_subjects'])} test subjects\n{about}")
+    about = f"{table['n_cells'].max()} cells, {table['cells_left_out'].max()} left out that not all methods have"
+    axes.set_title(f"{_subjects(table)}\n{about}")
     return figure
 
 
 def _curves(curves: Mapping[str, pd.DataFrame], columns: int, width: float, height: float) -> Figure:
-    """A panel per table of steps and values: every value, faint, under a running median over a fortieth of the curve.
-
-    Of values that were not measured at every step the best is ringed.
-    """
+    """A panel per table of steps and values, under a running median over a fortieth of them; see `training_curves`."""
     figure, panels = _panels(len(curves), columns, width, height)
     for panel, (title, curve) in zip(panels, curves.items(), strict=True):
         steps, values = curve.dropna().to_numpy(dtype=float).T
@@ -301,8 +285,8 @@ def _curves(curves: Mapping[str, pd.DataFrame], columns: int, width: float, heig
             panel.plot(steps, smooth, color=BLUE, linewidth=1.5)
         else:
             panel.plot(steps, values, color=GREEN, marker="o", markersize=3, linewidth=1)
-            best = values == values.max(initial=-np.inf)
-            panel.scatter(steps[best][:1], values[best][:1], s=90, facecolors="none", edgecolors=BLACK, zorder=3)
+            best = np.argsort(-values, kind="stable")[:1]
+            panel.scatter(steps[best], values[best], s=90, facecolors="none", edgecolors=BLACK, zorder=3)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.set_title(title, fontsize=8)
     figure.supxlabel("step")
@@ -326,9 +310,7 @@ def pretraining_curves(log: pd.DataFrame) -> Figure:
     return figure
 
 
-def _matrix(
-    values: np.ndarray, width: float, title: str, groups: Sequence[Any] | None, lines: str, **look: Any
-) -> tuple[Figure, Axes]:
+def _matrix(values: np.ndarray, width: float, title: str, groups: Any, lines: str, **look: Any) -> tuple[Figure, Axes]:
     """A matrix [B, B] in colours, with lines between, and names at, the runs of equal neighbours in `groups` [B]."""
     figure, (axes,) = _panels(1, 1, width, 3.6)
     axes.grid(False)
@@ -348,7 +330,7 @@ def _matrix(
 
 
 @styled
-def similarity_matrix(similarity: Any, title: str = "", groups: Sequence[Any] | None = None) -> Figure:
+def similarity_matrix(similarity: Any, title: str = "", groups: Any = None) -> Figure:
     """Cosine similarities [B, B] as colours from -1 (blue) to 1 (red); `groups` [B] names runs of neighbouring rows."""
     figure, axes = _matrix(_array(similarity), 4.4, title, groups, BLACK, cmap="RdBu_r", vmin=-1, vmax=1)
     figure.colorbar(axes.images[0], ax=axes, shrink=0.85, label="cosine similarity")
@@ -356,7 +338,7 @@ def similarity_matrix(similarity: Any, title: str = "", groups: Sequence[Any] | 
 
 
 @styled
-def pairs_matrix(pairs: Any, title: str = "", groups: Sequence[Any] | None = None) -> Figure:
+def pairs_matrix(pairs: Any, title: str = "", groups: Any = None) -> Figure:
     """Who is alike in a batch: row i is anchor i of `Pairs`, with positives, negatives, neither, and their shares."""
     kind = np.where(_array(pairs.positive), 2, np.where(_array(pairs.negative), 1, 0))  # bool [B, B] each
     np.fill_diagonal(kind, 3)
@@ -365,8 +347,8 @@ def pairs_matrix(pairs: Any, title: str = "", groups: Sequence[Any] | None = Non
     figure, axes = _matrix(kind, 5, title, groups, "white", **look)
     axes.set(xlabel="row of the batch", ylabel="anchor")
     shares = [f" ({np.sum(kind == number) / max(1, kind.size - len(kind)):.0%})" for number in range(3)]
-    names = [name + share for name, share in zip(colours, [*shares, ""], strict=True)]
-    handles = [Patch(color=colour, label=name) for colour, name in zip(colours.values(), names, strict=True)]
+    about = zip(colours.items(), [*shares, ""], strict=True)
+    handles = [Patch(color=colour, label=name + share) for (name, colour), share in about]
     figure.legend(handles=handles[::-1], loc="outside right upper")
     return figure
 
@@ -383,11 +365,10 @@ def _groups(axes: Axes, points: np.ndarray, names: np.ndarray, size: float) -> n
 
 
 @styled
-def gradient_picture(embedding: Any, gradient: Any, groups: Sequence[Any] | None = None, title: str = "") -> Figure:
-    """Where a loss pulls embeddings of two dimensions: normalised points [B, 2] on the unit circle, an arrow each.
+def gradient_picture(embedding: Any, gradient: Any, groups: Any = None, title: str = "") -> Figure:
+    """Where a loss pulls embeddings [B, 2]: normalised points on the unit circle, coloured by `groups` [B].
 
-    An arrow is the negative `gradient` [B, 2] (the way of steepest descent); the longest has length 0.5 and the others
-    are in proportion. Rows of one group share a colour. Raises `ValueError` for other shapes.
+    An arrow is the negative `gradient` [B, 2], the longest of length 0.5. Raises `ValueError` for other shapes.
     """
     points, pull = _array(embedding).astype(float), -_array(gradient).astype(float)
     if points.ndim != 2 or points.shape[1] != 2 or pull.shape != points.shape:
@@ -408,73 +389,67 @@ def gradient_picture(embedding: Any, gradient: Any, groups: Sequence[Any] | None
 
 @styled
 def embedding(panels: Mapping[str, Any], colourings: Mapping[str, Any]) -> Figure:
-    """Embeddings in two dimensions (t-SNE): a column for each of `panels` (points [n, 2]), a row per colouring.
+    """Embeddings in two dimensions (t-SNE): a column for each of `panels` (points [n, 2]), a row per colouring [n].
 
-    A colouring [n] of floats (positions) has a colour bar, any other (subjects, clusters) a colour and marker for each
-    value, and a legend of up to ten. The axes of a t-SNE mean nothing and have no ticks.
+    Floats (positions) have a colour bar, others (subjects, clusters) colours and markers, and a legend of up to ten.
     """
     figure, axes = _panels(len(panels) * len(colourings), len(panels), 2, 2)
     for start, (name, values) in enumerate(colourings.items()):
         row, values = axes[start * len(panels) :][: len(panels)], _array(values)
+        continuous = values.dtype.kind == "f"
         for panel, (title, points) in zip(row, panels.items(), strict=True):
-            if values.dtype.kind == "f":
+            if continuous:
                 panel.scatter(*_array(points).T, c=values, s=9, linewidths=0)
             else:
                 _groups(panel, _array(points), values, 9)
             panel.set(xticks=[], yticks=[], title=title if start == 0 else "", box_aspect=1)
             panel.spines[:].set(visible=True, color=GREY, linewidth=0.5)
-        if values.dtype.kind == "f":
+        row[0].set_ylabel(name)
+        if continuous:
             figure.colorbar(panel.collections[0], ax=row)
         elif len(np.unique(values)) <= 10:
             _legend(panel, [panel], loc="upper left", bbox_to_anchor=(1, 1))
-        row[0].set_ylabel(name)
     return figure
 
 
 @styled
 def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
-    """The upper 40 leaves of a hierarchical clustering, `linkage` [n - 1, 4] as SciPy's, cut at the height `cut`.
-
-    A leaf shows how many slices are merged in it, a colour the clusters below the cut.
-    """
+    """The upper 40 leaves of a hierarchical clustering, `linkage` [n - 1, 4] as SciPy's, cut at the height `cut`."""
     figure, (axes,) = _panels(1, 1, 7, 3)
     look = {"color_threshold": cut, "above_threshold_color": GREY, "leaf_rotation": 90, "leaf_font_size": 7}
     hierarchy.dendrogram(linkage, p=40, truncate_mode="lastp", ax=axes, **look)
-    clusters = np.sum(linkage[:, 2] > cut) + 1
-    axes.axhline(cut, color=BLACK, linestyle="--", label=f"cut at {cut:.3g}: {clusters} clusters")
+    label = f"cut at {cut:.3g}: {np.sum(linkage[:, 2] > cut) + 1} clusters"
+    axes.axhline(cut, color=BLACK, linestyle="--", label=label)
     axes.set(title=title, xlabel="(slices merged in a leaf)", ylabel="distance")
     _legend(axes, [axes], loc="upper right")
     return figure
 
 
 @styled
-def volume_grid(
-    images: Any, labels: Any = None, title: str = "", titles: Sequence[str] = (), class_names: Any = None
-) -> Figure:
+def volume_grid(images: Any, labels: Any = None, title: str = "", titles: Any = (), class_names: Any = None) -> Figure:
     """Slices in reading order on one scale, with the outlines of the classes.
 
-    `images` [N, H, W], or [N, C, H, W] (the first of C channels, or colours where C = 3), or blocks [N, C, D, H, W] (the
-    middle slice); `labels` the same without C; `titles` of the slices; `class_names` {class index: name} of the legend.
+    `images` [N, H, W], [N, C, H, W] (the first channel, or colours where C = 3) or blocks [N, C, D, H, W] (the middle
+    slice); `labels` the same without C; `titles` of the slices; `class_names` {class index: name} of the legend.
     """
-    images, labels = _array(images).astype(float), None if labels is None else _array(labels)
-    if images.ndim == 5:
-        images = images[:, :, images.shape[2] // 2]
-        labels = None if labels is None else labels[:, labels.shape[1] // 2]
+    images = _array(images).astype(float)
+    labels = np.zeros((len(images), 1, 1), int) if labels is None else _array(labels)
+    labels = labels[:, labels.shape[1] // 2] if labels.ndim == 4 else labels
+    images = images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
     if images.ndim == 4:
         images = np.moveaxis(images, 1, -1) if images.shape[1] == 3 else images[:, 0]
     low, high = np.percentile(images, [0.5, 99.5])
     images = np.clip((images - low) / max(high - low, 1e-12), 0, 1)
     height = 1.35 * images.shape[1] / images.shape[2] + (0.2 if len(titles) else 0)
+    names = titles if len(titles) else [""] * len(images)
     figure, panels = _panels(len(images), min(6, max(3, int(np.ceil(np.sqrt(len(images)))))), 1.35, height)
-    for number, panel in enumerate(panels):
-        panel.imshow(images[number], cmap="gray", vmin=0, vmax=1)
+    for panel, image, label, name in zip(panels, images, labels, names, strict=True):
+        panel.imshow(image, cmap="gray", vmin=0, vmax=1)
         panel.set_axis_off()
-        if len(titles):
-            panel.set_title(titles[number], fontsize=8)
-        mask = np.zeros(0) if labels is None else np.pad(labels[number], 1)  # outlines close at the border
-        for index in np.unique(mask[mask > 0]):
-            rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
-            panel.contour(columns, rows, mask == index, levels=[0.5], colors=STRUCTURES[index % 7], linewidths=1)
+        panel.set_title(name, fontsize=8)
+        look = {"levels": [0.5], "linewidths": 1, "extent": (-1, label.shape[1], -1, label.shape[0])}
+        for index in np.unique(label[label > 0]):  # padded, so that outlines close at the border
+            panel.contour(np.pad(label, 1) == index, colors=STRUCTURES[index % 7], **look)
     figure.suptitle(title)
     if class_names is not None:
         handles = [Line2D([], [], color=STRUCTURES[index % 7], label=name) for index, name in class_names.items()]

@@ -213,7 +213,7 @@ def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     runs.train(other)
     (other.folder / "status.json").unlink()
     table = runs.table(path.parent for path in paths.runs_root().rglob("parameters.json"))
-    assert tuple(table.columns) == runs.TABLE_COLUMNS
+    assert list(table.columns) == runs.TABLE_COLUMNS
     assert run.name in set(table["run"])
     assert other.name not in set(table["run"])
     assert set(runs.table([run.folder], "mine")["study"]) == {"mine"}
