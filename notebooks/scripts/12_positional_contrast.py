@@ -58,7 +58,7 @@ shown = store.batch([*store.volume_rows(shortest), *store.volume_rows(longest)])
 anchor = store.volumes["slices"][shortest] // 2
 low, high = (shown.position[anchor].item() + side * parameters.threshold for side in (-1, 1))
 
-figure, axis = plt.subplots(figsize=(9, 1.95))
+figure, axis = plt.subplots(figsize=(9, 1.7))
 axis.axvspan(low, high, color=plots.BLUE, alpha=0.12, zorder=-1)
 blue = position_pairs(shown.position, parameters.threshold).positive[anchor]
 for row, (picture, position) in enumerate(zip(shown.image[:, 0], shown.position.tolist(), strict=True)):
