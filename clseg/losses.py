@@ -16,18 +16,16 @@ LOG_ZERO = -1e30
 
 
 def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, denominator: str = "all") -> Tensor:
-    """Contrastive loss of a batch: the positives P_i of each anchor i against its negatives N_i, both given by `pairs`.
+    """Contrastive loss of a batch: the positives P_i of each anchor i against its negatives N_i, both of `pairs`.
 
     `denominator="all"`: mean over the anchors with a positive of
         -1/|P_i| Σ_{j ∈ P_i} log( e^{s_ij} / Σ_{k ∈ P_i ∪ N_i} e^{s_ik} )
     `denominator="pair"`: mean over the ordered positive pairs (i, j) of
         -log( e^{s_ij} / (e^{s_ij} + Σ_{k ∈ N_i} e^{s_ik}) )
-    With one positive per anchor the two are equal. A row that is neither in P_i nor in N_i takes no part.
+    With one positive per anchor the two are equal.
 
-    embedding: [B, D], any length; pairs: masks [B, B]. Returns a scalar ≥ 0, float32 or float64.
+    embedding: [B, D], of all ranks (`gather`), any length. Returns a scalar ≥ 0, float32 or float64.
     Memory: about five matrices [B, B] of that type and 50 bytes per positive pair; time: 6 B² D multiplications.
-    On several ranks: of gathered rows, see `gather`.
-
     Raises `ValueError` for a shape unlike that of the pairs, a temperature ≤ 0, another denominator, or no positive.
     Source: released code of Zeng et al., `SupConLoss` ("all"), and of Chaitanya et al., `global_loss_exp_no` ("pair").
     *Deviation*: Zeng et al. multiply by temperature / 0.07, Chaitanya et al. divide the sum over pairs by the number of
@@ -37,7 +35,6 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
         raise ValueError(f"embedding must be [B, D], not {list(embedding.shape)}")
     if len(embedding) != len(pairs.positive):
         raise ValueError(f"{len(embedding)} embeddings, but pairs of {len(pairs.positive)}")
-    _check_temperature(temperature)
     if denominator not in ("all", "pair"):
         raise ValueError(f"denominator must be 'all' or 'pair', not {denominator!r}")
     anchor, other = pairs.positive.nonzero(as_tuple=True)  # [|P|] each
@@ -71,7 +68,6 @@ def local_contrastive_loss(
     region indices below R'. Where R < R' the anchors are the first R regions and the others serve as negatives only.
     image_pairs: bool [B, B], diagonal False, not necessarily symmetric. Returns a scalar ≥ 0, float32 or float64.
     Memory: O(B R R'), with `image_pairs` O(B² R R').
-
     Raises `ValueError` for wrong shapes, a neighbour that is no region, an image paired with itself, a temperature ≤ 0.
     Source: released code of Chaitanya et al., `local_loss_exp_no` 0 (L^R) and 1 (L^D).
     *Deviation*: the released L^D leaves out the terms t(second_i, first_i, r); it divides the sum by regions and maps,
@@ -90,7 +86,6 @@ def local_contrastive_loss(
             raise ValueError(f"image_pairs must be bool [{images}, {images}], not {given}")
         if image_pairs.diagonal().any():
             raise ValueError("image_pairs pairs an image with itself")
-    _check_temperature(temperature)
 
     anchors = len(neighbours)
     row = torch.arange(anchors, device=neighbours.device)[:, None]  # [R, 1]
@@ -117,11 +112,9 @@ def local_contrastive_loss(
 def gather(tensor: Tensor) -> Tensor:
     """The rows of all ranks, rank after rank, [W B, ...], with gradient; the tensor itself where there is one process.
 
-    Gather the embeddings and everything `clseg.pairs` needs, and let every rank compute the loss over all rows: each
-    then holds the value of one process. Backward sums what the W equal losses say about this rank's rows, so it gives W
-    times their gradient, and the mean over ranks that DistributedDataParallel takes is the gradient of one process.
-
-    tensor: [B, ...], with as many rows on every rank.
+    With embeddings and all that `clseg.pairs` needs gathered, every rank has the loss of one process. Backward sums
+    what the W equal losses say about a rank's rows: W times their gradient, so that the mean over ranks that
+    DistributedDataParallel takes is the gradient of one process. tensor: [B, ...], as many rows on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
@@ -145,68 +138,42 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-
-
 def _full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _directions(vector: Tensor, temperature: float) -> Tensor:
     """Vectors over their length and over √temperature, so that the dot product of two is their s; [..., D]."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
     vector = vector if vector.dtype == torch.float64 else vector.float()
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
     # dividing by infinity gives a vector without direction the value 0 and the gradient 0
     return vector / (length.masked_fill(length < 1e-12, torch.inf) * temperature**0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------ regions
+def _near(table: str) -> dict[str, list[str]]:
+    return {entry[:2]: entry[3:].split() for entry in table.split("; ")}
+
 
 # Places of a region along a side of the map, as a part of its index range.
 PLACES = {"0": 0.0, "q": 0.25, "h": 0.5, "t": 0.75, "1": 1.0}
-
-# Negatives of each region, "row column", by number and size of the regions; hand-written in the released code
-# (`neg_sample_indexes`) and copied as they are. The order matters: a stage with fewer negatives takes the first ones.
-_NEAR_13_LARGE = {
-    "00": "0h qq qh h0 hq",
-    "0h": "00 01 qq qt hh",
-    "01": "0h qh qt ht h1",
-    "h0": "00 qq hh 10 tq",
-    "hh": "qq qt tq tt h0",
-    "h1": "01 hh 11 qt tt",
-    "10": "h0 hq 1h tq th",
-    "1h": "hh 10 11 tq tt",
-    "11": "ht h1 1h tt th",
-    "qq": "00 0h h0 hh qt",
-    "qt": "0h 01 qq hh h1",
-    "tq": "h0 hh 10 1h tt",
-    "tt": "hh h1 1h 11 tq",
-}
-_NEAR_13_POINT = _NEAR_13_LARGE | {
-    "00": "0h h0 hh qq qt",
-    "0h": "00 01 hh qq qt",
-    "01": "0h hh h1 tq qt",
-    "h0": "00 hh 10 qq tq",
-    "10": "h0 hh 1h tq qq",
-    "11": "hh h1 1h tt tq",
-    "qt": "0h 01 hh h1 tt",
-    "tq": "h0 hh 10 0h qq",
-    "tt": "hh h1 1h 11 qt",
-}
-_NEAR_9 = {
-    "00": "0h h0 hh 01 10",
-    "0h": "00 01 h0 hh h1",
-    "01": "00 0h hh h1 11",
-    "h0": "00 0h hh 10 1h",
-    "hh": "00 0h h0 h1 1h",
-    "h1": "0h 01 hh 1h 11",
-    "10": "00 h0 hh 1h 11",
-    "1h": "h0 hh h1 10 11",
-    "11": "01 hh h1 10 1h",
-}
-_NEAR = {(9, 1): _NEAR_9, (9, 3): _NEAR_9, (13, 1): _NEAR_13_POINT, (13, 3): _NEAR_13_LARGE}
+# Regions and the negatives of each, all as "row column", by number and size of the regions; hand-written in the
+# released code and copied as they are. The order matters: a stage with fewer negatives takes the first ones.
+_NEAR_13 = _near(
+    "00 0h qq qh h0 hq; 0h 00 01 qq qt hh; 01 0h qh qt ht h1; h0 00 qq hh 10 tq; hh qq qt tq tt h0; "
+    "h1 01 hh 11 qt tt; 10 h0 hq 1h tq th; 1h hh 10 11 tq tt; 11 ht h1 1h tt th; "
+    "qq 00 0h h0 hh qt; qt 0h 01 qq hh h1; tq h0 hh 10 1h tt; tt hh h1 1h 11 tq"
+)
+_NEAR_13_POINT = _NEAR_13 | _near(
+    "00 0h h0 hh qq qt; 0h 00 01 hh qq qt; 01 0h hh h1 tq qt; h0 00 hh 10 qq tq; 10 h0 hh 1h tq qq; "
+    "11 hh h1 1h tt tq; qt 0h 01 hh h1 tt; tq h0 hh 10 0h qq; tt hh h1 1h 11 qt"
+)
+_NEAR_9 = _near(
+    "00 0h h0 hh 01 10; 0h 00 01 h0 hh h1; 01 00 0h hh h1 11; h0 00 0h hh 10 1h; hh 00 0h h0 h1 1h; "
+    "h1 0h 01 hh 1h 11; 10 00 h0 hh 1h 11; 1h h0 hh h1 10 11; 11 01 hh h1 10 1h"
+)
+_NEAR = {(9, 1): _NEAR_9, (9, 3): _NEAR_9, (13, 1): _NEAR_13_POINT, (13, 3): _NEAR_13}
 
 
 def region_grid(map_size: tuple[int, int], size: int, regions: int) -> tuple[Tensor, Tensor]:
@@ -216,29 +183,23 @@ def region_grid(map_size: tuple[int, int], size: int, regions: int) -> tuple[Ten
     f = 0, 1/4, 1/2, 3/4, 1: for K = 3 on 48 pixels at 0, 11, 22, 33, 44. A = 9 regions are {0, 1/2, 1}², A = 13 are
     those and {1/4, 3/4}².
 
-    map_size: height and width in pixels of the map; size: K, 1 or 3; regions: A, 9 or 13.
-    Returns corners [R', 2] (row, column) and neighbours [A, 5] int64, indices of corners. The first A corners are the
-    regions, in the order of the released code. For A = 13 and K = 3 its tables name four places that are no region, as
-    negatives only; these are the corners after A, so R' = 17; otherwise R' = A.
-
+    map_size: height and width in pixels; size: K, 1 or 3; regions: A, 9 or 13. Returns corners [R', 2] (row, column)
+    and neighbours [A, 5] int64, indices of corners. The first A corners are the regions, in the order of the released
+    code; for A = 13 and K = 3 four more follow, which are no regions but negatives in its tables.
     Raises `ValueError` for another number or size of regions, or a map so small that two regions would coincide.
-    Source: `pos_sample_indexes`, `neg_sample_indexes` of Chaitanya et al.; `nearest_neighbours` is the regular rule
-    instead of their tables.
+    Source: `pos_sample_indexes`, `neg_sample_indexes` of Chaitanya et al.; `nearest_neighbours` is the regular rule.
     """
     if (regions, size) not in _NEAR:
         raise ValueError(f"regions must be 9 or 13 and size 1 or 3, not {regions} and {size}")
     margin = 4 if size == 3 else 1
     smallest = margin + (4 if regions == 13 else 2)
     if min(map_size) < smallest:
-        raise ValueError(
-            f"{regions} regions of size {size} need a map of {smallest} x {smallest} pixels, "
-            f"this one has {map_size[0]} x {map_size[1]}"
-        )
-    near = {place: negatives.split() for place, negatives in _NEAR[regions, size].items()}
+        needs, given = f"{smallest} x {smallest}", f"{map_size[0]} x {map_size[1]}"
+        raise ValueError(f"{regions} regions of size {size} need a map of {needs} pixels, this one has {given}")
+    near = _NEAR[regions, size]
     places = list(dict.fromkeys([*near, *(place for negatives in near.values() for place in negatives)]))
-    corners = [
-        [int(PLACES[part] * (side - margin)) for part, side in zip(place, map_size, strict=True)] for place in places
-    ]
+    ranges = [side - margin for side in map_size]
+    corners = [[int(PLACES[part] * w) for part, w in zip(place, ranges, strict=True)] for place in places]
     neighbours = [[places.index(place) for place in negatives] for negatives in near.values()]
     return torch.tensor(corners), torch.tensor(neighbours)
 
@@ -246,7 +207,7 @@ def region_grid(map_size: tuple[int, int], size: int, regions: int) -> tuple[Ten
 def nearest_neighbours(corners: Tensor, count: int) -> Tensor:
     """The `count` nearest other regions of every region, nearest first, of equally near ones the first of the list.
 
-    corners: [R, 2]. Returns int64 [R, count]. Raises `ValueError` if there are not `count` other regions.
+    corners: [R, 2]. Returns int64 [R, count]. Raises `ValueError` where there are fewer.
     """
     if not 1 <= count < len(corners):
         raise ValueError(f"count must be from 1 to {len(corners) - 1}, not {count}")
@@ -258,16 +219,12 @@ def region_embeddings(feature_map: Tensor, corners: Tensor, size: int) -> Tensor
     """The K x K patches of a map at the given corners, each flattened by row, column, channel.
 
     feature_map: [B, D, H, W]; corners: integers [R, 2], (row, column) of the top left pixel; size: K.
-    Returns [B, R, K K D] of the map's type.
-
-    Raises `ValueError` for wrong shapes or a region that is not inside the map.
-    Source: `local_reg_size` of Chaitanya et al.; their shared linear layer for K = 3 belongs to the head.
+    Returns [B, R, K K D] of the map's type. Raises `ValueError` for wrong shapes or a region not inside the map.
+    Source: released code of Chaitanya et al.; their shared linear layer for K = 3 belongs to the head.
     """
     if feature_map.ndim != 4 or corners.ndim != 2 or corners.shape[1] != 2:
-        raise ValueError(
-            "feature_map must be [B, D, H, W] and corners [R, 2], "
-            f"not {list(feature_map.shape)} and {list(corners.shape)}"
-        )
+        given = f"{list(feature_map.shape)} and {list(corners.shape)}"
+        raise ValueError(f"feature_map must be [B, D, H, W] and corners [R, 2], not {given}")
     height, width = feature_map.shape[2:]
     row, column = corners.unbind(dim=1)  # [R] each
     if size < 1 or ((corners < 0).any(dim=1) | (row > height - size) | (column > width - size)).any():
@@ -278,9 +235,6 @@ def region_embeddings(feature_map: Tensor, corners: Tensor, size: int) -> Tensor
     return feature_map.permute(0, 2, 3, 1)[:, row, column].flatten(2)  # [B, R, K, K, D] -> [B, R, K K D]
 
 
-# ------------------------------------------------------------------------------------------------------- segmentation
-
-
 def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     """One minus the soft Dice coefficient, averaged over images and over all classes, the background among them.
 
@@ -288,9 +242,8 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     As the smoothing is in the denominator only, a class that is not in the label counts 0 whatever the prediction.
 
     logits: [B, K, ...]; label: int64 [B, ...], 0 to K - 1, or y itself, float [B, K, ...] (mixed or predicted labels).
-    Returns a scalar in [0, 1], float32 or float64.
-
-    Raises `ValueError` for shapes that do not fit. Source: `dice_loss_with_backgrnd` of Chaitanya et al.
+    Returns a scalar in [0, 1], float32 or float64. Raises `ValueError` for shapes that do not fit.
+    Source: `dice_loss_with_backgrnd` of Chaitanya et al.
     """
     logits, label = _checked(logits, label)
     probability = logits.softmax(dim=1).flatten(2)  # [B, K, X]
@@ -302,10 +255,7 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over all pixels of the batch of -Σ_k y_k log p_k; logits and label as in `dice_loss`, also what it raises.
-
-    Returns a scalar ≥ 0, float32 or float64. Source: Zeng et al., `train_supervised.py`.
-    """
+    """Mean over all pixels of the batch of -Σ_k y_k log p_k, the loss of Zeng et al.; all else as in `dice_loss`."""
     return F.cross_entropy(*_checked(logits, label))
 
 
@@ -319,8 +269,7 @@ SEGMENTATION_LOSSES = {"dice": dice_loss, "cross_entropy": cross_entropy, "dice+
 
 def _checked(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     if logits.ndim < 3 or label.shape not in (logits.shape, (logits.shape[0], *logits.shape[2:])):
-        raise ValueError(
-            f"logits must be [B, K, ...] and label [B, ...], not {list(logits.shape)}, {list(label.shape)}"
-        )
+        given = f"{list(logits.shape)}, {list(label.shape)}"
+        raise ValueError(f"logits must be [B, K, ...] and label [B, ...], not {given}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits, label.to(logits.dtype) if label.ndim == logits.ndim else label
