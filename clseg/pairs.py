@@ -1,14 +1,7 @@
 """Who is alike: four answers to the question that tells the contrastive methods apart.
 
-| pairs | alike are | source |
-|---|---|---|
-| `instance_pairs` | views of one slice | SimCLR; G^R of Chaitanya et al. |
-| `partition_pairs` | slices of the same part of any volume | G^{D-}, G^D of Chaitanya et al. |
-| `position_pairs` | slices whose positions differ by less than t | Zeng et al. |
-| `cluster_pairs` | slices of one pseudo-class | Zhang et al. |
-
 Each takes what is known of the B rows of a batch and returns `Pairs`, which `clseg.losses.contrastive_loss` turns into
-a number. Memory: B² bytes per mask.
+a number. Memory: B² bytes per mask. All raise `ValueError` for wrong shapes.
 """
 
 from dataclasses import dataclass
@@ -22,13 +15,10 @@ POSITION_ROUNDING = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """The positives and negatives of every anchor of a batch.
+    """The positives and negatives of every anchor of a batch: two bool masks [B, B].
 
     `positive[i, j]`: row j is alike anchor i; `negative[i, j]`: it is not. A row that is neither takes no part in the
     loss of anchor i, and no row is a positive or negative of itself. Neither mask has to be symmetric.
-
-    positive, negative: bool [B, B], on one device.
-
     Raises `ValueError` if a mask is not bool or not square, if the shapes differ, if a diagonal holds True, or if a row
     is positive and negative at once.
     """
@@ -52,9 +42,7 @@ class Pairs:
 
 
 def instance_pairs(slice_id: Tensor) -> Pairs:
-    """Views of one slice are alike, every other row is a negative.
-
-    slice_id: integers [B]; rows with one id are views of one slice.
+    """Views of one slice (integers [B], equal for views of one slice) are alike, every other row is a negative.
 
     Source: SimCLR; G^R of Chaitanya et al., `global_loss_exp_no=0`.
     """
@@ -68,10 +56,8 @@ def partition_pairs(slice_id: Tensor, partition: Tensor, strategy: str = "gd", v
     `gd`: those are positives too, between rows of the same `view` if `view` is given (the released code: slices with
     slices, augmented copies with augmented copies), between all rows if not.
 
-    slice_id, partition, view: integers [B].
-
-    Raises `ValueError` for another strategy, unequal lengths, or views of one slice in different partitions.
-    Source: Chaitanya et al., G^{D-} and G^D, `global_loss_exp_no` 1 and 2.
+    slice_id, partition, view: integers [B]. Raises `ValueError` for another strategy, or views of one slice in
+    different partitions. Source: Chaitanya et al., G^{D-} and G^D, `global_loss_exp_no` 1 and 2.
     """
     same_slice = _equal("slice_id", slice_id)
     same_partition = _equal("partition", partition, len(slice_id))
@@ -84,7 +70,7 @@ def partition_pairs(slice_id: Tensor, partition: Tensor, strategy: str = "gd", v
             positive = same_slice | (same_partition & _equal("view", view, len(slice_id)))
     else:
         raise ValueError(f"strategy must be 'gd-' or 'gd', not {strategy!r}")
-    return Pairs(_without_self(positive), negative)
+    return Pairs(positive.fill_diagonal_(False), negative)
 
 
 def position_pairs(position: Tensor, threshold: float) -> Pairs:
@@ -93,7 +79,6 @@ def position_pairs(position: Tensor, threshold: float) -> Pairs:
     The other views of a slice have difference 0 and so are always among the positives.
 
     position: [B], place of the slice along its volume, 0 to 1; threshold: t > 0 in the same unit, `inf` for all alike.
-
     Raises `ValueError` for a position that is not a number or a threshold that is not positive.
     Source: Zeng et al., `SupConLoss`, method "pcl"; t = 0.1 for CHD, 0.35 for ACDC.
     *Deviation*: a difference within float32 rounding of t counts as t (0.4 - 0.3 is not below 0.1); in the released
@@ -112,9 +97,7 @@ def position_pairs(position: Tensor, threshold: float) -> Pairs:
 def cluster_pairs(slice_id: Tensor, cluster: Tensor) -> Pairs:
     """Slices of one pseudo-class are alike, and so are the views of one slice; every other row is a negative.
 
-    slice_id, cluster: integers [B].
-
-    Source: Zhang et al., figure of the method: rows of one pseudo-class are positives and never negatives.
+    slice_id, cluster: integers [B]. Source: Zhang et al., figure of the method.
     """
     same_cluster = _equal("cluster", cluster, len(slice_id))
     return _all_others_negative(_equal("slice_id", slice_id) | same_cluster)
@@ -130,10 +113,6 @@ def _equal(name: str, values: Tensor, rows: int | None = None) -> Tensor:
     return values[:, None] == values[None, :]  # [B, B]
 
 
-def _without_self(mask: Tensor) -> Tensor:
-    """The mask itself, changed in place."""
-    return mask.fill_diagonal_(False)
-
-
 def _all_others_negative(alike: Tensor) -> Pairs:
-    return Pairs(_without_self(alike), _without_self(~alike))
+    negative = (~alike).fill_diagonal_(False)
+    return Pairs(alike.fill_diagonal_(False), negative)
