@@ -6,6 +6,7 @@ mirrored in the plane, all slices alike, so that they keep their place in the vo
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -14,9 +15,8 @@ from torch.nn import functional as F
 REFERENCE_PX = 192
 CROP = 100 / REFERENCE_PX
 CORNERS = (10 / REFERENCE_PX, 70 / REFERENCE_PX)
-CLIP = (0.0, 1.5)
-SD = 2 * 5 / REFERENCE_PX  # of the elastic field at its nodes, in units of the [-1, 1] grid
-ELASTIC_GRID = 3
+BRIGHTNESS, CONTRAST, CLIP = 0.3, (0.7, 1.3), (0.0, 1.5)
+ELASTIC_NODES, ELASTIC_SD = 3, 2 * 5 / REFERENCE_PX  # per side; at a node, in units of the [-1, 1] grid
 
 # Zeng et al.: alpha times noise U(-1, 1) smoothed by a Gaussian of sigma pixels, on patches of 352 pixels
 PCL_REFERENCE_PX = 352
@@ -46,27 +46,24 @@ def plane_grid(theta: Tensor, image: Tensor) -> Tensor:
 def crop_resize(image: Tensor, generator: Generator) -> Tensor:
     """One random crop per image, resized to the full size: side 100/192, corner uniform in [10/192, 70/192).
 
-    Returns the same shape. Source: Chaitanya et al., released code.
+    Source: Chaitanya et al., released code.
     """
-    corner = uniform(*CORNERS, (len(image), 2), generator)
-    centre = 2 * corner + CROP - 1  # of the crop, (row, column), in [-1, 1]
+    centre = 2 * uniform(*CORNERS, (len(image), 2), generator) + CROP - 1  # of the crop, (row, column), in [-1, 1]
     theta = torch.zeros(len(image), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = CROP
     theta[:, :, 2] = centre.flip(1)
     return warp(image, plane_grid(theta, image))
 
 
-def intensity(
-    image: Tensor, generator: Generator, brightness: float = 0.3, contrast: tuple[float, float] = (0.7, 1.3)
-) -> Tensor:
-    """Brightness x + U(-b, b), then contrast (x - mean) c + mean with the mean of each channel, clipped to [0, 1.5].
+def intensity(image: Tensor, generator: Generator) -> Tensor:
+    """Brightness x + U(-0.3, 0.3), then contrast (x - mean) U(0.7, 1.3) + mean, the mean that of each channel, clipped
+    to [0, 1.5]; image: float, about 0..1.
 
-    image: float, about 0..1; returns the same shape. Source: Chaitanya et al., released code.
-    *Deviation*: one draw per image; the released code draws once for the whole batch.
+    Source: Chaitanya et al., released code. *Deviation*: one draw per image, not one for the whole batch.
     """
     each = (len(image), *[1] * (image.ndim - 1))
-    shift = uniform(-brightness, brightness, each, generator).to(image)
-    factor = uniform(*contrast, each, generator).to(image)
+    shift = uniform(-BRIGHTNESS, BRIGHTNESS, each, generator).to(image)
+    factor = uniform(*CONTRAST, each, generator).to(image)
     shifted = image + shift
     mean = shifted.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
     return ((shifted - mean) * factor + mean).clamp(*CLIP)
@@ -78,13 +75,10 @@ def contrast_view(image: Tensor, generator: Generator) -> Tensor:
 
 
 def elastic_field(
-    batch: int, size: tuple[int, ...], generator: Generator, nodes: int = ELASTIC_GRID, sd: Tensor | float = SD
+    batch: int, size: Sequence[int], generator: Generator, nodes: int = ELASTIC_NODES, sd: Tensor | float = ELASTIC_SD
 ) -> Tensor:
-    """Smooth displacements [B, *size, dimensions] in units of the [-1, 1] grid.
-
-    N(0, sd) on `nodes` nodes per side, upsampled bicubically (in 3-D trilinearly); sd: one number, or one per image.
-    Source: Chaitanya et al., released code: 3 x 3 nodes, 5 pixels of 192.
-    """
+    """Smooth displacements [B, *size, dimensions]: N(0, sd) on `nodes` nodes per side, upsampled bicubically (in 3-D
+    trilinearly); sd: one number or one per image. Source: Chaitanya et al., released code: 3 x 3, 5 pixels of 192."""
     dimensions = len(size)
     sd = sd if isinstance(sd, float) else sd.reshape(-1, *[1] * (dimensions + 1))
     coarse = torch.randn((batch, dimensions, *[nodes] * dimensions), generator=generator) * sd
@@ -107,14 +101,14 @@ def _warp_both(image: Tensor, label: Tensor, grid: Tensor) -> tuple[Tensor, Tens
 
 
 def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The published fine-tuning augmentation, the same deformation for image and label.
+    """The fine-tuning augmentation of Chaitanya et al. (released code), the same for image and label.
 
     Each image gets one of five with equal probability: rotation U(-15, 15) degrees, scale U(0.95, 1.05), horizontal
     flip (then with probability 1/2), rotation by a random multiple of 45 degrees, nothing. The images from a random
     index U{1..B-2} to the end are also deformed elastically (3 x 3 nodes of N(0, 5/192 of the side)).
 
-    image float, label int64 without the channel axis -> the same shapes. Source: Chaitanya et al., released code.
-    *Deviation*: the released code computes brightness and contrast changes here and drops them; they are left out.
+    image: float; label: int64 without the channel axis.
+    *Deviation*: no brightness and contrast changes, which the released code computes here and drops.
     """
     batch = len(image)
     choice = torch.randint(5, (batch,), generator=generator)
@@ -135,7 +129,7 @@ def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
 
     Mirrored along each side with probability 1/2; with probability 0.67 turned by U(0, 2π), scaled by U(0.7, 1.3) and
     deformed elastically: alpha U(100, 350) times noise U(-1, 1) smoothed with sigma U(14, 17) pixels of 352.
-    Source: Zeng et al., `datasets/*.py` (batchgenerators).
+    Source: Zeng et al., released code (`dataset/`).
     *Deviation*: smooth noise comes from nodes two sigma apart, of the deviation alpha / √3 / (2 √π sigma) that
     smoothing would leave; bilinear instead of cubic sampling.
     """
