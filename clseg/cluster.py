@@ -1,8 +1,8 @@
 """Auto-encoder features to pseudo-classes.
 
-Zhang et al. cluster the features of a beta-VAE hierarchically and take the clusters for classes; which hierarchical
-clustering, its linkage, where it is cut and whether it is repeated during training are not known. This is an
-interpretation: agglomerative clustering, once, before the contrast, cut at a number of clusters or at a distance.
+Zhang et al. cluster the features of a beta-VAE hierarchically and take the clusters for classes; how, where the tree is
+cut and whether this is repeated during training are not known. Here: agglomerative clustering, once, before the
+contrast, cut at a number of clusters or at a distance.
 """
 
 import numpy as np
@@ -24,19 +24,16 @@ LARGEST = 20_000  # slices that are clustered at once: the distances of n slices
 
 @torch.no_grad()
 def features(work: Work) -> np.ndarray:
-    """The mean μ of every slice's features [n, latent] float64, slices as they are (3-D: the centre of the plane).
-
-    The auto-encoder is the one among the weights of an earlier stage; `RequestError` where there is none.
-    """
+    """The mean μ of every slice's features [n, latent] float64, slices as they are (3-D: the centre of the plane), by
+    the auto-encoder among the weights of an earlier stage. Raises `RequestError` where there is none."""
     weights = {name.removeprefix(PREFIX): value for name, value in work.earlier.items() if name.startswith(PREFIX)}
     if not weights:
         raise RequestError("stages: pairs 'cluster' need the weights of an autoencoder stage; put one before them")
     store, rows = work.store, work.rows
-    autoencoder = BetaVAE.from_weights(weights, store.channels, store.size).to(work.device)
-    parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return np.concatenate(
-        [autoencoder.encode(store.batch(p, work.device).image)[0].cpu().double().numpy() for p in parts]
-    )
+    autoencoder = BetaVAE(store.channels, store.size, weights["decoder.0.weight"].shape[1]).to(work.device)
+    autoencoder.load_state_dict(weights)
+    images = (store.batch(rows[k : k + BATCH], work.device).image for k in range(0, len(rows), BATCH))
+    return np.concatenate([autoencoder.encode(image)[0].cpu().double().numpy() for image in images])
 
 
 def linkage_matrix(feature: np.ndarray, linkage: str = "ward") -> np.ndarray:
@@ -70,11 +67,10 @@ def clusters_of(feature: np.ndarray, stage: ContrastStage) -> np.ndarray:
 
 
 def pseudo_classes(work: Work, stage: ContrastStage) -> tuple[pd.DataFrame, Tensor]:
-    """The pseudo-class of every slice in `work.rows`, by the auto-encoder among the weights of an earlier stage.
+    """The pseudo-class of every slice in `work.rows`; raises as `features` and `clusters_of`.
 
     Returns the table (row, subject, phase, slice, position, cluster) that is recorded with the run, and the clusters
     as int64 [N] for all N slices of the store, -1 for slices that are not in `rows`, on the CPU.
-    Raises `RequestError` where there is no auto-encoder, and as `clusters_of`.
     """
     store, rows = work.store, work.rows
     cluster = torch.full((len(store.slices),), -1)

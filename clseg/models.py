@@ -1,25 +1,17 @@
 """Networks: the U-Nets of two papers in 2-D and 3-D, heads that serve pre-training only, and the beta-VAE.
 
-| `glcl` (Chaitanya et al., released code) | layers (published filters) |
-|---|---|
-| encoder level 1..6 | 2 x (conv 3, batch norm, ReLU), 16, 32, 64, 128, 128, 128; max-pool 2 after each but the last |
-| decoder block 1..4 | nearest x2, conv 2 BN ReLU, concatenate the skip, 2 x (conv 3 BN ReLU), 128, 128, 64, 32 |
-| decoder block 5 | the same with one conv 3, 16 |
-| output | 2 x (conv 3 BN ReLU), conv 3 to classes without bias |
-| `GlobalHead` flatten (g1) | flatten, linear 1024, ReLU, linear 128, no biases |
-| `LocalHead` (g2) | conv 1 BN ReLU, conv 1, no biases; K = 3: a shared bias-free linear to 128 per region |
-
-| `pcl` (Zeng et al., released code) | layers (published filters f, 2f, 4f, 8f, 16f; f = 32 or 48) |
-|---|---|
-| encoder level 1..5 | 2 x (conv 3, BN, LeakyReLU 0.01), max-pool 2; level 5 ("centre") 2 x (conv 3, ReLU), no norm |
-| decoder block 1..4 | transposed conv 2, concatenate the skip, 2 x (conv 3 BN LeakyReLU) |
-| output | conv 1 to classes without bias |
-| `GlobalHead` pool | global average pool, linear 16f, ReLU, linear 512 |
+| | `glcl` (Chaitanya et al., released code) | `pcl` (Zeng et al., released code) |
+|---|---|---|
+| encoder level | 2 x (conv 3, batch norm, ReLU), max-pool 2 | with LeakyReLU; the last with ReLU and no norm |
+| decoder block, up | nearest x2, conv 2 BN ReLU | transposed conv 2 |
+| then, with the skip | 2 x (conv 3 BN ReLU), in the last block 1 x | 2 x (conv 3 BN LeakyReLU) |
+| output | 2 x (conv 3 BN ReLU), conv 3 without bias | conv 1 without bias |
 
 B images of C channels are [B, C, H, W], in 3-D [B, C, D, H, W]; every side is a multiple of `NetworkConfig.coarsest`.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -36,6 +28,7 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+MEAN = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
 class _Build:
@@ -49,11 +42,10 @@ class _Build:
         """Convolution with bias, batch norm, activation; size kept (even kernels: padded at the end, as released)."""
         before = (kernel // 2 - 1, kernel // 2) * self.dimensions
         pad = [] if kernel % 2 else [nn.ZeroPad2d(before) if self.dimensions == 2 else nn.ConstantPad3d(before, 0.0)]
-        layers = [*pad, CONV[self.dimensions](inputs, outputs, kernel, padding=kernel // 2 if kernel % 2 else 0)]
-        if norm:
-            layers.append(self.norm(outputs))
+        conv = CONV[self.dimensions](inputs, outputs, kernel, padding=kernel // 2 if kernel % 2 else 0)
         leaky = norm and not self.published
-        return nn.Sequential(*layers, nn.LeakyReLU(SLOPE, inplace=True) if leaky else nn.ReLU(inplace=True))
+        active = nn.LeakyReLU(SLOPE, inplace=True) if leaky else nn.ReLU(inplace=True)
+        return nn.Sequential(*pad, conv, *([self.norm(outputs)] if norm else []), active)
 
     def norm(self, width: int) -> nn.Module:
         eps = 1e-3 if self.published else 1e-5
@@ -73,11 +65,9 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, config: NetworkConfig, dimensions: int = 2) -> None:
         super().__init__()
-        build, widths = _Build(config, dimensions), [channels, *config.filters]
-        last = len(config.filters) - 1
-        self.levels = nn.ModuleList(
-            build.convs(widths[k], widths[k + 1], norm=build.published or k < last) for k in range(last + 1)
-        )
+        build, widths = _Build(config, dimensions), list(pairwise([channels, *config.filters]))
+        normed = [True] * (len(widths) - 1) + [build.published]
+        self.levels = nn.ModuleList(build.convs(*width, norm=norm) for width, norm in zip(widths, normed, strict=True))
         self.pool = POOL[dimensions](2)
         self.memory_format = torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
@@ -89,9 +79,9 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsample, merge with the encoder's map of that size, convolve `convolutions` times."""
+    """Upsample, merge with the encoder's map of that size, convolve."""
 
-    def __init__(self, inputs: int, outputs: int, convolutions: int, build: _Build) -> None:
+    def __init__(self, build: _Build, inputs: int, outputs: int, convolutions: int) -> None:
         super().__init__()
         self.up = build.up(inputs, outputs)
         self.merge = build.convs(2 * outputs, outputs, convolutions)
@@ -105,17 +95,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: NetworkConfig, dimensions: int = 2) -> None:
         super().__init__()
-        build, widths = _Build(config, dimensions), config.filters[::-1]
-        last = len(widths) - 2
-        self.blocks = nn.ModuleList(
-            DecoderBlock(widths[k], widths[k + 1], 1 if build.published and k == last else 2, build)
-            for k in range(last + 1)
-        )
+        build, widths = _Build(config, dimensions), list(pairwise(config.filters[::-1]))
+        counts = [2] * (len(widths) - 1) + [1 if build.published else 2]
+        self.blocks = nn.ModuleList(DecoderBlock(build, *w, count) for w, count in zip(widths, counts, strict=True))
 
     def forward(self, features: list[Tensor], blocks: int | None = None) -> Tensor:
-        skips = features[::-1]
-        feature = skips[0]
-        for block, skip in zip(self.blocks[:blocks], skips[1:], strict=False):
+        feature, *skips = features[::-1]
+        for block, skip in zip(self.blocks[:blocks], skips, strict=False):
             feature = block(feature, skip)
         return feature
 
@@ -123,9 +109,8 @@ class Decoder(nn.Module):
 def output_layers(classes: int, config: NetworkConfig, dimensions: int = 2) -> nn.Sequential:
     """From the finest decoder map to `classes` channels."""
     build, width = _Build(config, dimensions), config.filters[0]
-    before, kernel = ([build.conv(width, width, 3), build.conv(width, width, 3)], 3) if build.published else ([], 1)
-    last = CONV[dimensions](width, classes, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(*before, last)
+    before, kernel = (build.convs(width, width), 3) if build.published else ([], 1)
+    return nn.Sequential(*before, CONV[dimensions](width, classes, kernel, padding=kernel // 2, bias=False))
 
 
 class UNet(nn.Module):
@@ -144,22 +129,22 @@ class UNet(nn.Module):
 
 
 class GlobalHead(nn.Module):
-    """The deepest feature map to an embedding [B, E]: `flatten` E = 128, `pool` E = 512.
+    """The deepest feature map to an embedding [B, E]; `size`: sides of the image in pixels.
 
-    size: sides of the image in pixels.
+    `flatten` (g1 of Chaitanya et al.): linear 1024, ReLU, linear 128, no biases. `pool` (Zeng et al.): the mean over
+    all places, linear of the same width, ReLU, linear 512.
     """
 
     def __init__(self, config: NetworkConfig, size: list[int], kind: str = "flatten") -> None:
         super().__init__()
         width, embedding = config.filters[-1], EMBEDDING[kind]
         if kind == "flatten":
-            for side in size:
-                width *= side // config.coarsest
-            layers = [nn.Flatten(), nn.Linear(width, 1024, bias=False), nn.ReLU()]
-            layers.append(nn.Linear(1024, embedding, bias=False))
+            width *= prod(side // config.coarsest for side in size)
+            linear = nn.Linear(width, 1024, bias=False), nn.Linear(1024, embedding, bias=False)
+            layers = [nn.Flatten(), linear[0], nn.ReLU(), linear[1]]
         else:
-            pool = nn.AdaptiveAvgPool2d(1) if len(size) == 2 else nn.AdaptiveAvgPool3d(1)
-            layers = [pool, nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, embedding)]
+            linear = nn.Linear(width, width), nn.Linear(width, embedding)
+            layers = [MEAN[len(size)](1), nn.Flatten(), linear[0], nn.ReLU(), linear[1]]
         self.layers = initialise(nn.Sequential(*layers), config)
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -167,16 +152,17 @@ class GlobalHead(nn.Module):
 
 
 class LocalHead(nn.Module):
-    """g2: a decoder map [B, C, h, w] and corners [R, 2] to embeddings [B, R, 128] (K = 3) or [B, R, C] (K = 1)."""
+    """g2: a decoder map [B, C, h, w] and corners [R, 2] to embeddings [B, R, 128] (K = 3) or [B, R, C] (K = 1).
+
+    conv 1 BN ReLU, conv 1; K = 3: a linear layer that all regions share; no biases. Source: Chaitanya et al.
+    """
 
     def __init__(self, config: NetworkConfig, blocks: int, size: int) -> None:
         super().__init__()
         width, self.size = config.filters[::-1][blocks], size
-        norm = _Build(config, 2).norm(width)
-        point = [nn.Conv2d(width, width, 1, bias=False) for _ in range(2)]
+        norm, point = _Build(config, 2).norm(width), [nn.Conv2d(width, width, 1, bias=False) for _ in range(2)]
         self.project = nn.Sequential(point[0], norm, nn.ReLU(inplace=True), point[1])
-        embedding = EMBEDDING["flatten"]
-        self.region = nn.Identity() if size == 1 else nn.Linear(size * size * width, embedding, bias=False)
+        self.region = nn.Identity() if size == 1 else nn.Linear(size**2 * width, EMBEDDING["flatten"], bias=False)
         initialise(self, config)
 
     def forward(self, feature: Tensor, corners: Tensor) -> Tensor:
@@ -201,25 +187,19 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
     All else (heads, the auto-encoder) stays behind and so do batch-norm running averages, which restart as in the
     released code. Raises `RequestError` where a parameter is unknown, has another shape, or nothing at all fits.
     """
-    own, averages = dict(network.named_parameters()), {name for name, _ in network.named_buffers()}
-    copied = []
-    for name, value in weights.items():
-        if not name.startswith(("encoder.", "decoder.")) or name in averages:
-            continue
+    own, averages = dict(network.named_parameters()), dict(network.named_buffers())
+    names = [name for name in weights if name.startswith(("encoder.", "decoder.")) and name not in averages]
+    for name in names:
+        about, shape = f"{source}: parameter {name}", tuple(weights[name].shape)
         if name not in own:
-            raise RequestError(
-                f"{source}: parameter {name} is not in the network; use weights of the same architecture"
-            )
-        if own[name].shape != value.shape:
-            raise RequestError(
-                f"{source}: parameter {name} has shape {tuple(value.shape)}, the network needs {tuple(own[name].shape)}"
-            )
+            raise RequestError(f"{about} is not in the network; use weights of the same architecture")
+        if own[name].shape != shape:
+            raise RequestError(f"{about} has shape {shape}, the network needs {tuple(own[name].shape)}")
         with torch.no_grad():
-            own[name].copy_(value)
-        copied.append(name)
-    if not copied:
+            own[name].copy_(weights[name])
+    if not names:
         raise RequestError(f"{source}: holds no parameter of this network; use weights of a pre-training run")
-    return copied
+    return names
 
 
 class BetaVAE(nn.Module):
@@ -227,7 +207,6 @@ class BetaVAE(nn.Module):
 
     A level is a convolution and a ReLU, of width 32 (the first two) or 64, and the decoder mirrors it: kernel 4 and
     stride 2 along sides that stay 4 or more, kernel 3 along the others. There are as many levels as halve a side.
-    No norm: the features of an image do not depend on the batch.
     Source: Higgins et al., ICLR 2017, the layers for CelebA without their hidden linear one, for any size, 2-D and 3-D.
     *Deviation*: the layers that Zhang et al. used are not known.
     """
@@ -250,12 +229,5 @@ class BetaVAE(nn.Module):
         return self.encoder(image).float().chunk(2, dim=1)
 
     def decode(self, feature: Tensor) -> Tensor:
-        """Features [B, latent] to images [B, C, *size], float32."""
+        """Images [B, C, *size], float32."""
         return self.decoder(feature).float()
-
-    @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], channels: int, size: Sequence[int]) -> "BetaVAE":
-        """The auto-encoder that has these weights."""
-        autoencoder = cls(channels, size, weights["decoder.0.weight"].shape[1])
-        autoencoder.load_state_dict(weights)
-        return autoencoder

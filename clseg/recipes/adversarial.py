@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clseg.config import AdversarialRecipe, NetworkConfig
 from clseg.loop import Training, Work
 from clseg.losses import SEGMENTATION_LOSSES
-from clseg.models import CONV, initialise
+from clseg.models import CONV, MEAN, initialise
 from clseg.recipes.supervised import labelled_batch, require_unlabelled, unlabelled_batch
 
 
@@ -43,10 +43,9 @@ class Discriminator(nn.Sequential):
     def __init__(self, channels: int, config: NetworkConfig, dimensions: int) -> None:
         widths = [channels, *(config.filters[0] * 2**k for k in range(4))]
         layers = []
-        for inputs, outputs in pairwise(widths):
-            layers += [CONV[dimensions](inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        pool = nn.AdaptiveAvgPool2d(1) if dimensions == 2 else nn.AdaptiveAvgPool3d(1)
-        super().__init__(*layers, pool, nn.Flatten(), nn.Linear(widths[-1], 1))
+        for width in pairwise(widths):
+            layers += [CONV[dimensions](*width, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, MEAN[dimensions](1), nn.Flatten(), nn.Linear(widths[-1], 1))
         initialise(self, config)
 
 
