@@ -5,8 +5,6 @@ from clseg.stages.contrast import contrast
 from clseg.stages.local import local
 from clseg.stages.pretext import context_restoration, inpainting, pirl, rotation
 
-STAGES = {
-    stage.__name__: stage for stage in (autoencoder, contrast, local, rotation, inpainting, context_restoration, pirl)
-}
-
+_ALL = autoencoder, contrast, local, rotation, inpainting, context_restoration, pirl
+STAGES = {stage.__name__: stage for stage in _ALL}
 __all__ = ["STAGES", *STAGES]

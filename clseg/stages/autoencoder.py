@@ -1,7 +1,6 @@
 """A beta-VAE on unlabelled slices: its features are clustered into the pseudo-classes of cluster contrast.
 
-Zhang et al. extract features with a beta-VAE (their abstract and figure). Its layers, loss, beta and latent size are
-not known: what is here is an interpretation, the beta-VAE of Higgins et al.
+An interpretation: that Zhang et al. extract features with a beta-VAE is all that is known.
 """
 
 import torch
@@ -17,11 +16,9 @@ def beta_vae_loss(image: Tensor, restored: Tensor, mean: Tensor, log_variance: T
     """[Σ (x - x')² / 2 + β Σ (μ² + σ² - log σ² - 1) / 2] / N, mean over images of N numbers each.
 
     The first sum runs over the N = C H W numbers of an image, the second over the features: β = 1 is the evidence bound
-    of a VAE whose decoder has unit variance. The division by N leaves the minimum where it is and makes losses of
-    unlike sizes comparable; the same β weighs less on larger images, which have more to reconstruct.
+    of a VAE whose decoder has unit variance. The division by N makes losses of unlike sizes comparable.
 
-    image, restored: [B, C, ...]; mean, log_variance: [B, latent]. Returns a scalar.
-    Source: Higgins et al., ICLR 2017, eq. 4.
+    image, restored: [B, C, ...]; mean, log_variance: [B, latent]. Source: Higgins et al., ICLR 2017, eq. 4.
     """
     divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(dim=1).mean() / 2
     return (image - restored).square().mean() / 2 + beta * divergence / image[0].numel()

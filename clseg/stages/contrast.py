@@ -8,7 +8,6 @@
 | position | two copies | random | Zeng et al. |
 | cluster | two copies | random | Zhang et al., an interpretation |
 
-In 3-D a row stands for the block around a slice; nothing else changes.
 *Deviation* from the code of Chaitanya et al.: batches hold only real slices (the released sampler leaves zero images in
 them); brightness and contrast are drawn per image; positives of `gd` join all volumes of the batch, not sets of two.
 """

@@ -1,9 +1,7 @@
 """Local contrast: a region of one view is like the same region of another view and unlike its neighbours.
 
-The encoder is frozen (its batch norm stays in training mode, as released); the first l decoder blocks and the head
-learn.
-Source: Chaitanya et al., NeurIPS 2020, stage 2, and its released code.
-*Deviation*: brightness and contrast are drawn per image, not once per batch.
+The encoder is frozen (its batch norm stays in training mode, as released), the first decoder blocks and the head learn.
+Source: Chaitanya et al., NeurIPS 2020, stage 2, and the released code.
 """
 
 import torch
@@ -30,15 +28,14 @@ def regions(stage: LocalStage, map_size: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def local(work: Work, stage: LocalStage) -> Training:
-    """Trains the first decoder blocks and a head."""
+    """Trains the first `decoder_blocks` and a head."""
     network, store, device = work.network, work.store, work.device
-    blocks = network.decoder.blocks
-    if stage.decoder_blocks > len(blocks):
-        raise RequestError(f"stages: decoder_blocks is {stage.decoder_blocks}, the network has {len(blocks)}")
-    scale = 2 ** (len(blocks) - stage.decoder_blocks)
-    corners, neighbours = regions(stage, tuple(side // scale for side in store.size))
-    corners, neighbours = corners.to(device), neighbours.to(device)
-    head = LocalHead(network.config, stage.decoder_blocks, stage.size).to(device)
+    blocks, count = network.decoder.blocks, stage.decoder_blocks
+    if count > len(blocks):
+        raise RequestError(f"stages: decoder_blocks is {count}, the network has {len(blocks)}")
+    map_size = tuple(side // 2 ** (len(blocks) - count) for side in store.size)
+    corners, neighbours = (indices.to(device) for indices in regions(stage, map_size))
+    head = LocalHead(network.config, count, stage.size).to(device)
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("local", step)
@@ -47,15 +44,13 @@ def local(work: Work, stage: LocalStage) -> Training:
             chosen = random_slices(work.rows, work.slices, generator)
         else:
             chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
-            same = partition[:, None] == partition[None, :]
-            image_pairs = same.fill_diagonal_(False).to(device)
+            image_pairs = (partition[:, None] == partition[None, :]).fill_diagonal_(False).to(device)
         image = store.batch(chosen, device).image
         views = torch.cat([intensity(image, generator), intensity(image, generator)])
         with torch.no_grad():
             features = network.encoder(views)
-        embedding = head(network.decoder(features, stage.decoder_blocks), corners)  # [2B, R', D]
+        embedding = head(network.decoder(features, count), corners)  # [2B, R', D]
         first, second = embedding.chunk(2)
         return local_contrastive_loss(first, second, neighbours, stage.temperature, image_pairs)
 
-    learning = {f"decoder.blocks.{k}": blocks[k] for k in range(stage.decoder_blocks)}
-    return Training({**learning, "head": head}, step_loss)
+    return Training({**{f"decoder.blocks.{k}": blocks[k] for k in range(count)}, "head": head}, step_loss)

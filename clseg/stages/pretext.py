@@ -1,14 +1,7 @@
 """Pretext tasks: slices are changed in a way that is known, and the network says how, or undoes it. 2-D only.
 
-| stage | what is changed | what is asked | what learns |
-|---|---|---|---|
-| rotation | the slice is turned | by how much | encoder, linear head |
-| inpainting | a box is set to 0 | what was in it | encoder, decoder, output layers |
-| context_restoration | pairs of patches change places | the slice | encoder, decoder, output layers |
-| pirl | patches are shuffled | which slice it is | encoder, linear heads |
-
 The code of Chaitanya et al. has helpers that make the inputs of the first three (named below) but no loss and no script
-that trains on them; Zeng et al. compare with rotation and PIRL, and neither is in their code.
+that trains on them; PIRL, which Zeng et al. compare with, is not in their code.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +21,8 @@ from clseg.stages.sampling import random_batch, random_slices
 
 def _pooled(config: NetworkConfig, outputs: int) -> nn.Module:
     """The deepest feature map, averaged over its pixels, to `outputs` numbers by a linear layer."""
-    linear = nn.Linear(config.filters[-1], outputs)
-    return initialise(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear), config)
+    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(config.filters[-1], outputs)
+    return initialise(nn.Sequential(*layers), config)
 
 
 def turns(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +35,7 @@ def rotation(work: Work, _stage: RotationStage) -> Training:
     """Cross-entropy of the four turns of a slice, all four in one batch; trains the encoder and a linear classifier.
 
     Raises `RequestError` where images are not square.
-    Source: Gidaris et al., ICLR 2018, eq. 2 and 3; `create_rotated_imgs` of Chaitanya et al. also takes all four turns.
+    Source: Gidaris et al., ICLR 2018, eq. 2 and 3; `create_rotated_imgs` of Chaitanya et al.
     *Deviation*: slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
     """
     encoder, (height, width) = work.network.encoder, work.store.size
@@ -59,10 +52,8 @@ def rotation(work: Work, _stage: RotationStage) -> Training:
 
 
 def _restoring(work: Work, spoil: Callable[[Tensor, Generator], tuple[Tensor, Tensor]]) -> Training:
-    """Trains encoder, decoder and output layers to restore slices, not augmented, from what `spoil` leaves of them.
-
-    `spoil(image, generator)`: spoilt images and a bool mask [B, 1, H, W] of the pixels whose square error counts.
-    """
+    """Trains encoder, decoder and output layers to restore slices, not augmented, from what `spoil(image, generator)`
+    leaves: spoilt images and a bool mask [B, 1, H, W] of the pixels whose square error counts."""
     network = work.network
     head = initialise(output_layers(work.store.channels, network.config), network.config).to(work.device)
 
@@ -79,11 +70,11 @@ def box_mask(images: int, size: Sequence[int], stage: InpaintingStage, generator
     """The box of every image, bool [B, 1, H, W]: `box` times each side, in the centre or anywhere inside."""
     inside = []
     for side in size:
-        length = max(round(stage.box * side), 1)
+        length, place = max(round(stage.box * side), 1), torch.arange(side)
         first = torch.full((images, 1), (side - length) // 2)
         if stage.place == "random":
             first = torch.randint(side - length + 1, (images, 1), generator=generator)
-        inside.append((torch.arange(side) >= first) & (torch.arange(side) < first + length))  # [B, side]
+        inside.append((place >= first) & (place < first + length))  # [B, side]
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
@@ -92,8 +83,8 @@ def inpainting(work: Work, stage: InpaintingStage) -> Training:
 
     Source: Pathak et al., CVPR 2016, eq. 1, the reconstruction loss; `create_inpaint_box` of Chaitanya et al.: 100
     pixels of 192, set to 0, anywhere (their default) or in the centre.
-    *Deviation*: Pathak et al. minimise 0.999 times this plus 0.001 times an adversarial loss, left out here, and give a
-    seam along the box ten times the weight; their network has no skip connections.
+    *Deviation*: without the adversarial loss of Pathak et al. (weight 0.001) and their tenfold weight along the seam of
+    the box; their network has no skip connections.
     """
 
     def spoil(image: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -114,10 +105,8 @@ def patch_swaps(images: int, size: Sequence[int], stage: ContextRestorationStage
     if down * across < 2 * stage.swaps:
         raise RequestError(f"stages: {2 * stage.swaps} patches of {side} pixels do not fit; lower swaps or patch")
     cell = torch.rand((images, down * across), generator=generator).topk(2 * stage.swaps).indices  # [B, 2 S]
-    top, left = (
-        torch.randint(length - count * side + 1, (images, 1), generator=generator)
-        for length, count in zip(size, (down, across), strict=True)
-    )
+    room = size[0] - down * side + 1, size[1] - across * side + 1
+    top, left = (torch.randint(places, (images, 1), generator=generator) for places in room)
     row, column = top + cell // across * side, left + cell % across * side  # [B, 2 S] each
     corner, step = row * size[1] + column, torch.arange(side)
     pixel = corner[..., None] + (step[:, None] * size[1] + step).flatten()  # [B, 2 S, side²]
@@ -147,10 +136,8 @@ def context_restoration(work: Work, stage: ContextRestorationStage) -> Training:
 
 
 def jigsaw(image: Tensor, grid: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The patches of images, shuffled [B, grid², C, h, w], and the place of each, counted row by row [B, grid²].
-
-    Sides that `grid` does not divide are cropped around the centre.
-    """
+    """The patches of images, shuffled [B, grid², C, h, w], and the place of each, counted row by row [B, grid²]; sides
+    that `grid` does not divide are cropped around the centre."""
     height, width = (side // grid for side in image.shape[2:])
     image = fit(image, (height * grid, width * grid))
     patches = image.unfold(2, height, height).unfold(3, width, width)  # [B, C, grid, grid, h, w]

@@ -11,8 +11,7 @@ from clseg.loop import Work
 
 def random_slices(rows: np.ndarray, count: int, generator: Generator) -> np.ndarray:
     """`count` of these slices without repetition, or all of them where there are fewer."""
-    order = torch.randperm(len(rows), generator=generator)[:count].numpy()
-    return rows[order]
+    return rows[torch.randperm(len(rows), generator=generator)[:count].numpy()]
 
 
 def random_batch(work: Work, stream: str, step: int) -> tuple[Tensor, Generator]:
@@ -29,7 +28,6 @@ def partition_slices(
 
     Partition k of a volume of D slices holds the indices [k floor(D/S), (k+1) floor(D/S)); the last D mod S slices are
     never drawn, as in the released code of Chaitanya et al. Volumes with fewer than S slices are left out.
-
     Returns rows [m S] and their partition [m S] int64. Raises `RequestError` where no volume is long enough.
     """
     volumes = store.volumes.iloc[np.unique(store.slices["volume"].to_numpy()[rows])]
