@@ -6,8 +6,6 @@ from clseg.recipes.mean_teacher import mean_teacher
 from clseg.recipes.self_training import self_training
 from clseg.recipes.supervised import supervised
 
-RECIPES = {
-    recipe.__name__: recipe for recipe in (supervised, self_training, mean_teacher, adversarial, gan_augmentation)
-}
-
+_ALL = supervised, self_training, mean_teacher, adversarial, gan_augmentation
+RECIPES = {recipe.__name__: recipe for recipe in _ALL}
 __all__ = ["RECIPES", *RECIPES]

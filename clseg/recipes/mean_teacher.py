@@ -23,8 +23,8 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
 
     t goes from 0 to 1 in `ramp` of the steps. The mean runs over labelled and as many unlabelled slices, on which each
     of the two sees Gaussian noise of its own. The teacher is `network`: before step s = 0, 1, … its weights w' become
-    a w' + (1 - a) w, a = min(1 - 1 / (s + 1), decay), w the student's. Its batch-norm running averages are its own,
-    those of the batches that it sees, as in the released code. Raises `RequestError` without unlabelled slices.
+    a w' + (1 - a) w, a = min(1 - 1 / (s + 1), decay), w the student's; its batch-norm running averages are those of
+    the batches that it sees itself. Raises `RequestError` without unlabelled slices.
     """
     require_unlabelled(work, recipe)
     segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
@@ -46,8 +46,7 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
             lesson = predict(network, image + noise[0]).float().softmax(dim=1)
         logits = predict(student, image + noise[1])
         difference = (logits.float().softmax(dim=1) - lesson).square().mean()
-        missing = 1 - min(step / (recipe.ramp * work.steps), 1)
-        weight = recipe.weight * math.exp(-5 * missing**2)
+        weight = recipe.weight * math.exp(-5 * (1 - min(step / (recipe.ramp * work.steps), 1)) ** 2)
         return segmentation_loss(logits[: work.slices], label) + weight * difference
 
     return Training({"student": student}, step_loss)
