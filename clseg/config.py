@@ -53,21 +53,17 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Plane = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Sides = Annotated[list[Count], Field(min_length=2, max_length=3)]
 
 
 class Geometry(Strict):
-    """Grid of the network: `size` [H, W], or [D, H, W] for 3-D patches, in pixels of `spacing_mm` in the plane.
-
-    Without a spacing a pixel is `step_px` native ones. 3-D: slices are resampled to `slice_mm` (None: kept), patches
-    taken from a stored `plane` [H, W] (None: that of `size`). `resize`: images are resized to `size`, not cropped.
-    """
-
-    size: Annotated[list[Count], Field(min_length=2, max_length=3)]
-    spacing_mm: Positive | None = None
+    size: Sides  # of the network: [H, W], in 3-D [D, H, W] of a patch
+    spacing_mm: Positive | None = None  # of a pixel in the plane; None: it is `step_px` native ones
     step_px: Positive = 1.0
-    slice_mm: Positive | None = None
-    plane: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
-    resize: bool = False
+    slice_mm: Positive | None = None  # 3-D: slices are resampled to it; None: kept
+    plane: Plane | None = None  # 3-D: [H, W] as stored, of which patches are taken; None: that of `size`
+    resize: bool = False  # photographs are resized to `size`, not cropped or padded
 
     @property
     def dimensions(self) -> int:
@@ -75,43 +71,35 @@ class Geometry(Strict):
 
 
 class Normalisation(Strict):
-    """Intensities per volume and channel: (v - p_low) / (p_high - p_low), not clipped; `n4` corrects the bias first."""
-
-    low: Percent = 1.0
+    low: Percent = 1.0  # (v - p_low) / (p_high - p_low) per volume and channel, not clipped
     high: Percent = 99.0
-    n4: bool = False
+    n4: bool = False  # corrects the bias field first
 
 
 class SeededProtocol(Strict):
-    """Subjects drawn by a seed: `test` and `validation` subjects first, the rest is the pool of nested draws."""
-
     kind: Literal["seeded"]
-    test: Count
-    validation: Count
+    test: Count  # subjects, drawn first
+    validation: Count  # subjects; the rest is the pool of nested draws
     seed: int = 0
     transductive: bool = False
 
 
 class FoldsProtocol(Strict):
-    """Cross-validation: draw f tests on fold f; labelled subjects come from the other folds, by `draw_seed`."""
-
     kind: Literal["folds"]
-    folds: Several = 5
+    folds: Several = 5  # draw f tests on fold f
     seed: int = 12345
-    draw_seed: int = 1234
+    draw_seed: int = 1234  # of labelled subjects, from the other folds
     validation: Count = 2
     transductive: bool = False
 
 
 class ListProtocol(Strict):
-    """Subject lists as published; `labelled[n][c]` and `validation_of[n][c]` are those of draw c with n subjects."""
-
     kind: Literal["lists"]
-    pretrain: list[str]
+    pretrain: list[str]  # as published
     test: list[str]
     validation: list[str]
-    validation_of: dict[int, dict[int, list[str]]] = {}
-    labelled: dict[int, dict[int, list[str]]]
+    validation_of: dict[int, dict[int, list[str]]] = {}  # [n][c]: that of draw c with n subjects
+    labelled: dict[int, dict[int, list[str]]]  # [n][c]: draw c with n subjects
     not_in_all: list[str] = []
     transductive: bool = False
 
@@ -120,12 +108,6 @@ Protocol = Annotated[SeededProtocol | FoldsProtocol | ListProtocol, Field(discri
 
 
 class DatasetConfig(Strict):
-    """One data set: where it is, how it is read, how its subjects are divided (by default the first of `protocols`).
-
-    `classes`: label value in the files -> name, empty where the adapter knows; `phases`: those used, empty for all;
-    `geometry`, `geometry_3d`: by profile; `threshold`: of positional contrast.
-    """
-
     name: str
     title: str
     description: str
@@ -138,22 +120,20 @@ class DatasetConfig(Strict):
     citation: str = ""
     download_size: str = ""
     channels: Count = 1
-    classes: dict[int, str] = {}
-    phases: list[str] = []
+    classes: dict[int, str] = {}  # label value in the files -> name, empty where the adapter knows
+    phases: list[str] = []  # those used, empty for all
     positions: Literal["known", "unknown"] = "known"
-    threshold: Positive | None = None
+    threshold: Positive | None = None  # of positional contrast
     normalisation: Normalisation = Normalisation()
-    geometry: dict[str, Geometry]
+    geometry: dict[str, Geometry]  # by profile
     geometry_3d: dict[str, Geometry] = {}
-    protocols: Annotated[dict[str, Protocol], Field(min_length=1)]
+    protocols: Annotated[dict[str, Protocol], Field(min_length=1)]  # the first is the default
 
 
 class Optimisation(Strict):
-    """How weights are changed; `cosine` goes per step from `learning_rate` to `final_learning_rate`."""
-
     optimiser: Literal["adam", "sgd"] = "adam"  # sgd has momentum 0.9
     learning_rate: Positive = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: per step, from `learning_rate` to the final one
     final_learning_rate: NotNegative = 0.0
     weight_decay: NotNegative = 0.0
 
@@ -163,22 +143,15 @@ class StageConfig(Optimisation):
 
 
 class ContrastStage(StageConfig):
-    """Contrastive pre-training of the encoder; `pairs` says who is alike.
-
-    partition: `strategy` gd- or gd (Chaitanya et al.), or gcl (Zeng et al.); position: `threshold` (None: the
-    data set's); cluster: pseudo-classes from the features of an autoencoder stage before, cut at `clusters` or, if set,
-    at `cluster_distance`; with `positives: view` rows of one pseudo-class are only kept out of the negatives.
-    """
-
-    stage: Literal["contrast"]
-    pairs: Literal["instance", "partition", "position", "cluster"]
-    strategy: Literal["gd-", "gd", "gcl"] = "gd"
+    stage: Literal["contrast"]  # trains the encoder
+    pairs: Literal["instance", "partition", "position", "cluster"]  # who is alike
+    strategy: Literal["gd-", "gd", "gcl"] = "gd"  # of partitions: gd-, gd of Chaitanya et al., gcl of Zeng et al.
     partitions: Several = 4
-    threshold: Positive | None = None
-    clusters: Several = 10
-    cluster_distance: Positive | None = None
+    threshold: Positive | None = None  # of positions; None: that of the data set
+    clusters: Several = 10  # of the features of an autoencoder stage before
+    cluster_distance: Positive | None = None  # cuts there, in place of a number of `clusters`
     linkage: Literal["ward", "average", "complete"] = "ward"
-    positives: Literal["cluster", "view"] = "cluster"
+    positives: Literal["cluster", "view"] = "cluster"  # view: rows of one cluster are only kept out of the negatives
     views: Literal["glcl", "pcl"] = "glcl"
     head: Literal["flatten", "pool"] = "flatten"  # g1 of Chaitanya et al., that of Zeng et al.
     temperature: Positive = 0.1
@@ -190,17 +163,13 @@ class ContrastStage(StageConfig):
 
 
 class AutoencoderStage(StageConfig):
-    """A beta-VAE on slices, whose `latent` features are clustered into pseudo-classes."""
-
-    stage: Literal["autoencoder"]
-    latent: Several = 32
+    stage: Literal["autoencoder"]  # a beta-VAE on slices
+    latent: Several = 32  # features that are clustered into pseudo-classes
     beta: Positive = 1.0
 
 
 class LocalStage(StageConfig):
-    """Local contrastive pre-training of the first decoder blocks, encoder frozen."""
-
-    stage: Literal["local"]
+    stage: Literal["local"]  # trains the first decoder blocks, encoder frozen
     strategy: Literal["lr", "ld"] = "lr"
     decoder_blocks: UpToFive = 3
     regions: Literal[9, 13] = 13
@@ -216,35 +185,27 @@ class LocalStage(StageConfig):
 
 
 class RotationStage(StageConfig):
-    """Which multiple of 90 degrees was a slice turned by? Trains the encoder."""
-
-    stage: Literal["rotation"]
+    stage: Literal["rotation"]  # which multiple of 90 degrees was a slice turned by? Trains the encoder
 
 
 class InpaintingStage(StageConfig):
-    """Fill a box of `box` times the image side. Trains encoder and decoder."""
-
-    stage: Literal["inpainting"]
-    box: Share = 100 / 192
+    stage: Literal["inpainting"]  # fill a box; trains encoder and decoder
+    box: Share = 100 / 192  # times the image side
     place: Literal["centre", "random"] = "random"
 
 
 class ContextRestorationStage(StageConfig):
-    """Put `swaps` pairs of swapped patches of `patch` times the image side back. Trains encoder and decoder."""
-
-    stage: Literal["context_restoration"]
-    swaps: Count = 10
-    patch: Share = 5 / 192
+    stage: Literal["context_restoration"]  # put swapped patches back; trains encoder and decoder
+    swaps: Count = 10  # pairs of patches
+    patch: Share = 5 / 192  # times the image side
 
 
 class PirlStage(StageConfig):
-    """A slice and its `grid` x `grid` jigsaw (share `weight` of the loss) are alike, slices of a memory are not."""
-
-    stage: Literal["pirl"]
-    grid: Several = 3
-    negatives: Count = 1024
-    momentum: Share = 0.5
-    weight: Share = 0.5
+    stage: Literal["pirl"]  # a slice and its jigsaw are alike; trains the encoder
+    grid: Several = 3  # x `grid` pieces
+    negatives: Count = 1024  # from a memory of slices
+    momentum: Share = 0.5  # of the memory
+    weight: Share = 0.5  # of the jigsaw's loss; the rest is that of the slice itself
     temperature: Positive = 0.07
 
 
@@ -254,43 +215,33 @@ StageName = Literal["contrast", "autoencoder", "local", "rotation", "inpainting"
 
 
 class SupervisedRecipe(Optimisation):
-    """Fine-tuning of the whole network on the labelled slices; `mixup` is the alpha of Beta(alpha, alpha), 0 is off."""
-
-    recipe: Literal["supervised"]
+    recipe: Literal["supervised"]  # fine-tunes the whole network on the labelled slices
     loss: Literal["dice", "cross_entropy", "dice+cross_entropy"] = "dice"
     augmentation: Literal["published", "pcl", "none"] = "published"
-    mixup: NotNegative = 0.0
+    mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha), 0 is off
 
 
 class SelfTrainingRecipe(SupervisedRecipe):
-    """After `warm_up` of the steps, slices without labels get those of a frozen copy, renewed `rounds` times."""
-
-    recipe: Literal["self_training"]
-    rounds: Count = 3
-    warm_up: Share = 0.4
+    recipe: Literal["self_training"]  # slices without labels get those of a frozen copy
+    rounds: Count = 3  # the copy is renewed so often
+    warm_up: Share = 0.4  # of the steps, before the first copy
     weight: Positive = 1.0
 
 
 class MeanTeacherRecipe(SupervisedRecipe):
-    """A running average of the weights teaches; the weight of its lesson grows over `ramp` of the steps."""
-
-    recipe: Literal["mean_teacher"]
+    recipe: Literal["mean_teacher"]  # a running average of the weights teaches
     decay: Share = 0.99
     weight: Positive = 0.1
-    ramp: Share = 0.4
+    ramp: Share = 0.4  # of the steps, over which the weight of its lesson grows
 
 
 class AdversarialRecipe(SupervisedRecipe):
-    """A discriminator tells predictions on slices with labels from those on slices without."""
-
-    recipe: Literal["adversarial"]
+    recipe: Literal["adversarial"]  # predictions with and without labels are to look alike
     weight: Positive = 0.1
 
 
 class GanAugmentationRecipe(SupervisedRecipe):
-    """Deformations and intensity changes of the labelled slices are learned together with the segmenter."""
-
-    recipe: Literal["gan_augmentation"]
+    recipe: Literal["gan_augmentation"]  # deformations and intensity changes are learned too
     adversarial_weight: Positive = 1.0
     size_weight: Positive = 1e-3
     warm_up: Share = 0.04
@@ -301,19 +252,15 @@ Recipe = Annotated[SupervisedRecipe | SemiSupervised, Field(discriminator="recip
 
 
 class MethodConfig(Strict):
-    """Pre-training stages and a recipe; `all_labels`: every subject outside test and validation (the ceiling)."""
-
     title: str
     stages: list[Stage] = []
     recipe: Recipe
-    all_labels: bool = False
+    all_labels: bool = False  # of every subject outside test and validation: the ceiling
 
 
 class NetworkConfig(Strict):
-    """The U-Net of Chaitanya et al. (glcl) or of Zeng et al. (pcl), with so many `filters` per level, finest first."""
-
-    architecture: Literal["glcl", "pcl"] = "glcl"
-    filters: Annotated[list[Count], Field(min_length=2)] = [16, 32, 64, 128, 128, 128]
+    architecture: Literal["glcl", "pcl"] = "glcl"  # Chaitanya et al., Zeng et al.
+    filters: Annotated[list[Count], Field(min_length=2)] = [16, 32, 64, 128, 128, 128]  # finest level first
     norm_momentum: Share = 0.01  # of a new batch in the running averages
 
     @property
@@ -322,11 +269,9 @@ class NetworkConfig(Strict):
 
 
 class PretrainBudget(Strict):
-    """Steps of a stage, `steps_of` those of stages with a number of their own; `max_slices` limits slices per batch."""
-
-    steps: Count
-    steps_of: dict[StageName, Count] = {}
-    max_slices: Several | None = None
+    steps: Count  # of a stage
+    steps_of: dict[StageName, Count] = {}  # of stages with a number of their own
+    max_slices: Several | None = None  # limits the slices per batch
 
 
 class FinetuneBudget(Strict):
@@ -336,22 +281,18 @@ class FinetuneBudget(Strict):
 
 
 class Budget(Strict):
-    """How much is computed; `threads` of a CPU per run, `checkpoint_every` so many steps."""
-
-    threads: Count = 1
+    threads: Count = 1  # of a CPU, per run
     precision: Literal["float32", "bf16"] = "float32"
-    checkpoint_every: Count = 100
+    checkpoint_every: Count = 100  # so many steps
     network: NetworkConfig = NetworkConfig()
     pretrain: PretrainBudget
     finetune: FinetuneBudget
 
 
 class ProfileConfig(Budget):
-    """A named budget; `network_3d` takes the place of `network` in 3-D."""
-
     name: str
     title: str
-    network_3d: NetworkConfig
+    network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
 
 class Experiment(Budget):
@@ -379,6 +320,16 @@ class Experiment(Budget):
             raise ValueError(f"stages: {flat[0]} works on 2-D slices only; choose dimensions 2")
         return self
 
+    @property
+    def division(self) -> Protocol:
+        """The protocol that divides the subjects."""
+        return self.dataset.protocols[self.protocol]
+
+    @property
+    def cross_validated(self) -> bool:
+        """Whether draws differ in their test subjects, so that the ceiling has draws, too."""
+        return isinstance(self.division, FoldsProtocol)
+
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
         deciding = {"name", "adapter", "options", "channels", "classes", "phases", "normalisation"}
@@ -391,8 +342,6 @@ OVERRIDABLE = ("dataset", "protocol", "unlabelled", "geometry", "network", "stag
 
 
 class RunParameters(Strict):
-    """What a worker notebook is told. `variant`: an override that is also named in the results of an ablation."""
-
     dataset: str
     profile: str
     method: str
@@ -400,7 +349,7 @@ class RunParameters(Strict):
     dimensions: Literal[2, 3] = 2
     seed: Natural = 0
     overrides: list[str] = []
-    variant: str = ""
+    variant: str = ""  # an override that is also named in the results of an ablation
     study: str = ""
 
     def experiment(self) -> Experiment:
@@ -409,16 +358,12 @@ class RunParameters(Strict):
 
 
 class PretrainParameters(RunParameters):
-    """One pre-training stage; the stages before it are its parents."""
-
-    stage: Natural = 0
+    stage: Natural = 0  # of the method; those before it are its parents
 
 
 class FinetuneParameters(RunParameters):
-    """One fine-tuning: how many subjects carry labels (0 stands for all), and which draw of them."""
-
-    labelled: Natural = 1
-    draw: Count = 1
+    labelled: Natural = 1  # subjects with labels; 0 stands for all
+    draw: Count = 1  # of those subjects
     pretrain_dataset: str = ""  # where it is another one
 
 
@@ -443,10 +388,7 @@ class Axis(Strict):  # one ablated key and its values; the other keys stay as th
 
 
 class StudyConfig(Strict):
-    """A grid (method x labelled x draw x seed) on the first of `datasets`, and the notebook of its figures.
-
-    `set`: overrides of this study by profile.
-    """
+    """A grid (method x labelled x draw x seed) on the first of `datasets`, and the notebook of its figures."""
 
     name: str
     title: str
@@ -460,7 +402,7 @@ class StudyConfig(Strict):
     dimensions: Literal[2, 3] = 2
     pretrain_dataset: str = ""
     axes: list[Axis] = []
-    set: dict[str, list[str]] = {}
+    set: dict[str, list[str]] = {}  # overrides of this study, by profile
 
 
 def _validated(schema: Any, data: Any, where: str) -> Any:
