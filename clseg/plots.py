@@ -101,7 +101,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def style(method: str) -> tuple[str, str, Any]:
-    """Colour, marker and line of a method; an ablated value does not change them."""
+    """Colour, marker and line of a method; an ablated value, or a remark, changes none."""
     return STYLES.get(method.partition(" ")[0], UNKNOWN)
 
 
@@ -152,11 +152,10 @@ def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, method: str, label:
 def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: MaybeTable = None) -> Figure:
     """Dice against the number of labelled subjects: one line per method, with 95 % intervals over test subjects.
 
-    `summary` is that of `stats.summary` for one study, data set and profile; of more than `ON_ONE_AXIS` methods each has
-    a panel, with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
+    `summary` is of one study, data set and profile; of more than `ON_ONE_AXIS` methods each has a panel,
+    with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
     cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer draws than
-    others. Bars stand side by side: only the ticks are numbers of subjects.
-    Raises `ValueError` for several studies, data sets or profiles, and for a published tag other than V and V2.
+    others. Raises `ValueError` for several studies, data sets or profiles, and for a published tag but V and V2.
     """
     place = summary[["study", "dataset", "profile"]].drop_duplicates()
     if len(place) != 1:
@@ -222,21 +221,20 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
         rows = axes_table[axes_table["axis"] == title]
         text = rows["value"].map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
         number = pd.to_numeric(rows["value"], errors="coerce")  # "all" and other words after the numbers
-        rows = rows.assign(text=text.fillna("all"), number=number, base=rows["base"].astype(bool))
-        rows = rows.sort_values(["number", "text"])
+        rows = rows.assign(text=text.fillna("all"), number=number).sort_values(["number", "text"])
         ticks = {text: place for place, text in enumerate(rows["text"].unique())}
         series = list(rows.groupby(["method", "labelled"]))
         for place, ((method, labelled), own) in enumerate(series):
             x = own["text"].map(ticks) + 0.14 * (place - (len(series) - 1) / 2)
             _intervals(panel, x, own, method, f"{method}, {labelled} labelled")
-            ringed = x[own["base"]], own["dice_mean"][own["base"]]
-            panel.scatter(*ringed, s=110, facecolors="none", edgecolors=BLACK, zorder=5, label="the method's own value")
+            look = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
+            base = own["base"].astype(bool)
+            panel.scatter(x[base], own["dice_mean"][base], label="the method's own value", **look)
         for row in () if reference is None else reference.itertuples():
             label = f"{row.method}, {row.labelled} labelled"
             panel.axhline(row.dice_mean, label=label, color=style(row.method)[0], linestyle="--")
         panel.set_xticks(range(len(ticks)), list(ticks))
-        panel.set_xlim(-0.6, len(ticks) - 0.4)
-        panel.set_title(title)
+        panel.set(xlim=(-0.6, len(ticks) - 0.4), title=title)
     figure.supylabel("Dice (mean over test subjects)")
     about = f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}"
     figure.suptitle(f"{about}\n{_subjects(axes_table)}")
@@ -251,9 +249,9 @@ def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
     figure, (dice, share) = _panels(2, 1, 4.6, 1.8, sharex=True)
     dice.errorbar(rows["value"], rows["dice_mean"], yerr=_errors(rows), color=GREEN, marker="o", elinewidth=1.6)
     share.plot(rows["value"], rows["share"], color=BLUE, marker="s")
+    dice.set(ylabel="Dice", title=title)
     share.set(ylabel="positive pairs", ylim=(0, 1), xlabel="threshold t")
     share.yaxis.set_major_formatter(PercentFormatter(1))
-    dice.set(ylabel="Dice", title=title)
     return figure
 
 
@@ -268,9 +266,8 @@ def ranks(table: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(table)), table["method"])
     axes.grid(axis="x")
     axes.invert_yaxis()
-    axes.set_xlabel("mean rank, 1 is best")
     about = f"{table['n_cells'].max()} cells, {table['cells_left_out'].max()} left out that not all methods have"
-    axes.set_title(f"{_subjects(table)}\n{about}")
+    axes.set(xlabel="mean rank, 1 is best", title=f"{_subjects(table)}\n{about}")
     return figure
 
 
@@ -340,7 +337,7 @@ def similarity_matrix(similarity: Any, title: str = "", groups: Any = None) -> F
 @styled
 def pairs_matrix(pairs: Any, title: str = "", groups: Any = None) -> Figure:
     """Who is alike in a batch: row i is anchor i of `Pairs`, with positives, negatives, neither, and their shares."""
-    kind = np.where(_array(pairs.positive), 2, np.where(_array(pairs.negative), 1, 0))  # bool [B, B] each
+    kind = np.where(_array(pairs.positive), 2, 1 * _array(pairs.negative))  # bool [B, B] each
     np.fill_diagonal(kind, 3)
     colours = {"neither": "#E4E4E4", "negative": ORANGE, "positive": BLUE, "itself": BLACK}
     look = {"cmap": ListedColormap(list(colours.values())), "vmin": -0.5, "vmax": 3.5}

@@ -336,7 +336,7 @@ def test_volume_grid_outlines_every_class_once():
     whole = figure.axes[1].collections[0].get_paths()[0].vertices  # a class that fills the slice
     assert (whole.min(), whole.max(axis=0).tolist()) == (-0.5, [15.5, 11.5])
     assert not drawn(plots.volume_grid(torch.from_numpy(images))).legends
-    photographs = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 3))
+    photographs = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 9))
     shown = [axes.images[0].get_array() for axes in drawn(plots.volume_grid(photographs)).axes]
     assert all(image.shape == (8, 9, 3) for image in shown)
     assert np.mean(shown) == pytest.approx(0.5, abs=0.05)
