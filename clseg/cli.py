@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clseg import __version__, config
@@ -14,15 +14,16 @@ from clseg.config import RequestError
 def _run(arguments: argparse.Namespace) -> int:
     from clseg import grid, paths, runs  # torch is imported only where it is needed
 
+    for folder, variable in ((arguments.data, "CLSEG_DATA"), (arguments.out, "CLSEG_OUT")):
+        if folder:
+            os.environ[variable] = str(Path(folder).absolute())
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
     dataset = arguments.dataset or study.datasets[0]
     profile = config.read_profile(arguments.profile).name
     plan = grid.expand(study, dataset, arguments.profile, overrides)
-    done = [run.name for run in plan.all if run.is_done()]
-    print(
-        f"{study.name} on {dataset}, profile {profile}: {len(plan.pretrain)} pre-trainings, "
-        f"{len(plan.finetune)} fine-tunings, {len(done)} of them done"
-    )
+    done = {run.name for run in plan.all if run.is_done()}
+    steps = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done"
+    print(f"{study.name} on {dataset}, profile {profile}: {steps}")
     for note in plan.notes:
         print(f"left out: {note}")
     if arguments.dry_run:
@@ -47,10 +48,9 @@ def _run(arguments: argparse.Namespace) -> int:
         folder = grid.write_results(plan, shlex.join(repeat))
         notebook = grid.draw_figures(plan)
     print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
-    if failure is not None:
+    if failure:
         print(f"clseg: {failure}", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if failure else 0
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -61,14 +61,12 @@ def _table(arguments: argparse.Namespace) -> int:
         raise RequestError(f"{root}: is not a folder; name the runs folder of a study, for example runs")
     table = runs.table(path.parent for path in root.rglob("status.json"))
     if table.empty:
-        raise RequestError(
-            f"{root}: holds no finished fine-tuning; run a study first, for example clseg run quickstart"
-        )
-    text = table.to_csv(index=False, float_format="%.6f")
+        example = "run a study first, for example clseg run quickstart"
+        raise RequestError(f"{root}: holds no finished fine-tuning; {example}")
     if arguments.out:
         runs.write_table(Path(arguments.out), table)
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(table.to_csv(index=False, float_format="%.6f"))
     return 0
 
 
@@ -82,65 +80,54 @@ def _datasets(_: argparse.Namespace) -> int:
     from clseg import paths
     from clseg.data.formats import how_to_get
 
-    for name in config.names("datasets"):
-        dataset = config.read_dataset(name)
+    for dataset in map(config.read_dataset, config.names("datasets")):
         here = not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
-        print(f"{name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
+        print(f"{dataset.name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
     return 0
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
+    "table": (_table, "all finished runs below a folder as one tidy table"),
+    "methods": (_methods, "methods that can be named in a study"),
+    "datasets": (_datasets, "data sets that can be named in a study"),
+}
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="clseg", description="Contrastive pre-training for segmentation with few labels."
-    )
+    about = "Contrastive pre-training for segmentation with few labels."
+    top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run, table, *_ = (commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items())
 
-    run = commands.add_parser("run", help="do a study: its pre-trainings, fine-tunings, tables and figures")
     run.add_argument("study", metavar="STUDY", help="a YAML file, or a name under params/studies")
     run.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
     run.add_argument("--dataset", help="a name under params/datasets (default: the study's first)")
     run.add_argument("--data", metavar="ROOT", help="folder that holds the data sets (default: $CLSEG_DATA or data/)")
-    run.add_argument(
-        "--out", metavar="DIR", help="folder for runs/ and paper_figures/ (default: $CLSEG_OUT or the project)"
-    )
+    where = "folder for runs/ and paper_figures/ (default: $CLSEG_OUT or the project)"
+    run.add_argument("--out", metavar="DIR", help=where)
     run.add_argument("--jobs", type=_positive, help="runs at a time (default: cores / threads of a run)")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, e.g. pretrain.steps=100 or study.labelled=[1,2]",
-    )
+    example = "override, e.g. pretrain.steps=100 or study.labelled=[1,2]"
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
     run.add_argument("--dry-run", action="store_true", help="print the grid and stop")
-    run.set_defaults(function=_run)
 
-    table = commands.add_parser("table", help="all finished runs below a folder as one tidy table")
     table.add_argument("runs", metavar="RUNS")
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
-    table.set_defaults(function=_table)
-
-    commands.add_parser("methods", help="methods that can be named in a study").set_defaults(function=_methods)
-    commands.add_parser("datasets", help="data sets that can be named in a study").set_defaults(function=_datasets)
     return top
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    words = list(sys.argv[1:] if words is None else words)
     arguments = parser().parse_args(words)
-    for option, variable in (("data", "CLSEG_DATA"), ("out", "CLSEG_OUT")):
-        if getattr(arguments, option, None) and arguments.command == "run":
-            os.environ[variable] = str(Path(getattr(arguments, option)).absolute())
     try:
-        return arguments.function(arguments)
+        return COMMANDS[arguments.command][0](arguments)
     except RequestError as error:
         print(f"clseg: {error}", file=sys.stderr)
         return 2
