@@ -354,7 +354,8 @@ class RunParameters(Strict):
 
     def experiment(self) -> Experiment:
         overrides = [*self.overrides, *([self.variant] if self.variant else [])]
-        return resolve(self.dataset, self.profile, self.method, self.protocol, overrides, self.dimensions)
+        source = getattr(self, "pretrain_dataset", "")
+        return resolve(self.dataset, self.profile, self.method, self.protocol, overrides, self.dimensions, source)
 
 
 class PretrainParameters(RunParameters):
@@ -506,10 +507,17 @@ def override(tree: Any, key: list[str], value: Any) -> Any:
 
 
 def resolve(
-    dataset: str, profile: str, method: str, protocol: str = "", overrides: Iterable[str] = (), dimensions: int = 2
+    dataset: str,
+    profile: str,
+    method: str,
+    protocol: str = "",
+    overrides: Iterable[str] = (),
+    dimensions: int = 2,
+    pretrain_dataset: str = "",
 ) -> Experiment:
     """Data set, profile and method by name, put together and overridden. Raises `RequestError`."""
     data, budget, methods = read_dataset(dataset), read_profile(profile), read_methods()
+    source = read_dataset(pretrain_dataset) if pretrain_dataset else data  # of the stages
     protocol = protocol or next(iter(data.protocols))
     geometry = data.geometry if dimensions == 2 else data.geometry_3d
     for what, name, valid in (
@@ -531,10 +539,10 @@ def resolve(
         tree = override(tree, key, value)
     for stage in tree["stages"]:
         if stage.get("pairs") == "position" and stage["threshold"] is None:
-            if data.threshold is None:
-                wrong = f"method {method} contrasts positions, and data set {data.name} has no `threshold`"
+            if source.threshold is None:
+                wrong = f"method {method} contrasts positions, and data set {source.name} has no `threshold`"
                 raise RequestError(f"{wrong}; choose a method with other pairs, or set stages.0.threshold")
-            stage["threshold"] = data.threshold
+            stage["threshold"] = source.threshold
     return _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
 
 

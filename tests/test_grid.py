@@ -102,7 +102,7 @@ def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["runs"] == {"done": 3, "expected": 3}
     frame = runs.read_table(folder / "table.csv")
-    assert tuple(frame.columns) == runs.TABLE_COLUMNS
+    assert list(frame.columns) == runs.TABLE_COLUMNS
     assert set(frame["method"]) == {"random", "gd"}
     assert frame["subject"].nunique() == 3
 
