@@ -101,7 +101,7 @@ def class_indices(label: np.ndarray, classes: Classes, source: Path, undeclared:
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
 
-def _nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
+def nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
     arrays, affines = [], []  # [C, Z, Y, X] as stored
     for path in ref.files:
@@ -172,7 +172,7 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
 def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volume:
     if ref.images[0].suffix != ".h5":
         # the headers carry no patient orientation (identity); as stored, the basal slice is first, as in the h5 copy
-        return _nifti_volume(ref, classes, orient=False)
+        return nifti_volume(ref, classes, orient=False)
     images, labels = [], []
     for path in ref.images:
         with _reading(path, "HDF5"), h5py.File(path) as file:
@@ -253,7 +253,7 @@ def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in found.items()]
 
 
-def _photograph(path: Path, channels: int) -> np.ndarray:
+def photograph(path: Path, channels: int) -> np.ndarray:
     """Any file that Pillow reads, in colour or grey, as uint8 [C, 1, Y, X]."""
     with _reading(path, "image file"), Image.open(path) as file:
         data = np.asarray(file.convert("RGB" if channels == 3 else "L"))
@@ -266,10 +266,10 @@ def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Vol
     if undeclared not in ("error", "background"):
         raise RequestError(f"options.undeclared: must be error or background (given: {undeclared!r})")
     if ".nii" not in ref.images[0].suffixes:
-        image = _photograph(ref.images[0], dataset.channels).astype(np.float32)
-        label = class_indices(_photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
+        image = photograph(ref.images[0], dataset.channels).astype(np.float32)
+        label = class_indices(photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
         return Volume(image, label, None, ref.subject, ref.phase)
-    volume = _nifti_volume(ref, classes, dataset.options.get("orient", True) is True, undeclared)
+    volume = nifti_volume(ref, classes, dataset.options.get("orient", True) is True, undeclared)
     last = len(volume.image) - 1
     if channel is not None and (type(channel) is not int or not 0 <= channel <= last):
         raise RequestError(f"{ref.source}: has channels 0 to {last}; options.channel is {channel!r}")

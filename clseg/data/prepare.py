@@ -122,19 +122,23 @@ def to_network(
     return slices.clamp(-65504, 65504).half().numpy(), classes.numpy()  # the range of float16
 
 
-def to_native(probability: Tensor, resampled: Sequence[int], native: Sequence[int]) -> np.ndarray:
-    """Class probabilities [Z', K, H, W] of the network grid as class indices uint8 [Z, Y, X] of the native one.
+def native_slices(probability: Tensor, resampled: Sequence[int], native: Sequence[int]) -> Iterator[Tensor]:
+    """Class probabilities [Z', K, H, W] of the network grid on the native one, a slice [K, Y, X] at a time.
 
-    Put back where they were cropped (outside: background), resized linearly, argmax, as Chaitanya et al. released it.
+    Put back where they were cropped (outside: background) and resized linearly, as Chaitanya et al. released it.
     """
-    labels, last = np.empty(native, np.uint8), len(probability) - 1
+    last = len(probability) - 1
     outside = torch.eye(probability.shape[1])[0, :, None, None]  # [K, 1, 1], background
-    for z, centre in enumerate(_centres(len(labels), last + 1).clamp(0, last).tolist()):  # needs memory for one slice
+    for centre in _centres(native[0], last + 1).clamp(0, last).tolist():
         near = probability[[int(centre), min(int(centre) + 1, last)]].detach().float().cpu()
         # padding with zeros is right for all but the background, so shift it: p - outside is zero there
         canvas = fit(torch.lerp(*near, centre % 1) - outside, resampled) + outside  # [K, H', W']
-        labels[z] = F.interpolate(canvas[None], native[1:], mode="bilinear")[0].argmax(0).numpy()
-    return labels
+        yield F.interpolate(canvas[None], native[1:], mode="bilinear")[0]
+
+
+def to_native(probability: Tensor, resampled: Sequence[int], native: Sequence[int]) -> np.ndarray:
+    """The classes that are most probable on the native grid, uint8 [Z, Y, X]; see `native_slices`."""
+    return np.stack([plane.argmax(0).byte().numpy() for plane in native_slices(probability, resampled, native)])
 
 
 class Store:

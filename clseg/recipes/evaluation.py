@@ -1,7 +1,7 @@
 """Segmenting whole volumes and scoring them; the same for every recipe."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import numpy as np
@@ -13,32 +13,38 @@ from clseg.metrics import score, volume_dice
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, store: Store, volume: int) -> Tensor:
-    """Class probabilities of a volume on the stored grid, [Z, K, H, W] float32 on the CPU.
+def segment(network: nn.Module, images: np.ndarray, size: Sequence[int]) -> Tensor:
+    """Class probabilities [Z, K, H, W] float32 on the CPU of a volume's slices [Z, C, H, W], as `to_network` made them.
 
-    2-D: slice by slice. 3-D: the mean over windows of `store.size` that overlap by half or more, weighted by a Gaussian
-    of standard deviation size / 8 around the window's centre, as in nnU-Net (Isensee et al., Nature Methods 2021).
+    2-D: slice by slice. 3-D: the mean over windows of `size` that overlap by half or more, weighted by a Gaussian of
+    standard deviation size / 8 around the window's centre, as in nnU-Net (Isensee et al., Nature Methods 2021).
     """
     network.eval()
-    device, rows = next(network.parameters()).device, store.volume_rows(volume)
-    if store.dimensions == 2:
-        batches = (store.batch(rows[start : start + 32], device).image for start in range(0, len(rows), 32))
+    device, slices = next(network.parameters()).device, torch.from_numpy(np.array(images))
+    if len(size) == 2:
+        batches = (batch.to(device).float() for batch in slices.split(32))
         channels_last = (image.contiguous(memory_format=torch.channels_last) for image in batches)
         return torch.cat([network(image).float().softmax(dim=1).cpu() for image in channels_last])
-    size, grid = store.size, (len(rows), *store.plane)
+    grid = (len(slices), *slices.shape[2:])
     padded = list(map(max, grid, size))
-    image = fit(torch.from_numpy(store.images[rows]).movedim(0, 1), padded)  # [C, Z, H, W]
+    image = fit(slices.movedim(0, 1), padded)  # [C, Z, H, W]
     places = [(torch.arange(n) - (n - 1) / 2) / (n / 8) for n in size]  # in standard deviations
     weight = torch.exp(-0.5 * sum(axis.square() for axis in torch.meshgrid(*places, indexing="ij")))  # [D, h, w]
-    total, weights = torch.zeros(store.num_classes, *padded), torch.zeros(padded)
+    total, weights = None, torch.zeros(padded)  # [K, *padded], [*padded]
     counts = [math.ceil((have - want) / (want / 2)) + 1 for have, want in zip(padded, size, strict=True)]
     starts = [np.linspace(0, h - w, n).round().astype(int) for h, w, n in zip(padded, size, counts, strict=True)]
     for corner in product(*starts):
         window = tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True))
         probability = network(image[:, *window][None].to(device).float()).float().softmax(dim=1)[0].cpu()
+        total = torch.zeros(len(probability), *padded) if total is None else total
         total[:, *window] += weight * probability
         weights[window] += weight
     return fit(total / weights, grid).movedim(1, 0)
+
+
+def probabilities(network: nn.Module, store: Store, volume: int) -> Tensor:
+    """Class probabilities of a volume of the store, on the stored grid; see `segment`."""
+    return segment(network, store.images[store.volume_rows(volume)], store.size)
 
 
 def labelled_volumes(store: Store, subjects: Iterable[str]) -> list[int]:
