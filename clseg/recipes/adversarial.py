@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from clseg.config import AdversarialRecipe, NetworkConfig
 from clseg.loop import Training, Work
-from clseg.losses import SEGMENTATION_LOSSES
 from clseg.models import CONV, MEAN, initialise
-from clseg.recipes.supervised import labelled_batch, require_unlabelled, unlabelled_batch
+from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
 
 
 class _Reversal(torch.autograd.Function):
@@ -60,15 +59,14 @@ def adversarial(work: Work, recipe: AdversarialRecipe) -> Training:
     The segmenter minimises L(labelled) + weight log(1 - D(x', p')): only predictions without labels try to deceive.
     As many slices of each. Raises `RequestError` without unlabelled slices.
     """
-    require_unlabelled(work, recipe)
-    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
+    segmentation_loss = semi_supervised_loss(work, recipe)
     network, store = work.network, work.store
     discriminator = Discriminator(store.channels + store.num_classes, network.config, store.dimensions).to(work.device)
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("adversarial", step)
-        image, label = labelled_batch(work, recipe, generator)
-        other, _ = unlabelled_batch(work, recipe, generator)
+        image, label = drawn_batch(work, work.rows, recipe, generator)
+        other, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
         known, guessed = network(image), network(other)
         real = torch.cat([image, known.detach().float().softmax(dim=1)], dim=1)
         fake = torch.cat([other, reverse(guessed, recipe.weight).float().softmax(dim=1)], dim=1)

@@ -14,28 +14,25 @@ from torch import Tensor, nn
 from clseg.augment import REFERENCE_PX, warp
 from clseg.config import GanAugmentationRecipe, NetworkConfig
 from clseg.loop import Training, Work
-from clseg.losses import SEGMENTATION_LOSSES
 from clseg.models import CONV, initialise
 from clseg.recipes.adversarial import Discriminator, discriminator_loss, reverse
-from clseg.recipes.supervised import labelled_batch, one_hot, require_unlabelled, unlabelled_batch
+from clseg.recipes.supervised import background, drawn_batch, one_hot, semi_supervised_loss
 
 RANDOM = 100  # length of the random vector
 NODES = 6  # per side, of the map that is made of it: 192 / 32
 
 
 class Change(nn.Module):
-    """An image [B, C, ...] and a random vector [B, 100] to a map [B, outputs, ...] of the same sides.
-
-    The vector becomes a coarse map, which is upsampled and joined to features of the image; conv 3 and ReLU in between.
-    """
+    """An image [B, C, ...] and a random vector [B, 100] to a map [B, outputs, ...] of the same sides: of the vector
+    comes a coarse map, which is upsampled and joined to features of the image; conv 3 and ReLU in between."""
 
     def __init__(self, channels: int, outputs: int, config: NetworkConfig, dimensions: int) -> None:
         super().__init__()
         conv, self.width = CONV[dimensions], config.filters[0]
         self.coarse = nn.Linear(RANDOM, self.width * NODES**dimensions)
         self.image = nn.Sequential(conv(channels, self.width, 3, padding=1), nn.ReLU())
-        joined = conv(2 * self.width, self.width, 3, padding=1)
-        self.both = nn.Sequential(joined, nn.ReLU(), conv(self.width, outputs, 3, padding=1))
+        layers = conv(2 * self.width, self.width, 3, padding=1), nn.ReLU(), conv(self.width, outputs, 3, padding=1)
+        self.both = nn.Sequential(*layers)
         initialise(self, config)
 
     def forward(self, image: Tensor, vector: Tensor) -> Tensor:
@@ -46,10 +43,8 @@ class Change(nn.Module):
 
 
 def deform(image: Tensor, label: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """Image [B, C, ...] and label, float [B, K, ...], moved alike by [B, dimensions, ...] in 1/192 of the side.
-
-    The first displacement is that along the last axis, as in `warp`; what comes from outside is 0 and background.
-    """
+    """Image [B, C, ...] and label, float [B, K, ...], moved alike by [B, dimensions, ...] in 1/192 of the side, first
+    along the last axis, as in `warp`; what comes from outside is 0 and background."""
     still = torch.eye(displacement.shape[1], displacement.shape[1] + 1).expand(len(image), -1, -1)
     grid = F.affine_grid(still, [len(image), 1, *image.shape[2:]], align_corners=False).to(image.device)
     grid = grid + 2 / REFERENCE_PX * displacement.movedim(1, -1)
@@ -64,17 +59,15 @@ def gan_augmentation(work: Work, recipe: GanAugmentationRecipe) -> Training:
     unlabelled slices, 0 for changed ones. Segmenter and generators minimise the loss above; for `warm_up` of the steps
     there is the segmenter alone, on labelled slices. Raises `RequestError` without unlabelled slices.
     """
-    require_unlabelled(work, recipe)
-    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
-    network, store = work.network, work.store
+    segmentation_loss = semi_supervised_loss(work, recipe)
+    network, store, channels = work.network, work.store, work.store.channels
     about = network.config, store.dimensions
-    deformation = Change(store.channels, store.dimensions, *about).to(work.device)
-    intensity = Change(store.channels, store.channels, *about).to(work.device)
-    discriminator = Discriminator(store.channels, *about).to(work.device)
+    deformation, intensity = (Change(channels, n, *about).to(work.device) for n in (store.dimensions, channels))
+    discriminator = Discriminator(channels, *about).to(work.device)
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("gan_augmentation", step)
-        image, label = labelled_batch(work, recipe, generator)
+        image, label = drawn_batch(work, work.rows, recipe, generator)
         if step < round(recipe.warm_up * work.steps):
             return segmentation_loss(network(image), label)
         label = label if recipe.mixup else one_hot(label, store.num_classes)
@@ -84,7 +77,7 @@ def gan_augmentation(work: Work, recipe: GanAugmentationRecipe) -> Training:
         added = intensity(moved, vectors[1]).float().tanh()
         changed = moved + added
         known = segmentation_loss(network(torch.cat([image, changed])), torch.cat([label, moved_label]))
-        real, _ = unlabelled_batch(work, recipe, generator)
+        real, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
         contest = discriminator_loss(discriminator, real, reverse(changed, recipe.adversarial_weight))
         return known + contest - recipe.size_weight * (displacement.abs().mean() + added.abs().mean())
 

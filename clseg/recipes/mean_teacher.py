@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from clseg.config import MeanTeacherRecipe
 from clseg.loop import Training, Work
-from clseg.losses import SEGMENTATION_LOSSES
-from clseg.recipes.supervised import labelled_batch, require_unlabelled, unlabelled_batch
+from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
 
 NOISE = 0.05  # standard deviation of the noise on images of about 0..1
 
@@ -26,8 +25,7 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
     a w' + (1 - a) w, a = min(1 - 1 / (s + 1), decay), w the student's; its batch-norm running averages are those of
     the batches that it sees itself. Raises `RequestError` without unlabelled slices.
     """
-    require_unlabelled(work, recipe)
-    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
+    segmentation_loss = semi_supervised_loss(work, recipe)
     network, student = work.network, deepcopy(work.network)
 
     def predict(model: nn.Module, image: Tensor) -> Tensor:
@@ -35,8 +33,8 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("mean_teacher", step)
-        image, label = labelled_batch(work, recipe, generator)
-        other, _ = unlabelled_batch(work, recipe, generator)
+        image, label = drawn_batch(work, work.rows, recipe, generator)
+        other, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
         image = torch.cat([image, other])
         noise = NOISE * torch.randn((2, *image.shape), generator=generator).to(work.device)
         with torch.no_grad():

@@ -10,22 +10,18 @@ from torch import Tensor
 
 from clseg.config import SelfTrainingRecipe
 from clseg.loop import Training, Work
-from clseg.losses import SEGMENTATION_LOSSES
-from clseg.recipes.supervised import labelled_batch, require_unlabelled, unlabelled_batch
+from clseg.recipes.supervised import drawn_batch, semi_supervised_loss
 
 
 def self_training(work: Work, recipe: SelfTrainingRecipe) -> Training:
     """L(labelled) + weight L(unlabelled, labels of a frozen copy), as many slices of each.
 
-    Up to `warm_up` of the steps there is the first term alone. From there on the copy is renewed at `rounds` equally
-    spaced steps. It labels the slices as they are, by their most probable class; slices and labels are then augmented
-    alike. Raises `RequestError` without unlabelled slices.
+    Up to `warm_up` of the steps there is the first term alone, from there on the copy is renewed at `rounds` equally
+    spaced steps. It labels slices before they are augmented. Raises `RequestError` without unlabelled slices.
     """
-    require_unlabelled(work, recipe)
-    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
-    network, steps = work.network, work.steps
+    segmentation_loss = semi_supervised_loss(work, recipe)
+    network, steps, first = work.network, work.steps, round(recipe.warm_up * work.steps)
     copy = deepcopy(network).requires_grad_(False)
-    first = round(recipe.warm_up * steps)
     renewals = {first + (steps - first) * k // recipe.rounds for k in range(recipe.rounds)}
 
     def predict(image: Tensor) -> Tensor:
@@ -33,12 +29,12 @@ def self_training(work: Work, recipe: SelfTrainingRecipe) -> Training:
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("self_training", step)
-        image, label = labelled_batch(work, recipe, generator)
+        image, label = drawn_batch(work, work.rows, recipe, generator)
         if step < first:
             return segmentation_loss(network(image), label)
         if step in renewals:
             copy.load_state_dict(network.state_dict())
-        other, predicted = unlabelled_batch(work, recipe, generator, predict)
+        other, predicted = drawn_batch(work, work.unlabelled, recipe, generator, predict)
         known, guessed = segmentation_loss(network(image), label), segmentation_loss(network(other), predicted)
         return known + recipe.weight * guessed
 

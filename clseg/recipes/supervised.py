@@ -30,46 +30,38 @@ def mixup(image: Tensor, label: Tensor, classes: int, alpha: float, generator: G
     image [B, C, ...], label int64 [B, ...] -> image [B, C, ...], label float [B, classes, ...].
     """
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    weight = torch.from_numpy(rng.beta(alpha, alpha, len(image))).to(image)
-    weight = weight.reshape(-1, *[1] * (image.ndim - 1))
+    weight = torch.from_numpy(rng.beta(alpha, alpha, len(image))).to(image).reshape(-1, *[1] * (image.ndim - 1))
     other = torch.randperm(len(image), generator=generator).to(image.device)
     label = one_hot(label, classes)
     return weight * image + (1 - weight) * image[other], weight * label + (1 - weight) * label[other]
 
 
-def _drawn(
-    work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None
+def background(image: Tensor) -> Tensor:
+    """The labels [B, ...] of slices that have none."""
+    return torch.zeros_like(image[:, 0], dtype=torch.long)
+
+
+def drawn_batch(
+    work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Slices of `rows`, drawn with repetition and augmented: images, and labels for `dice_loss`.
+
+    `annotate`: labels int64 [B, ...] of images before their augmentation; None: those of the store.
+    Recipes pass slices without labels through the network apart from those with labels: in one batch, batch norm leaves
+    the segmenter a way to tell the few labelled subjects from the others, and what it learns fails on the others.
+    """
     chosen = rows[torch.randint(len(rows), (work.slices,), generator=generator).numpy()]
-    batch = work.store.batch(chosen, work.device, generator)
+    batch, classes = work.store.batch(chosen, work.device, generator), work.store.num_classes
     label = annotate(batch.image) if annotate else batch.label
     image, label = FINETUNE_VIEWS[recipe.augmentation](batch.image, label, generator)
-    classes = work.store.num_classes
     return mixup(image, label, classes, recipe.mixup, generator) if recipe.mixup else (image, label)
 
 
-def labelled_batch(work: Work, recipe: SupervisedRecipe, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Labelled slices, drawn with repetition and augmented: images, and labels for `dice_loss`."""
-    return _drawn(work, work.rows, recipe, generator, None)
-
-
-def unlabelled_batch(
-    work: Work, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None = None
-) -> tuple[Tensor, Tensor]:
-    """As many slices without labels, drawn and augmented alike; `annotate` makes the labels (none: background).
-
-    `annotate`: labels int64 [B, ...] of images before their augmentation.
-    Recipes pass them through the network apart from those with labels: in one batch, batch norm leaves the segmenter a
-    way to tell the few labelled subjects from the others, and what it learns on them fails on the others.
-    """
-    nothing = annotate or (lambda image: torch.zeros_like(image[:, 0], dtype=torch.long))
-    return _drawn(work, work.unlabelled, recipe, generator, nothing)
-
-
-def require_unlabelled(work: Work, recipe: SupervisedRecipe) -> None:
-    """Raise `RequestError` where a semi-supervised recipe has no slices without labels."""
+def semi_supervised_loss(work: Work, recipe: SupervisedRecipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """The segmentation loss of a recipe that needs slices without labels; `RequestError` where there are none."""
     if not len(work.unlabelled):
         raise RequestError(f"recipe {recipe.recipe!r}: no slices without labels are left; label fewer subjects")
+    return SEGMENTATION_LOSSES[recipe.loss]
 
 
 def supervised(work: Work, recipe: SupervisedRecipe) -> Training:
@@ -77,7 +69,7 @@ def supervised(work: Work, recipe: SupervisedRecipe) -> Training:
     segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
 
     def step_loss(step: int) -> Tensor:
-        image, label = labelled_batch(work, recipe, work.generator("supervised", step))
+        image, label = drawn_batch(work, work.rows, recipe, work.generator("supervised", step))
         return segmentation_loss(work.network(image), label)
 
     return Training({"network": work.network}, step_loss)
