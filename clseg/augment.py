@@ -13,16 +13,14 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 REFERENCE_PX = 192
-CROP = 100 / REFERENCE_PX
-CORNERS = (10 / REFERENCE_PX, 70 / REFERENCE_PX)
-BRIGHTNESS, CONTRAST, CLIP = 0.3, (0.7, 1.3), (0.0, 1.5)
+CROP, CORNERS = 100 / REFERENCE_PX, (10 / REFERENCE_PX, 70 / REFERENCE_PX)
+BRIGHTNESS, CONTRAST, CLIP = (-0.3, 0.3), (0.7, 1.3), (0.0, 1.5)
 ELASTIC_NODES, ELASTIC_SD = 3, 2 * 5 / REFERENCE_PX  # per side; at a node, in units of the [-1, 1] grid
 
 # Zeng et al.: alpha times noise U(-1, 1) smoothed by a Gaussian of sigma pixels, on patches of 352 pixels
 PCL_REFERENCE_PX = 352
-PCL_ALPHA, PCL_SIGMA_PX = (100.0, 350.0), (14.0, 17.0)
+PCL_ALPHA, PCL_SIGMA_PX, PCL_SHARE, PCL_SCALE = (100.0, 350.0), (14.0, 17.0), 0.67, (0.7, 1.3)
 PCL_GRID = 11  # nodes per side: two sigma apart
-PCL_SHARE, PCL_SCALE = 0.67, (0.7, 1.3)
 
 
 def uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -62,8 +60,7 @@ def intensity(image: Tensor, generator: Generator) -> Tensor:
     Source: Chaitanya et al., released code. *Deviation*: one draw per image, not one for the whole batch.
     """
     each = (len(image), *[1] * (image.ndim - 1))
-    shift = uniform(-BRIGHTNESS, BRIGHTNESS, each, generator).to(image)
-    factor = uniform(*CONTRAST, each, generator).to(image)
+    shift, factor = (uniform(*bounds, each, generator).to(image) for bounds in (BRIGHTNESS, CONTRAST))
     shifted = image + shift
     mean = shifted.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
     return ((shifted - mean) * factor + mean).clamp(*CLIP)
@@ -125,13 +122,13 @@ def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[
 
 
 def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
-    """The published deformation of Zeng et al., one per image, as a sampling grid.
+    """The deformation of Zeng et al., one per image, as a sampling grid.
 
     Mirrored along each side with probability 1/2; with probability 0.67 turned by U(0, 2π), scaled by U(0.7, 1.3) and
     deformed elastically: alpha U(100, 350) times noise U(-1, 1) smoothed with sigma U(14, 17) pixels of 352.
     Source: Zeng et al., released code (`dataset/`).
     *Deviation*: smooth noise comes from nodes two sigma apart, of the deviation alpha / √3 / (2 √π sigma) that
-    smoothing would leave; bilinear instead of cubic sampling.
+    smoothing would leave; bilinear sampling, not cubic.
     """
     batch = len(image)
     flips = torch.where(torch.rand((2, batch), generator=generator) < 0.5, -1.0, 1.0)

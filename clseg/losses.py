@@ -40,7 +40,6 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     anchor, other = pairs.positive.nonzero(as_tuple=True)  # [|P|] each
     if len(anchor) == 0:
         raise ValueError("no anchor has a positive")
-
     rivals = pairs.negative if denominator == "pair" else pairs.positive | pairs.negative
     with _full_precision(embedding):
         direction = _directions(embedding, temperature)  # [B, D]
@@ -70,8 +69,7 @@ def local_contrastive_loss(
     Memory: O(B R R'), with `image_pairs` O(B² R R').
     Raises `ValueError` for wrong shapes, a neighbour that is no region, an image paired with itself, a temperature ≤ 0.
     Source: released code of Chaitanya et al., `local_loss_exp_no` 0 (L^R) and 1 (L^D).
-    *Deviation*: the released L^D leaves out the terms t(second_i, first_i, r); it divides the sum by regions and maps,
-    here all terms are averaged.
+    *Deviation*: the released L^D leaves out t(second_i, first_i, r) and divides the sum by regions and maps.
     """
     if first.ndim != 3 or first.shape != second.shape or len(first) == 0:
         raise ValueError(f"first and second must both be [B, R, D], not {list(first.shape)} and {list(second.shape)}")
@@ -86,7 +84,6 @@ def local_contrastive_loss(
             raise ValueError(f"image_pairs must be bool [{images}, {images}], not {given}")
         if image_pairs.diagonal().any():
             raise ValueError("image_pairs pairs an image with itself")
-
     anchors = len(neighbours)
     row = torch.arange(anchors, device=neighbours.device)[:, None]  # [R, 1]
 
@@ -99,8 +96,7 @@ def local_contrastive_loss(
 
     with _full_precision(first):
         a, b = _directions(first, temperature), _directions(second, temperature)  # [B, R', D]
-        within_a = repelled(a[:, :anchors] @ a.mT)  # [B, R]
-        within_b = repelled(b[:, :anchors] @ b.mT)  # [B, R]
+        within_a, within_b = (repelled(z[:, :anchors] @ z.mT) for z in (a, b))  # [B, R] each
         total = terms(within_a, a[:, :anchors] @ b.mT).sum() + terms(within_b, b[:, :anchors] @ a.mT).sum()
         if image_pairs is None:
             return total / (2 * images * anchors)
@@ -152,28 +148,24 @@ def _directions(vector: Tensor, temperature: float) -> Tensor:
     return vector / (length.masked_fill(length < 1e-12, torch.inf) * temperature**0.5)
 
 
-def _near(table: str) -> dict[str, list[str]]:
-    return {entry[:2]: entry[3:].split() for entry in table.split("; ")}
-
-
 # Places of a region along a side of the map, as a part of its index range.
 PLACES = {"0": 0.0, "q": 0.25, "h": 0.5, "t": 0.75, "1": 1.0}
-# Regions and the negatives of each, all as "row column", by number and size of the regions; hand-written in the
-# released code and copied as they are. The order matters: a stage with fewer negatives takes the first ones.
-_NEAR_13 = _near(
+# A region and its negatives, all as "row column"; hand-written in the released code and copied as they are. The order
+# matters: a stage with fewer negatives takes the first ones.
+_NEAR_13 = (
     "00 0h qq qh h0 hq; 0h 00 01 qq qt hh; 01 0h qh qt ht h1; h0 00 qq hh 10 tq; hh qq qt tq tt h0; "
     "h1 01 hh 11 qt tt; 10 h0 hq 1h tq th; 1h hh 10 11 tq tt; 11 ht h1 1h tt th; "
     "qq 00 0h h0 hh qt; qt 0h 01 qq hh h1; tq h0 hh 10 1h tt; tt hh h1 1h 11 tq"
 )
-_NEAR_13_POINT = _NEAR_13 | _near(
+_NEAR_13_POINT = (  # for K = 1, where it differs
     "00 0h h0 hh qq qt; 0h 00 01 hh qq qt; 01 0h hh h1 tq qt; h0 00 hh 10 qq tq; 10 h0 hh 1h tq qq; "
     "11 hh h1 1h tt tq; qt 0h 01 hh h1 tt; tq h0 hh 10 0h qq; tt hh h1 1h 11 qt"
 )
-_NEAR_9 = _near(
+_NEAR_9 = (
     "00 0h h0 hh 01 10; 0h 00 01 h0 hh h1; 01 00 0h hh h1 11; h0 00 0h hh 10 1h; hh 00 0h h0 h1 1h; "
     "h1 0h 01 hh 1h 11; 10 00 h0 hh 1h 11; 1h h0 hh h1 10 11; 11 01 hh h1 10 1h"
 )
-_NEAR = {(9, 1): _NEAR_9, (9, 3): _NEAR_9, (13, 1): _NEAR_13_POINT, (13, 3): _NEAR_13}
+_TABLES = {(9, 1): [_NEAR_9], (9, 3): [_NEAR_9], (13, 1): [_NEAR_13, _NEAR_13_POINT], (13, 3): [_NEAR_13]}
 
 
 def region_grid(map_size: tuple[int, int], size: int, regions: int) -> tuple[Tensor, Tensor]:
@@ -189,14 +181,14 @@ def region_grid(map_size: tuple[int, int], size: int, regions: int) -> tuple[Ten
     Raises `ValueError` for another number or size of regions, or a map so small that two regions would coincide.
     Source: `pos_sample_indexes`, `neg_sample_indexes` of Chaitanya et al.; `nearest_neighbours` is the regular rule.
     """
-    if (regions, size) not in _NEAR:
+    if (regions, size) not in _TABLES:
         raise ValueError(f"regions must be 9 or 13 and size 1 or 3, not {regions} and {size}")
     margin = 4 if size == 3 else 1
     smallest = margin + (4 if regions == 13 else 2)
     if min(map_size) < smallest:
         needs, given = f"{smallest} x {smallest}", f"{map_size[0]} x {map_size[1]}"
         raise ValueError(f"{regions} regions of size {size} need a map of {needs} pixels, this one has {given}")
-    near = _NEAR[regions, size]
+    near = {entry[:2]: entry[3:].split() for table in _TABLES[regions, size] for entry in table.split("; ")}
     places = list(dict.fromkeys([*near, *(place for negatives in near.values() for place in negatives)]))
     ranges = [side - margin for side in map_size]
     corners = [[int(PLACES[part] * w) for part, w in zip(place, ranges, strict=True)] for place in places]

@@ -35,16 +35,14 @@ class _Build:
     """The layers that two architectures and two dimensions make of one plan."""
 
     def __init__(self, config: NetworkConfig, dimensions: int) -> None:
-        self.config, self.dimensions = config, dimensions
-        self.published = config.architecture == "glcl"
+        self.config, self.dimensions, self.published = config, dimensions, config.architecture == "glcl"
 
     def conv(self, inputs: int, outputs: int, kernel: int, norm: bool = True) -> nn.Sequential:
         """Convolution with bias, batch norm, activation; size kept (even kernels: padded at the end, as released)."""
         before = (kernel // 2 - 1, kernel // 2) * self.dimensions
         pad = [] if kernel % 2 else [nn.ZeroPad2d(before) if self.dimensions == 2 else nn.ConstantPad3d(before, 0.0)]
         conv = CONV[self.dimensions](inputs, outputs, kernel, padding=kernel // 2 if kernel % 2 else 0)
-        leaky = norm and not self.published
-        active = nn.LeakyReLU(SLOPE, inplace=True) if leaky else nn.ReLU(inplace=True)
+        active = nn.LeakyReLU(SLOPE, inplace=True) if norm and not self.published else nn.ReLU(inplace=True)
         return nn.Sequential(*pad, conv, *([self.norm(outputs)] if norm else []), active)
 
     def norm(self, width: int) -> nn.Module:

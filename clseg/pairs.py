@@ -59,17 +59,14 @@ def partition_pairs(slice_id: Tensor, partition: Tensor, strategy: str = "gd", v
     slice_id, partition, view: integers [B]. Raises `ValueError` for another strategy, or views of one slice in
     different partitions. Source: Chaitanya et al., G^{D-} and G^D, `global_loss_exp_no` 1 and 2.
     """
-    same_slice = _equal("slice_id", slice_id)
-    same_partition = _equal("partition", partition, len(slice_id))
-    negative = ~same_partition
+    if strategy not in ("gd-", "gd"):
+        raise ValueError(f"strategy must be 'gd-' or 'gd', not {strategy!r}")
+    same_slice, positive = _equal("slice_id", slice_id), _equal("partition", partition, len(slice_id))
+    negative = ~positive
     if strategy == "gd-":
         positive = same_slice
-    elif strategy == "gd":
-        positive = same_partition
-        if view is not None:
-            positive = same_slice | (same_partition & _equal("view", view, len(slice_id)))
-    else:
-        raise ValueError(f"strategy must be 'gd-' or 'gd', not {strategy!r}")
+    elif view is not None:
+        positive = same_slice | (positive & _equal("view", view, len(slice_id)))
     return Pairs(positive.fill_diagonal_(False), negative)
 
 
