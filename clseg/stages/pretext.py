@@ -97,8 +97,8 @@ def inpainting(work: Work, stage: InpaintingStage) -> Training:
 def patch_swaps(images: int, size: Sequence[int], stage: ContextRestorationStage, generator: Generator) -> Tensor:
     """The pixel each pixel takes its value from, int64 [B, H W]: `swaps` pairs of patches change places.
 
-    Patches are disjoint cells of a lattice with a random origin, so the map is its own inverse; their side is `patch`
-    times the shorter one of the image, at least 2 pixels. Raises `RequestError` where so many do not fit.
+    Patches are cells of a lattice with a random origin; their side is `patch` times the shorter one of the image, at
+    least 2 pixels. Raises `RequestError` where so many do not fit.
     """
     side = max(round(stage.patch * min(size)), 2)
     down, across = (length // side - 1 for length in size)  # cells; one less than fit, so that the origin can move
@@ -124,8 +124,7 @@ def context_restoration(work: Work, stage: ContextRestorationStage) -> Training:
     """Mean square error of slices restored from swapped patches; trains encoder, decoder and output layers.
 
     Source: Chen et al., Medical Image Analysis 2019; `context_restoration` of Chaitanya et al.: 10 swaps, 5 x 5 of 192.
-    *Deviation*: no patch is swapped twice. Chen et al. swap pair after pair, only the two of a pair are disjoint;
-    Chaitanya et al. copy each pair from the untouched slice, so that pixels are lost where pairs overlap.
+    *Deviation*: all patches are disjoint, not only the two of a pair.
     """
 
     def spoil(image: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -186,11 +185,11 @@ class Memory(nn.Module):
 def pirl(work: Work, stage: PirlStage) -> Training:
     """λ L(g(puzzle of x_i), m_i) + (1 - λ) L(f(x_i), m_i), λ `weight`, L `Memory.loss`; trains encoder, f and g.
 
-    Patches pass the encoder one by one, resized up to a multiple of its coarsest pixel (3 x 3 of 192 pixels fit as they
-    are). Image and puzzle are changed in brightness and contrast, each for itself. The bank holds the slices of `rows`.
+    Patches pass the encoder one by one, resized up to a multiple of its coarsest pixel. Image and puzzle are changed in
+    brightness and contrast, each for itself. The bank holds the slices of `rows`.
     Source: Misra & van der Maaten, CVPR 2020, eq. 3 to 5; 3 x 3 patches, momentum 0.5, temperature 0.07, λ = 0.5.
-    *Deviation*: L is a softmax over the slice and the negatives (InfoNCE), without the published sum of log(1 - h) over
-    negatives; 1024 of them, not 32,000; no random crops, neither of image nor of patches.
+    *Deviation*: L is InfoNCE, without the published sum of log(1 - h) over negatives; 1024 of them, not 32,000; no
+    random crops.
     """
     network, store, rows, device = work.network, work.store, work.rows, work.device
     if stage.grid > min(store.size):
