@@ -44,10 +44,11 @@ def _run(arguments: argparse.Namespace) -> int:
         failure = error
     repeat = ["clseg", "run", study.name, "--dataset", dataset, "--profile", profile]
     repeat += [word for text in arguments.set for word in ("--set", text)]
-    with runs.locked(paths.runs_root() / dataset / profile / f".{study.name}.lock"):
-        folder = grid.write_results(plan, shlex.join(repeat))
-        notebook = grid.draw_figures(plan)
-    print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
+    if any(run.is_done() for run in plan.finetune):
+        with runs.locked(paths.runs_root() / dataset / profile / f".{study.name}.lock"):
+            folder = grid.write_results(plan, shlex.join(repeat))
+            notebook = grid.draw_figures(plan)
+        print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0

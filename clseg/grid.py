@@ -1,4 +1,4 @@
-"""A study: its grid of runs, executed by papermill in worker processes, and the tables and figures it leaves.
+"""A study: its grid of runs, executed by papermill in warm kernels, and the tables and figures it leaves.
 
 Every run is one executed worker notebook. Pre-trainings are shared by all fine-tunings that start from them, finished
 runs are skipped, and a run that another process holds is waited for, never done twice.
@@ -9,8 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -27,7 +26,7 @@ from clseg.data.splits import available_draws
 from clseg.runs import Run
 
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
-TRIES = 3  # of a run whose worker process died
+TRIES = 3  # of a run whose kernel died
 POLL_SECONDS = 1.0
 
 
@@ -94,8 +93,8 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     return Grid(study, dataset, profile, list(pretrain.values()), list(finetune.values()), list(notes))
 
 
-def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook with parameters in a fresh kernel; `target` is complete or absent.
+def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], **environment: str) -> None:
+    """Run a notebook with parameters in a fresh kernel, with more environment; `target` is complete or absent.
 
     What the kernel writes to its standard streams is kept beside `target` if the notebook fails.
     Raises `RequestError` where the notebook raised one, else papermill's exception.
@@ -106,7 +105,7 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> 
     from clseg.kernels import WarmKernelManager
 
     running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
-    manager = type("Manager", (WarmKernelManager,), {"log_file": log})
+    manager = type("Manager", (WarmKernelManager,), {"log_file": log, "environment": environment})
     about = {"kernel_name": "python3", "kernel_manager_class": manager, "progress_bar": False, "cwd": paths.NOTEBOOKS}
     log.unlink(missing_ok=True)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that our schema checks
@@ -121,8 +120,9 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any]) -> 
 
 
 def execute_run(run: Run) -> tuple[str, str]:
-    """Execute a run's notebook in a kernel. Returns ('done' | 'busy' | 'request' | 'failed', message)."""
-    os.environ[runs.WORKER] = "1"
+    """Execute a run's notebook in a kernel. Returns ('done' | 'busy' | 'request' | 'failed' | 'died', message)."""
+    from nbclient.exceptions import DeadKernelError
+
     with runs.locked(run.folder / ".claim", wait=False) as mine:
         if not mine:
             return "busy", ""
@@ -130,9 +130,12 @@ def execute_run(run: Run) -> tuple[str, str]:
             return "done", ""
         source = paths.NOTEBOOKS / NOTEBOOK[run.kind]
         try:
-            execute_notebook(source, run.folder / "notebook.ipynb", run.parameters.model_dump())
+            parameters = run.parameters.model_dump()
+            execute_notebook(source, run.folder / "notebook.ipynb", parameters, **{runs.WORKER: "1"})
         except RequestError as error:
             return "request", str(error)
+        except DeadKernelError:
+            return "died", f"its kernel died {TRIES} times"
         except Exception as error:  # whatever a notebook does must not end the grid
             (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
             return "failed", str(error).strip().rpartition("\n")[2]
@@ -165,12 +168,9 @@ def execute(grid: Grid, jobs: int) -> None:
 
     from clseg import kernels  # with all that a kernel needs: only where notebooks are executed
 
-    def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(jobs, kernels.context(), kernels.end_with_parent)
-
     total = sum(run.cost for run in todo)
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    executor = pool()
+    executor = ThreadPoolExecutor(jobs)  # of threads that wait for kernels
     try:
         with tqdm(total=total, bar_format=layout, mininterval=1) as bar:
             finished = 0.0
@@ -188,32 +188,27 @@ def execute(grid: Grid, jobs: int) -> None:
                         break
                     continue
                 complete, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                broken = False
                 for future in complete:
                     run = running.pop(future)
-                    try:
-                        outcome, message = future.result()
-                    except BrokenProcessPool:
-                        broken = True
-                        tries[run.name] = tries.get(run.name, 0) + 1
-                        outcome, message = ("busy", "") if tries[run.name] < TRIES else ("failed", "its worker died")
+                    outcome, message = future.result()
+                    tries[run.name] = tries.get(run.name, 0) + (outcome == "died")
                     if outcome == "done":
                         done.add(run.name)
                         finished += run.cost
-                    elif outcome == "busy":
+                    elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
                         todo.append(run)
-                        time.sleep(POLL_SECONDS if not broken else 0)
+                        time.sleep(POLL_SECONDS)
                     elif outcome == "request":
                         wrong = message
                     else:
                         failed[run.name] = message
                         tqdm.write(f"{run.name} failed: {message}")
-                if broken:
-                    executor.shutdown(wait=True, cancel_futures=True)
-                    executor = pool()
                 active = sum(run.cost * _step_now(run) / run.steps for run in running.values())
                 bar.n = min(finished + active, total)
                 bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
+    except BaseException:
+        kernels.kill_all()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
     if wrong is not None:
