@@ -238,7 +238,7 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
     figure.supylabel("Dice (mean over test subjects)")
     about = f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}"
     figure.suptitle(f"{about}\n{_subjects(axes_table)}")
-    _legend(figure, panels, loc="outside lower center", ncols=4)
+    _legend(figure, panels, loc="outside lower center", ncols=min(4, len(panels)))
     return figure
 
 
