@@ -71,6 +71,22 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    from clseg.predict import predict
+
+    where = [Path(folder) for folder in (arguments.weights, arguments.input, arguments.output)]
+    images, before = predict(*where, arguments.probabilities)
+    print(f"{images} segmented, {before} of them before: {arguments.output}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from clseg.export import export
+
+    print(*export(Path(arguments.weights), arguments.format, Path(arguments.output)), sep="\n")
+    return 0
+
+
 def _methods(_: argparse.Namespace) -> int:
     for name, method in config.read_methods().items():
         print(f"{name:12} {method.title}")
@@ -96,6 +112,8 @@ def _positive(text: str) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
     "table": (_table, "all finished runs below a folder as one tidy table"),
+    "predict": (_predict, "segment new images with the weights of a fine-tuning"),
+    "export": (_export, "weights for other programs"),
     "methods": (_methods, "methods that can be named in a study"),
     "datasets": (_datasets, "data sets that can be named in a study"),
 }
@@ -106,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, table, *_ = (commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items())
+    run, table, predict, export, *_ = (commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items())
 
     run.add_argument("study", metavar="STUDY", help="a YAML file, or a name under params/studies")
     run.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
@@ -121,6 +139,19 @@ def parser() -> argparse.ArgumentParser:
 
     table.add_argument("runs", metavar="RUNS")
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
+
+    weights = "weights.safetensors of a run"
+    predict.add_argument("--weights", required=True, metavar="FILE", help=weights)
+    where = "NIfTI or photograph, as the weights need, or a folder of such"
+    predict.add_argument("--input", required=True, metavar="FILE_OR_DIR", help=where)
+    predict.add_argument(
+        "--output", required=True, metavar="DIR", help="for label maps; those there are not made again"
+    )
+    predict.add_argument("--probabilities", action="store_true", help="also those of each class, in an .npz")
+
+    export.add_argument("--weights", required=True, metavar="FILE", help=weights)
+    export.add_argument("--format", required=True, choices=["monai", "safetensors"], help="monai: for its BasicUNet")
+    export.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
     return top
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clseg import __version__, config, paths
 from clseg.config import Experiment, FinetuneBudget, FinetuneParameters, PretrainParameters, RequestError, Stage
+from clseg.data.formats import class_names
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
 from clseg.loop import Fit, Work, device, fit, seed_of, write_atomically, write_json
@@ -256,15 +257,19 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
 
 def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], tables: dict[str, pd.DataFrame]) -> None:
     """Tables, weights with their adaptation record (what must fit for them to be used), and the record of the run."""
-    experiment = run.experiment
+    experiment, dataset = run.experiment, run.experiment.dataset
     adaptation = {
         "network": experiment.network.model_dump(),
         "channels": store.channels,
+        "channel": dataset.options.get("channel"),
+        "photograph": dataset.adapter == "pairs" and ".nii" not in str(dataset.options["images"]),
+        "orient": dataset.adapter != "acdc" and dataset.options.get("orient", True),
         "classes": store.class_names,
+        "label_values": [0, *class_names(dataset, paths.data_root() / dataset.folder)],
         "geometry": experiment.geometry.model_dump(),
-        "normalisation": experiment.dataset.normalisation.model_dump(),
+        "normalisation": dataset.normalisation.model_dump(),
         "prefixes": {"for transfer": ["encoder.", "decoder."], "of a segmenter": ["output."]},
-        "dataset": experiment.dataset.name,
+        "dataset": dataset.name,
         "method": run.method,
         "run": run.name,
     }

@@ -1,0 +1,227 @@
+"""Weight files: what is refused, and that MONAI's network with our weights is our network."""
+
+import json
+import pickle
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clseg import cli, runs
+from clseg.config import NetworkConfig, PretrainParameters, RequestError
+from clseg.export import export, read_weights, segments
+from clseg.predict import predict
+
+PCL = NetworkConfig(architecture="pcl", filters=[4, 8, 16, 32, 64])
+GLCL = NetworkConfig(architecture="glcl", filters=[4, 8, 8, 16, 16, 16])
+
+
+@pytest.fixture
+def weights(tmp_path, save_weights):
+    def make(**changes):
+        return save_weights(tmp_path / "weights.safetensors", **changes)
+
+    return make
+
+
+def ours(path):
+    tensors, adaptation = read_weights(path)
+    network = adaptation.build().eval()
+    network.load_state_dict(tensors, strict=segments(tensors))
+    return network
+
+
+def monai(path, strict=True):
+    nets = pytest.importorskip("monai.networks.nets")
+    with safe_open(path, "pt") as file:
+        arguments = json.loads(file.metadata()["monai"])
+    network = getattr(nets, arguments.pop("_target_"))(**arguments)
+    answer = network.load_state_dict(load_file(path), strict=strict)
+    assert not answer.unexpected_keys
+    return network.eval()
+
+
+@pytest.mark.parametrize(("size", "channels"), [([32, 48], 3), ([16, 32, 16], 1)])
+def test_monai_s_basic_unet_gives_the_same_logits(size, channels, weights, tmp_path):
+    path = weights(network=PCL, size=size, channels=channels)
+    report = export(path, "monai", tmp_path / "new" / "monai.safetensors")
+    image = torch.randn(2, channels, *size)
+    with torch.inference_mode():
+        expected, found = ours(path)(image), monai(tmp_path / "new" / "monai.safetensors")(image)
+    assert found.shape == (2, 4, *size)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    lines = {kind: [line.split()[1:] for line in report if line.startswith(kind)] for kind in ("renamed", "added")}
+    tensors = load_file(path)
+    assert {line[0] for line in lines["renamed"]} == set(tensors)
+    written = set(load_file(tmp_path / "new" / "monai.safetensors"))
+    assert {line[2].rstrip(",") for line in lines["renamed"]} | {line[0] for line in lines["added"]} == written
+    assert len(written) == len(lines["renamed"]) + len(lines["added"])
+    assert not [line for line in report if line.startswith(("refused", "absent"))]
+
+
+@pytest.mark.parametrize(
+    ("network", "fits"),
+    [
+        (GLCL, 5),
+        (PCL, 5),
+        (NetworkConfig(architecture="glcl", filters=[4, 8, 16]), 3),
+        (NetworkConfig(architecture="pcl", filters=[4, 8, 12, 12, 16]), 5),
+    ],
+)
+def test_the_encoder_of_a_pre_training_goes_into_basic_unet_as_far_as_it_fits(network, fits, weights, tmp_path):
+    path = weights(network=network, parts="encoder.")
+    report = export(path, "monai", tmp_path / "monai.safetensors")
+    theirs, levels = monai(tmp_path / "monai.safetensors", strict=False), []
+    for block in [theirs.conv_0, *(getattr(theirs, f"down_{k}") for k in range(1, 5))]:
+        block.register_forward_hook(lambda *call: levels.append(call[2]))
+    image = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        theirs(image)
+        expected = ours(path).encoder(image)
+    for level in range(fits):
+        torch.testing.assert_close(levels[level], expected[level], atol=1e-5, rtol=1e-5)
+    refused = {line.split()[1] for line in report if line.startswith("refused")}
+    assert refused == {
+        name for name in load_file(path) if name.startswith(tuple(f"encoder.levels.{k}." for k in (5, 6)))
+    }
+    absent = [line for line in report if line.startswith("absent")]
+    assert len(absent) == 5 - fits + 5
+    assert absent[-1] == "absent  final_conv.*"
+
+
+@pytest.mark.parametrize(
+    "network",
+    [GLCL, NetworkConfig(architecture="pcl", filters=[4, 8, 16, 16, 16]), PCL.model_copy(update={"filters": [4, 8]})],
+)
+def test_a_segmenter_that_monai_cannot_hold_is_refused_in_a_sentence(network, weights, tmp_path, capsys):
+    words = ["--weights", str(weights(network=network)), "--output", str(tmp_path / "out" / "monai.safetensors")]
+    assert cli.main(["export", "--format", "monai", *words]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "no network of MONAI" in error
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["export", "--format", "safetensors", *words]) == 0
+
+
+def test_what_served_training_is_left_behind_and_the_copy_predicts_the_same(weights, tmp_path):
+    path, copy = weights(), tmp_path / "copy.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    extra = {"head.layers.1.weight": torch.ones(2), "autoencoder.decoder.0.weight": torch.full([1], torch.nan)}
+    save_file(tensors | extra, path, metadata)
+    assert len(export(path, "safetensors", copy)) == len(tensors)
+    found = load_file(copy)
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert read_weights(copy)[1] == read_weights(path)[1]
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 4)), np.eye(4)), tmp_path / "a.nii.gz")
+    for file, out in ((path, "first"), (copy, "second")):
+        predict(file, tmp_path / "a.nii.gz", tmp_path / out)
+    assert (tmp_path / "first" / "a.nii.gz").read_bytes() == (tmp_path / "second" / "a.nii.gz").read_bytes()
+    with pytest.raises(RequestError, match="the weight file itself"):
+        export(path, "monai", path)
+
+
+class Harmful:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Harmful, "ran", True))
+
+
+def broken(kind, path):
+    """Turn a good weight file into a bad one."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: value.clone() for name, value in load_file(path).items()}  # else mapped from the file
+    record = json.loads(metadata["clseg"])
+    first, raw = "encoder.levels.0.0.0.weight", path.read_bytes()
+
+    def save(tensors=tensors, **changes):
+        save_file(tensors, path, {"clseg": json.dumps(record | changes)})
+
+    changes = {
+        "missing file": path.unlink,
+        "folder": lambda: (path.unlink(), path.mkdir()),
+        "empty": lambda: path.write_bytes(b""),
+        "truncated": lambda: path.write_bytes(raw[:-100]),
+        "header only": lambda: path.write_bytes(raw[:50]),
+        "pickle": lambda: path.write_bytes(pickle.dumps(Harmful())),
+        "checkpoint": lambda: torch.save(tensors, path),
+        "no record": lambda: save_file(tensors, path),
+        "record is no JSON": lambda: save_file(tensors, path, {"clseg": "{"}),
+        "record is no table": lambda: save_file(tensors, path, {"clseg": "[]"}),
+        "record lacks a key": lambda: save_file(tensors, path, {"clseg": json.dumps({"run": "a"})}),
+        "record has an unknown key": lambda: save(colour="blue"),
+        "unknown architecture": lambda: save(network=record["network"] | {"architecture": "resnet"}),
+        "another architecture": lambda: save(network=record["network"] | {"architecture": "pcl"}),
+        "other filters": lambda: save(network=record["network"] | {"filters": [8, 16, 16, 64]}),
+        "other channels": lambda: save(channels=2),
+        "huge channels": lambda: save(channels=10**9),
+        "other classes": lambda: save(label_values=[0, 1]),
+        "other dimensions": lambda: save(geometry=record["geometry"] | {"size": [8, 32, 32]}),
+        "missing key": lambda: save({name: tensors[name] for name in tensors if name != first}),
+        "unknown key": lambda: save(tensors | {"decoder.more": torch.ones(1)}),
+        "another type": lambda: save(tensors | {first: tensors[first].half()}),
+        "NaN": lambda: save(tensors | {first: torch.full_like(tensors[first], torch.nan)}),
+        "infinite": lambda: save(tensors | {first: torch.full_like(tensors[first], torch.inf)}),
+    }
+    if kind:
+        changes[kind]()
+    return changes
+
+
+KINDS = """missing file, folder, empty, truncated, header only, pickle, checkpoint, no record, record is no JSON,
+record is no table, record lacks a key, record has an unknown key, unknown architecture, another architecture,
+other filters, other channels, huge channels, other classes, other dimensions, missing key, unknown key, another type,
+NaN, infinite"""
+
+
+@pytest.mark.parametrize("kind", re.split(r",\s", KINDS))
+def test_weights_that_cannot_be_used_are_refused_in_a_sentence(kind, weights, tmp_path, capsys):
+    path = weights()
+    broken(kind, path)
+    out = tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 4)), np.eye(4)), tmp_path / "in" / "a.nii")
+    for words in (
+        ["predict", "--input", str(tmp_path / "in"), "--output", str(out)],
+        ["export", "--format", "safetensors", "--output", str(out / "b.safetensors")],
+    ):
+        assert cli.main([*words, "--weights", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert error.startswith(f"clseg: {path}: ")
+        assert "; use the weights.safetensors of a finished run" in error
+    assert not out.exists()
+    assert not Harmful.ran
+
+
+def test_every_kind_of_broken_file_is_tried(weights):
+    assert list(broken("", weights())) == re.split(r",\s", KINDS)
+
+
+def test_a_pre_training_segments_nothing(weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(RequestError, match="fine-tuning"):
+        predict(weights(parts="encoder."), tmp_path / "in", tmp_path / "out")
+
+
+def test_weights_of_every_stage_can_be_exported(tmp_path, monkeypatch):
+    """A run's own file: the local stage adds a decoder, the stage before it has none."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    small = ["dataset.options.subjects=6", "dataset.protocols.seeded.test=1", "dataset.protocols.seeded.validation=1"]
+    fields = {"dataset": "phantom", "profile": "smoke", "method": "gd+lr", "stage": 1}
+    run = runs.train(runs.pretrain_run(PretrainParameters(**fields, overrides=[*small, "pretrain.steps=2"])))
+    for stage, parts in ((run.parent, {"encoder"}), (run, {"encoder", "decoder"})):
+        export(stage.folder / "weights.safetensors", "safetensors", tmp_path / "copy.safetensors")
+        assert {name.partition(".")[0] for name in load_file(tmp_path / "copy.safetensors")} == parts
+        report = export(stage.folder / "weights.safetensors", "monai", tmp_path / "monai.safetensors")
+        refused = {line.split()[1].partition(".")[0] for line in report if line.startswith("refused")}
+        assert refused == parts  # level 6 of the encoder, and no decoder of this architecture

@@ -1,0 +1,240 @@
+"""Prediction: what fine-tuning scored, on the grid and with the label values of the user's own files."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from clseg import cli, config, runs
+from clseg.config import FinetuneParameters, RequestError
+from clseg.data.formats import class_names, scan
+from clseg.data.phantom import phantom_volume
+from clseg.metrics import dice
+from clseg.predict import cases, predict
+
+SMALL = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=1"]
+FEW = ["finetune.steps=30", "finetune.validate_every=10"]
+OBLIQUE = np.array([[-1.1, 0.2, 0.1, 30], [0.2, -1.2, 0.1, -7], [-0.1, 0.1, 2.0, 11], [0, 0, 0, 1]])
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def trained(request, tmp_path_factory):
+    """A fine-tuning of phantoms, a few steps long, in 2-D and in 3-D."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("trained")))
+        fields = {"dataset": "phantom", "profile": "smoke", "method": "random", "dimensions": request.param}
+        run = runs.train(runs.finetune_run(FinetuneParameters(**fields, overrides=[*SMALL, *FEW])))
+        yield run.folder / "weights.safetensors", run.read("metrics").set_index(["subject", "class_name"])["dice"]
+
+
+@pytest.fixture
+def weights(tmp_path, save_weights):
+    """Makes a weight file of an untrained network: three classes whose values are 200, 500 and 600."""
+
+    def make(**changes) -> Path:
+        return save_weights(tmp_path / "weights.safetensors", **changes)
+
+    return make
+
+
+def save(path: Path, data: np.ndarray, affine=OBLIQUE, units=("micron", "sec")) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_xyzt_units(*units)
+    nib.save(image, path)
+    return path
+
+
+def noise(shape=(30, 36, 9), seed=0, kind=np.int16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1000, shape).astype(kind)
+
+
+def test_a_prediction_is_what_fine_tuning_scored(trained, tmp_path):
+    weights, scores = trained
+    for subject in set(scores.index.get_level_values("subject")):
+        volume = phantom_volume(subject)
+        save(tmp_path / "in" / f"{subject}.nii.gz", volume.image[0].T, volume.affine)
+    assert predict(weights, tmp_path / "in", tmp_path / "out") == (2, 0)
+    for (subject, name), expected in scores.items():
+        found = np.asarray(nib.load(tmp_path / "out" / f"{subject}.nii.gz").dataobj).T
+        value = {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}[name]
+        reference = phantom_volume(subject).label == value
+        assert dice(found == value, reference) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert scores.max() > 0.1  # else a blank map would pass
+
+
+@pytest.mark.parametrize("size", [[32, 32], [8, 32, 32]])
+def test_a_label_map_lies_on_the_grid_of_its_image(size, weights, tmp_path):
+    image = save(tmp_path / "scans" / "Häuser und Straßen.nii.gz", noise())
+    before = files_of(image.parent)
+    assert predict(weights(size=size), image, tmp_path / "new" / "out") == (1, 0)
+    assert files_of(image.parent) == before
+    given, found = nib.load(image), nib.load(tmp_path / "new" / "out" / image.name)
+    assert found.shape == given.shape
+    np.testing.assert_array_equal(found.affine, given.affine)
+    assert found.header.get_xyzt_units() == ("micron", "sec")
+    assert [int(found.header[f"{form}_code"]) for form in ("qform", "sform")] == [0, 2]
+    assert found.get_data_dtype() == np.uint16
+    assert set(np.unique(found.dataobj)) <= {0, 200, 500, 600}
+    assert len(np.unique(found.dataobj)) > 1
+
+
+def test_axes_that_are_stored_the_other_way_round_change_nothing(weights, tmp_path):
+    """One scan of an axis-parallel grid, stored with every axis reversed: the same segmentation of the same points."""
+    data, affine = noise(), np.diag([1.2, 1.2, 3.0, 1])
+    turned = affine @ np.array([[-1, 0, 0, 29], [0, -1, 0, 35], [0, 0, -1, 8], [0, 0, 0, 1]])
+    save(tmp_path / "in" / "a.nii.gz", data, affine)
+    save(tmp_path / "in" / "b.nii", data[::-1, ::-1, ::-1], turned)
+    predict(weights(), tmp_path / "in", tmp_path / "out", keep=True)
+    a, b = (np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj) for name in "ab")
+    np.testing.assert_array_equal(a, b[::-1, ::-1, ::-1])
+    first, second = (np.load(tmp_path / "out" / f"{name}.npz")["probabilities"] for name in "ab")
+    np.testing.assert_array_equal(first, second[:, ::-1, ::-1, ::-1])
+    predict(weights(orient=False), tmp_path / "in", tmp_path / "as stored")
+    a, b = (np.asarray(nib.load(tmp_path / "as stored" / f"{name}.nii.gz").dataobj) for name in "ab")
+    assert (a != b[::-1, ::-1, ::-1]).any()
+
+
+def test_probabilities_are_those_of_the_label_map(weights, tmp_path):
+    image = save(tmp_path / "in" / "a.nii.gz", noise())
+    predict(weights(), image, tmp_path / "out", keep=True)
+    probability = np.load(tmp_path / "out" / "a.npz")["probabilities"]
+    assert probability.dtype == np.float16
+    assert probability.shape == (4, 30, 36, 9)
+    np.testing.assert_allclose(probability.astype(float).sum(0), 1, atol=2e-3)
+    label = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    chosen = np.take_along_axis(probability, np.searchsorted([0, 200, 500, 600], label)[None], 0)[0]
+    np.testing.assert_array_equal(chosen, probability.max(0))
+
+
+def test_channels_come_from_one_file_each_or_from_a_4_d_file(weights, tmp_path):
+    channels = [noise(seed=seed, kind=np.float32) for seed in (1, 2)]
+    for number, data in enumerate(channels):
+        save(tmp_path / "in" / f"a_{number:04d}.nii.gz", data)
+    save(tmp_path / "in" / "b.nii.gz", np.stack(channels, axis=-1))
+    two = weights(channels=2)
+    assert predict(two, tmp_path / "in", tmp_path / "out") == (2, 0)
+    a, b = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in "ab")
+    np.testing.assert_array_equal(a.dataobj, b.dataobj)
+    assert b.shape == (30, 36, 9)
+    assert predict(two, tmp_path / "in" / "a_0001.nii.gz", tmp_path / "one") == (1, 0)
+    np.testing.assert_array_equal(nib.load(tmp_path / "one" / "a.nii.gz").dataobj, a.dataobj)
+    with pytest.raises(RequestError, match=r"a_0000.*channel"):
+        predict(weights(), tmp_path / "in", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    save(tmp_path / "single" / "b.nii.gz", channels[1])
+    predict(weights(), tmp_path / "single", tmp_path / "of the single")
+    predict(weights(channel=1), tmp_path / "in" / "b.nii.gz", tmp_path / "of the second")
+    single, second = (nib.load(tmp_path / f"of the {name}" / "b.nii.gz") for name in ("single", "second"))
+    np.testing.assert_array_equal(single.dataobj, second.dataobj)
+
+
+def test_files_are_grouped_by_channel_numbers_only_where_they_are_such(tmp_path):
+    names = ["a_0000.nii.gz", "a_0001.nii", "scan_2019.nii.gz", "scan_2020.nii.gz", "b_0001.nii", "c.nii", "._c.nii"]
+    for name in [*names, "notes.txt", "d_0000_0000.nii"]:
+        (tmp_path / name).touch()
+    found = {case: [path.name for path in files] for case, files in cases(tmp_path, False).items()}
+    assert found.pop("a") == names[:2]
+    assert found.pop("d_0000") == ["d_0000_0000.nii"]
+    assert found == {name.split(".")[0]: [name] for name in names[2:6]}
+    (tmp_path / "c.nii.gz").touch()
+    with pytest.raises(RequestError, match=r"c\.nii"):
+        cases(tmp_path, False)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
+def test_photographs_give_masks(channels, mode, weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 56, 3)).astype(np.uint8)
+    for ending in ("png", "jpg"):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "in" / f"lesion {ending}.{ending}")
+    photographs = {"channels": channels, "photograph": True, "values": [0, 255], "resize": True}
+    assert predict(weights(**photographs), tmp_path / "in", tmp_path / "out", keep=True) == (2, 0)
+    mask = Image.open(tmp_path / "out" / "lesion jpg.png")
+    assert (mask.size, mask.mode) == ((56, 40), "L")
+    assert set(np.unique(mask)) == {0, 255}
+    probability = np.load(tmp_path / "out" / "lesion jpg.npz")["probabilities"]
+    certain = probability[1] != probability[0]  # in float16
+    np.testing.assert_array_equal((probability[1] > probability[0])[certain], (np.asarray(mask) == 255)[certain])
+    assert certain.mean() > 0.99
+    with pytest.raises(RequestError, match="NIfTI"):
+        predict(weights(), tmp_path / "in", tmp_path / "other")
+
+
+def test_what_is_done_is_not_done_again_and_nothing_else_is_overwritten(weights, tmp_path):
+    for name in "ab":
+        save(tmp_path / "in" / f"{name}.nii.gz", noise())
+    file, out = weights(), tmp_path / "out"
+    assert predict(file, tmp_path / "in" / "a.nii.gz", out) == (1, 0)
+    before = files_of(out)
+    assert predict(file, tmp_path / "in", out) == (2, 1)
+    assert files_of(out)["a.nii.gz"] == before["a.nii.gz"]
+    assert predict(file, tmp_path / "in", out, keep=True) == (2, 0)
+    before = files_of(out)
+    assert set(before) == {"a.nii.gz", "b.nii.gz", "a.npz", "b.npz", "prediction.json"}
+    with pytest.raises(RequestError, match="not of these weights"):
+        predict(weights(seed=1), tmp_path / "in", out)
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match="not of these weights"):
+        predict(weights(), tmp_path / "elsewhere", out)
+    assert files_of(out) == before
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.nii.gz").write_bytes(b"by hand")
+    with pytest.raises(RequestError, match="choose another"):
+        predict(weights(), tmp_path / "elsewhere", tmp_path / "labels")
+    assert (tmp_path / "labels" / "a.nii.gz").read_bytes() == b"by hand"
+    with pytest.raises(RequestError, match="folder of the images"):
+        predict(weights(), tmp_path / "elsewhere", tmp_path / "labels" / ".." / "elsewhere")
+
+
+def test_a_wrong_image_ends_in_one_sentence_and_the_others_stay(weights, tmp_path, capsys):
+    save(tmp_path / "in" / "a.nii.gz", noise())
+    save(tmp_path / "in" / "b.nii.gz", np.full((30, 36, 9), np.nan, np.float32))
+    words = ["predict", "--weights", str(weights()), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("clseg: "))
+    assert "b.nii.gz" in line
+    assert set(files_of(tmp_path / "out")) == {"a.nii.gz", "prediction.json"}
+    (tmp_path / "in" / "b.nii.gz").unlink()
+    assert cli.main(words) == 0
+    assert "1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "text.txt"])
+def test_where_nothing_is_to_segment_nothing_is_written(name, weights, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(RequestError, match=name):
+        predict(weights(), tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("dataset", "dimensions"), [("hippocampus", 2), ("hippocampus", 3), ("ph2", 2)])
+def test_real_images_get_the_prediction_that_was_scored(dataset, dimensions, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    monkeypatch.setenv("CLSEG_DATA", str(data_root))
+    fields = {"dataset": dataset, "profile": "smoke", "method": "random", "labelled": 4, "dimensions": dimensions}
+    overrides = ["dataset.protocols.seeded.test=6", "finetune.steps=40"]
+    run = runs.train(runs.finetune_run(FinetuneParameters(**fields, overrides=overrides)))
+    scores = run.read("metrics").set_index(["subject", "class_name"])["dice"]
+    about = config.read_dataset(dataset)
+    references = {ref.subject: ref for ref in scan(about)}
+    values = {name: value for value, name in class_names(about, data_root / about.folder).items()}
+    for subject in sorted(scores.index.get_level_values("subject").unique())[:3]:
+        ref = references[subject]
+        assert predict(run.folder / "weights.safetensors", ref.images[0], tmp_path / "out") == (1, 0)
+        made = next(path for path in (tmp_path / "out").iterdir() if path.name.startswith(subject))
+        found, reference = (
+            np.asarray(Image.open(path) if path.suffix == ".png" else nib.load(path).dataobj)
+            for path in (made, ref.label)
+        )
+        for name, value in values.items():
+            assert dice(found == value, reference == value) == pytest.approx(scores[subject, name], abs=1e-6)
+    assert scores.max() > 0.2
