@@ -19,6 +19,8 @@ def _run(arguments: argparse.Namespace) -> int:
             os.environ[variable] = str(Path(folder).absolute())
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
     dataset = arguments.dataset or study.datasets[0]
+    if dataset.endswith((".yaml", ".yml")):
+        dataset = str(Path(dataset).absolute())  # kernels have another working directory
     profile = config.read_profile(arguments.profile).name
     plan = grid.expand(study, dataset, arguments.profile, overrides)
     done = {run.name for run in plan.all if run.is_done()}
@@ -45,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     repeat = ["clseg", "run", study.name, "--dataset", dataset, "--profile", profile]
     repeat += [word for text in arguments.set for word in ("--set", text)]
     if any(run.is_done() for run in plan.finetune):
-        with runs.locked(paths.runs_root() / dataset / profile / f".{study.name}.lock"):
+        with runs.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
             folder = grid.write_results(plan, shlex.join(repeat))
             notebook = grid.draw_figures(plan)
         print(f"tables and figures: {folder}\nfigure notebook: {notebook}")

@@ -36,7 +36,8 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a study on one data set; in `pretrain` parents come first. `notes`: what was left out."""
+    """The runs of a study on one data set, its name or file; in `pretrain` parents come first. `notes`: what was left
+    out."""
 
     study: StudyConfig
     dataset: str
@@ -48,6 +49,10 @@ class Grid:
     @property
     def all(self) -> list[Run]:
         return [*self.pretrain, *self.finetune]
+
+    @property
+    def place(self) -> str:  # folder name of what concerns the data set
+        return self.finetune[0].experiment.dataset.name
 
 
 def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[str] = ()) -> Grid:
@@ -227,7 +232,7 @@ def _subjects(run: Run) -> dict[str, str]:
 
 def write_results(grid: Grid, command: str) -> Path:
     """Tables, statistics and provenance of a grid's finished runs; returns their folder."""
-    folder = paths.results_dir(grid.profile, grid.dataset, grid.study.name)
+    folder = paths.results_dir(grid.profile, grid.place, grid.study.name)
     folder.mkdir(parents=True, exist_ok=True)
     folders = [run.folder for run in grid.finetune]
     table = runs.table(folders, grid.study.name)
@@ -285,7 +290,7 @@ class Results:
 def read_results(study: str, dataset: str, profile: str) -> Results:
     """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
     command = f"clseg run {study} --dataset {dataset} --profile {profile}"
-    own = paths.results_dir(profile, dataset, study)
+    own = paths.results_dir(profile, config.read_dataset(dataset).name, study)
     places = own, paths.PROJECT / own.relative_to(paths.out_root())
     if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
@@ -323,7 +328,7 @@ def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame)
 def draw_figures(grid: Grid) -> Path:
     """Execute the study's figure notebook on its table; returns the executed notebook."""
     study = grid.study
-    target = paths.runs_root() / grid.dataset / grid.profile / f"{study.notebook}-{study.name}.ipynb"
+    target = paths.runs_root() / grid.place / grid.profile / f"{study.notebook}-{study.name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"study": study.name, "dataset": grid.dataset, "profile": grid.profile}
     execute_notebook(paths.NOTEBOOKS / f"{study.notebook}.ipynb", target, parameters)
