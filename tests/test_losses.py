@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -155,6 +156,29 @@ def test_value_and_gradient_of_the_formula(seed, denominator):
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize(
+    ("position", "threshold"),
+    [
+        ([0.25, 0.5, 0.75, 1.0, 0.2, 0.4, 0.6, 0.8, 1.0], 0.21),  # two volumes whose positions overlap, 1.0 in both
+        ([0.2, 0.4, 0.6, 0.8, 1.0], 0.35),  # one volume
+        ([0.2, 0.4, 0.6, 0.8, 1.0], 2.0),  # every row is a positive, none a negative
+        ([0.1, 0.2, 0.3, 0.4], 0.1),  # neighbours at exactly t are negatives: SimCLR
+    ],
+)
+def test_the_positional_loss_is_the_published_formula(position, threshold):
+    """-1/|P_i| Σ_{j in P_i} log( e^{s_ij} / Σ_{k != i} e^{s_ik} ), P_i: |p_i - p_j| < t, mean over two views of each."""
+    exact = [Fraction(str(p)) for p in position] * 2
+    z = torch.randn(len(exact), 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = 0.0
+    for i in range(len(exact)):
+        s = [(z[i] @ z[j] / (z[i].norm() * z[j].norm()) / 0.1).item() for j in range(len(exact))]
+        alike = [j for j in range(len(exact)) if j != i and abs(exact[i] - exact[j]) < Fraction(str(threshold))]
+        everyone = sum(math.exp(s[k]) for k in range(len(exact)) if k != i)
+        total -= sum(math.log(math.exp(s[j]) / everyone) for j in alike) / len(alike)
+    pairs = position_pairs(torch.tensor(position).repeat(2), threshold)
+    close(contrastive_loss(z, pairs, 0.1, "all"), total / len(exact))
+
+
 @pytest.mark.parametrize("rows", [2, 3])
 def test_smallest_batches(rows, denominator):
     z = torch.randn(rows, 1, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
