@@ -1,6 +1,7 @@
 """The command line. Exit status: 0 done, 1 a run failed, 2 the request or the data are wrong."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -73,6 +74,25 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    from clseg.check import check, expect, write
+
+    target = Path(arguments.write) if arguments.write else None
+    report = check(arguments.folder, target.stem if target else "")
+    costs = expect(report) if report.dataset else []
+    if arguments.json:
+        print(json.dumps(report.tree() | {"expect": costs}))
+    else:
+        print(report.text())
+        for cost in costs:
+            print("  - expected, {}:".format(cost.pop("profile")), *(f"{what} {n:g}" for what, n in cost.items()))
+    for problem in report.problems:
+        print(f"clseg: {problem}", file=sys.stderr)
+    if target and not report.problems:
+        write(report.dataset, target)
+    return 2 if report.problems else 0
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     from clseg.predict import predict
 
@@ -91,7 +111,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _methods(_: argparse.Namespace) -> int:
     for name, method in config.read_methods().items():
-        print(f"{name:12} {method.title}")
+        print(f"{name:20} {method.title}")
     return 0
 
 
@@ -114,6 +134,7 @@ def _positive(text: str) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
     "table": (_table, "all finished runs below a folder as one tidy table"),
+    "check": (_check, "what is in a folder of scans, and what is wrong with it"),
     "predict": (_predict, "segment new images with the weights of a fine-tuning"),
     "export": (_export, "weights for other programs"),
     "methods": (_methods, "methods that can be named in a study"),
@@ -126,7 +147,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, table, predict, export, *_ = (commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items())
+    run, table, check, predict, export, *_ = (
+        commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()
+    )
 
     run.add_argument("study", metavar="STUDY", help="a YAML file, or a name under params/studies")
     run.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
@@ -141,6 +164,10 @@ def parser() -> argparse.ArgumentParser:
 
     table.add_argument("runs", metavar="RUNS")
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
+
+    check.add_argument("folder", metavar="DIR", help="a Decathlon or nnU-Net v2 folder, or images and masks")
+    check.add_argument("--json", action="store_true", help="everything, for programs")
+    check.add_argument("--write", metavar="FILE.yaml", help="a data set file for clseg run --dataset, if all is well")
 
     weights = "weights.safetensors of a run"
     predict.add_argument("--weights", required=True, metavar="FILE", help=weights)
