@@ -124,10 +124,10 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
 def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
     """Paired test (`signed_rank_test`) of every method against `baseline` with as many labels (`COMPARISON_COLUMNS`).
 
-    Pairs are test subjects: the Dice of each is averaged over the draws and seeds that both methods have (`n_runs`;
-    `runs_left_out` counts the others), and a subject counts where both have a value in all of them. `median_difference`
-    is method minus baseline; `p_holm` is corrected over the methods of one `GROUP`. A method without common runs keeps
-    its row, with n 0 and a note; `benchmark` only where the baseline has its number of labels.
+    Pairs are test subjects: the difference of each is averaged over the draws and seeds that both methods have
+    (`n_runs`; `runs_left_out` counts the others) and in which both have a value for it; with folds that is one.
+    `median_difference` is method minus baseline; `p_holm` is corrected over the methods of one `GROUP`. A method
+    without common runs keeps its row, with n 0 and a note; `benchmark` only where the baseline has its number of labels.
     """
     rows = []
     for group, members in per_subject(table).groupby(GROUP):
@@ -139,7 +139,7 @@ def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
                 continue
             own = values[method]  # [subjects, runs]
             runs = own.columns.intersection(base.columns)
-            difference = (own[runs] - base[runs]).dropna().mean(axis=1).dropna().to_numpy()
+            difference = (own[runs] - base[runs]).mean(axis=1).dropna().to_numpy()
             row = dict(zip(GROUP, group, strict=True)) | {"method": method, "baseline": baseline, "n_runs": len(runs)}
             row |= {"n_subjects": len(difference), "runs_left_out": len(own.columns.union(base.columns)) - len(runs)}
             if len(difference):

@@ -252,12 +252,17 @@ def test_compare_uses_common_runs_only():
     assert stats.summary(without).set_index("method")["runs_missing"].to_dict() == {"gd": 1, "random": 0}
 
 
-def test_compare_leaves_out_subjects_without_a_value_in_every_common_run():
+def test_compare_pairs_a_subject_in_the_runs_in_which_both_methods_have_it():
     table = study(labelled=(1,))
+    whole = stats.compare(table)
     table.loc[(table["subject"] == "p03") & (table["method"] == "gd") & (table["draw"] == 2), "dice"] = NAN
-    assert stats.compare(table)["n_subjects"].tolist() == [11]
-    absent = table[table["subject"] != "p03"]
-    assert stats.compare(table)["p"].tolist() == stats.compare(absent)["p"].tolist()
+    assert stats.compare(table)["n_subjects"].tolist() == [12]
+    # folds: every subject is tested in one draw only
+    number = table["subject"].str[1:].astype(int)
+    folds = stats.compare(table[number % 2 == table["draw"] % 2])
+    assert folds["n_subjects"].tolist() == [12]
+    assert folds["n_runs"].tolist() == whole["n_runs"].tolist()
+    assert folds["p"].notna().all()
 
 
 def test_compare_says_what_it_cannot_compare():

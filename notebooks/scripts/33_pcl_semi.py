@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Does it help to call slices at near positions alike?
-# **The semi-supervised setting of Zeng et al. (MICCAI 2021): five folds, 2, 6 or 10 labelled patients, their network,
+# **The semi-supervised setting of Zeng et al. (MICCAI 2021): folds, 2, 6 or 10 labelled patients, their network,
 # and the baselines of their code.** This notebook trains nothing; it reads the table of the study
 # `pcl_semi`.
 #
