@@ -127,7 +127,7 @@ def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
     Pairs are test subjects: the difference of each is averaged over the draws and seeds that both methods have
     (`n_runs`; `runs_left_out` counts the others) and in which both have a value for it; with folds that is one.
     `median_difference` is method minus baseline; `p_holm` is corrected over the methods of one `GROUP`. A method
-    without common runs keeps its row, with n 0 and a note; `benchmark` only where the baseline has its number of labels.
+    without common runs keeps its row, with n 0 and a note; `benchmark` only where the baseline has as many labels.
     """
     rows = []
     for group, members in per_subject(table).groupby(GROUP):
