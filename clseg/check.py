@@ -1,0 +1,330 @@
+"""What is in a folder of scans, what is wrong with it, and how a study would use it: every volume is opened once.
+
+Decathlon and nnU-Net v2 folders name their files in `dataset.json`; elsewhere images and masks are paired by name. The
+proposed geometry keeps the median spacing and holds the median volume and the labels of 95 % of the volumes.
+"""
+
+import hashlib
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm.auto import tqdm
+
+from clseg import config
+from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, SeededProtocol
+from clseg.data.formats import Volume, VolumeRef, class_names, nifti_volume, photograph, read, scan
+from clseg.data.prepare import normalise
+from clseg.loop import device, write_atomically
+from clseg.models import UNet
+
+FILES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+MASK = re.compile(
+    r"(?<![a-z])(masks?|labels?(tr)?|seg(mentations?)?|gt|ground_?truth|manual|annotations?)(?![a-z])", re.I
+)
+LAYOUTS = "dataset.json with imagesTr and labelsTr, or images/NAME.nii.gz (or .png) with masks/NAME.nii.gz"
+MOST_VALUES = 64  # of a mask; more are intensities, or a lossy compression
+LARGEST = 256  # pixels of a proposed grid
+
+
+@dataclass
+class Report:
+    """`problems` name a file and a remedy, `remarks` say what will be done; `dataset` is None if nothing can be used."""
+
+    folder: str
+    layout: str
+    volumes: list[dict[str, Any]] = field(default_factory=list)  # those that can be used
+    classes: list[dict[str, Any]] = field(default_factory=list)  # name, value, voxels, subjects
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    dataset: DatasetConfig | None = None
+
+    def tree(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self) | {"dataset": self.dataset.model_dump() if self.dataset else None}
+
+    def text(self) -> str:
+        """For people: what is there, and what will be done about it."""
+        rows, lines = self.volumes, [f"{Path(self.folder).name}: {self.layout}"]
+        if rows:
+            labelled, turned = sum(v["labelled"] for v in rows), Counter(v["orientation"] for v in rows)
+            orders = ", ".join(f"{order or 'none'} ({n})" for order, n in turned.most_common())
+            low, high = ([v[key] for v in rows] for key in ("low", "high"))
+            usual = f"of the median volume {np.median(low):g} to {np.median(high):g}"
+            lines += [f"  volumes      {len(rows)} usable, {labelled} labelled, {rows[0]['channels']} channel(s)"]
+            lines += [f"  shape        {_ranges([v['shape'] for v in rows])}"]
+            lines += [f"  spacing mm   {_ranges([v['spacing_mm'] for v in rows if v['spacing_mm']])}"]
+            lines += [f"  orientation  {orders}", f"  intensities  {min(low):g} to {max(high):g}; {usual}"]
+            for c in self.classes:
+                about = f"{c['voxels']:,} voxels in {c['subjects']} of {labelled} labelled"
+                lines.append(f"  class {c['value']:<6} {c['name']}: {about}")
+        return "\n".join([*lines, *(f"  - {remark}" for remark in self.remarks)])
+
+
+def _ranges(rows: list[list[float]]) -> str:
+    spans = zip("zyx", np.array(rows).T, strict=True) if rows else []
+    named = [f"{axis} {n.min():.4g} to {n.max():.4g} (median {np.median(n):.4g})" for axis, n in spans]
+    return ", ".join(named) or "none in the files"
+
+
+def _files(folder: Path) -> list[str]:
+    """Every image file below a folder, as a relative path; hidden ones are left out, links to folders not followed."""
+    walk = ((Path(base).relative_to(folder), names) for base, _, names in os.walk(folder))
+    found = [(base / name).as_posix() for base, names in walk for name in names if name.lower().endswith(FILES)]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+
+
+def _templates(files: list[str]) -> list[str]:
+    """Paths with {subject} for what differs between files, shortest subjects first."""
+    common, found = os.path.commonprefix(files), []  # noqa: RUF071 - by characters is meant
+    for start in dict.fromkeys((common.rfind("/") + 1, max(map(common.rfind, "/_-.")) + 1)):
+        rests = [path[start:] for path in files]
+        ending = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]  # noqa: RUF071
+        ends = [ending[match.start() :] for match in re.finditer(r"[/_-]|\.(?!gz$)", ending)]
+        found += [f"{common[:start]}{{subject}}{end}" for end in ends if len(end) < min(map(len, rests))]
+    return found
+
+
+def _draft(folder: Path, name: str) -> tuple[str, DatasetConfig]:
+    """The layout in words, and a data set whose files can be read; classes, geometry and protocol are still open."""
+    fields: dict[str, Any] = {"name": name, "title": f"own data: {folder.name}", "folder": str(folder), "geometry": {}}
+    fields["description"] = "Proposed by `clseg check`. Every volume counts as a subject of its own."
+    fields["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=1, validation=1)}
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: is not a folder; name the one that holds {LAYOUTS}")
+    if (folder / "dataset.json").exists():
+        return "dataset.json (Decathlon or nnU-Net v2)", DatasetConfig(adapter="msd", **fields)
+    files = _files(folder)
+    masks = [path for path in files if MASK.search(path)]
+    found = []  # number of pairs, data set
+    for images, labels in product(_templates(sorted({*files} - {*masks})), _templates(masks)):
+        draft = DatasetConfig(adapter="pairs", options={"images": images, "labels": labels}, **fields)
+        try:
+            found.append((sum(ref.label is not None for ref in scan(draft)), draft))
+        except RequestError:
+            continue
+    pairs, draft = max(found, key=lambda one: one[0], default=(0, None))
+    if not pairs:
+        raise RequestError(f"{folder}: no image and mask belong together by their names; lay it out as {LAYOUTS}")
+    if _photographs(draft):
+        draft = draft.model_copy(update={"channels": 3, "normalisation": Normalisation(low=0.0, high=100.0)})
+    return f"images {draft.options['images']} and masks {draft.options['labels']}", draft
+
+
+def _photographs(dataset: DatasetConfig) -> bool:
+    return dataset.adapter == "pairs" and ".nii" not in str(dataset.options["images"]).lower()
+
+
+def _mask_classes(refs: list[VolumeRef]) -> dict[int, str]:
+    """The values of all masks as classes; masks whose values cannot be classes are left to `read`, which says so."""
+    values: set[float] = set()
+    for ref in refs:
+        try:
+            if ref.label and ".nii" in ref.label.name.lower():
+                image = nifti_volume(VolumeRef(ref.subject, "", (ref.label,), None, ref.root), {}, False).image
+            elif ref.label:
+                image = photograph(ref.label, 1)
+            else:
+                continue
+        except RequestError:
+            continue
+        own = np.unique(image)
+        values |= set(own.tolist()) if len(own) <= MOST_VALUES and (own >= 0).all() and (own % 1 == 0).all() else set()
+    return {int(value): f"class {int(value)}" for value in sorted(values - {0})}
+
+
+def _about(volume: Volume, ref: VolumeRef, dataset: DatasetConfig) -> dict[str, Any]:
+    """A row of `Report.volumes`. `field_mm`: side of a centred square that holds it, `needed_mm`: that holds its labels."""
+    image, label, spacing_mm = volume.image, volume.label, volume.spacing_mm
+    grey = _photographs(dataset) and (image[:1] == image).all()
+    about = {"subject": ref.subject, "file": ref.source, "labelled": label is not None}
+    about |= {"channels": 1 if grey else len(image), "shape": list(image.shape[1:]), "spacing_mm": spacing_mm}
+    about["orientation"] = "" if volume.affine is None else "".join(nib.aff2axcodes(volume.affine))
+    about |= {"slice_axis": volume.slice_axis, "low": float(image.min()), "high": float(image.max())}
+    in_plane_mm = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
+    about["field_mm"] = max(n * mm for n, mm in zip(image.shape[2:], in_plane_mm, strict=True))
+    if label is not None:
+        about["voxels"] = np.bincount(label.ravel(), minlength=len(dataset.classes) + 1)[1:].tolist()
+        places = [(np.flatnonzero(label.any(axis=others)), axis) for axis, others in ((1, (0, 2)), (2, (0, 1)))]
+        reach_px = [max(np.abs(2 * at - label.shape[axis] + 1), default=-1) + 1 for at, axis in places]
+        about["needed_mm"] = float(max(px * mm for px, mm in zip(reach_px, in_plane_mm, strict=True)))
+    return about
+
+
+def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetConfig:
+    """The data set with geometry, positions and protocol from its volumes (rows of `Report.volumes`)."""
+    labelled = sum(v["labelled"] for v in volumes)
+    test, validation = (max(1, round(share * labelled)) for share in (0.3, 0.1))
+    changes: dict[str, Any] = {"channels": volumes[0]["channels"]}
+    changes["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=test, validation=validation)}
+    slices, *_ = np.median([v["shape"] for v in volumes], axis=0)
+    field_mm = np.median([v["field_mm"] for v in volumes])
+    spacings = np.array([v["spacing_mm"] for v in volumes if v["spacing_mm"]])
+    pixel_mm = np.median(spacings[:, 1:].mean(1)) if len(spacings) else 1.0
+    if len(spacings) and labelled:
+        field_mm = max(field_mm, np.percentile([v["needed_mm"] for v in volumes if v["labelled"]], 95))
+    whole = 32 * int(np.ceil(round(field_mm / pixel_mm, 3) / 32))
+    sides = {"smoke": 32, "laptop": min(64, whole), "paper": min(LARGEST, whole)}
+    if not len(spacings):
+        geometry = {name: Geometry(size=[side, side], resize=True) for name, side in sides.items()}
+        return dataset.model_copy(update=changes | {"geometry": geometry, "positions": "unknown"})
+    mm = {name: round(float(max(pixel_mm, field_mm / side)), 3) for name, side in sides.items()}
+    changes["geometry"] = {name: Geometry(size=[side, side], spacing_mm=mm[name]) for name, side in sides.items()}
+    if slices >= 8:
+        slice_mm, changes["geometry_3d"] = round(float(np.median(spacings[:, 0])), 3), {}
+        for name, side in sides.items():
+            patch = [16 if name == "paper" else 8, *[min(side, 128)] * 2]
+            plane = [side, side] if side > 128 else None
+            changes["geometry_3d"][name] = Geometry(size=patch, spacing_mm=mm[name], slice_mm=slice_mm, plane=plane)
+    known = slices > 1 and len({v["slice_axis"] for v in volumes}) == 1
+    # a third of all pairs of slices are then nearer than the threshold
+    changes |= {"positions": "known", "threshold": 0.2} if known else {"positions": "unknown"}
+    return dataset.model_copy(update=changes)
+
+
+def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: list[dict[str, Any]]) -> list[str]:
+    labelled = [v for v in volumes if v["labelled"]]
+    protocol, found = dataset.protocols["seeded"], []
+    for name, geometry in dataset.geometry.items():
+        grid = " x ".join(map(str, geometry.size))
+        if geometry.resize:
+            found.append(f"{name}: every image is resized to {grid}")
+            continue
+        held_mm = geometry.size[0] * geometry.spacing_mm + 1e-3
+        cropped, cut = (
+            sum(v[k] > held_mm for v in some) for k, some in (("field_mm", volumes), ("needed_mm", labelled))
+        )
+        grid = f"{name}: resampled to {geometry.spacing_mm:g} mm, cropped or padded to {grid}"
+        found.append(f"{grid}; {cropped} volumes lose a margin, {cut} of them labelled voxels")
+    if dataset.positions == "known":
+        found.append(
+            "all slices run along one axis: positions are taken as known, for gd and pcl; else: positions: unknown"
+        )
+    else:
+        found.append("positions are unknown: choose gr or ufc, not gd or pcl")
+    rest = len(labelled) - protocol.test - protocol.validation
+    sets = f"{protocol.test} to test, {protocol.validation} to validate, {rest} of which labelled ones are drawn"
+    found.append(f"{len(labelled)} labelled subjects: {sets}; {len(volumes) - len(labelled)} more for pre-training")
+    found.append("every volume counts as a subject: of a patient with several, give all but one to another folder")
+    for c in classes:
+        if 2 * c["subjects"] < len(labelled):
+            few = f"class {c['name']!r} is in {c['subjects']} of {len(labelled)} labelled subjects: draws will miss it"
+            found.append(few + ", and one of the three sets must" * (c["subjects"] < 3))
+    return found
+
+
+def check(folder: Path | str, name: str = "") -> Report:
+    """Open every volume of a folder and report; what cannot be used is a problem, never an exception."""
+    folder = Path(folder).absolute()
+    name = re.sub(r"\W+", "_", name or folder.name).strip("_").lower() or "mine"
+    report = Report(str(folder), "unknown layout")
+    try:
+        report.layout, draft = _draft(folder, name)
+        refs = scan(draft)
+        classes = class_names(draft, folder) if draft.adapter == "msd" else _mask_classes(refs)
+    except RequestError as error:
+        report.problems.append(str(error))
+        return report
+    draft, problems, seen = draft.model_copy(update={"classes": classes}), report.problems, {}
+    for ref in tqdm(refs, "check", unit="volume", disable=None):
+        try:
+            volume = read(ref, draft)
+            normalise(volume, draft.normalisation, ref.source)
+        except RequestError as error:
+            problems.append(str(error))
+            continue
+        twin = seen.setdefault(hashlib.sha256(volume.image.tobytes()).digest(), ref)
+        if twin is not ref:
+            problems.append(f"{ref.source}: is the same image as {twin.source}; remove one, or a set may hold both")
+            continue
+        report.volumes.append(_about(volume, ref, draft))
+    counts = Counter(v["channels"] for v in report.volumes)
+    usual = max(counts) if _photographs(draft) and counts else next(iter(counts.most_common(1)), (1,))[0]
+    for about in [v for v in report.volumes if v["channels"] != usual]:
+        if _photographs(draft):  # a grey one among others in colour is read in colour
+            about["channels"] = usual
+            continue
+        problems.append(
+            f"{about['file']}: has {about['channels']} channels and most have {usual}; correct or remove it"
+        )
+        report.volumes.remove(about)
+    lost = sorted({folder / path for path in _files(folder)} - {path for ref in refs for path in ref.files})
+    masks = [path for path in lost if MASK.search(path.relative_to(folder).as_posix())]
+    problems += [f"{path}: is a mask of no image; give it the name of its image, or remove it" for path in masks]
+    labelled = [v for v in report.volumes if v["labelled"]]
+    for number, (value, title) in enumerate(classes.items()):
+        own = [v["voxels"][number] for v in labelled]
+        report.classes.append({"name": title, "value": value, "voxels": sum(own), "subjects": sum(n > 0 for n in own)})
+        if labelled and not sum(own):
+            problems.append(f"{folder}: class {title!r} ({value}) is in no label; correct the masks or the classes")
+    if len(labelled) < 3:
+        wanted = "a study needs 3, one each to train, validate and test; add masks"
+        problems.append(f"{folder}: {len(labelled)} labelled subjects can be used, and {wanted}")
+    if report.volumes:
+        report.dataset = propose(draft, report.volumes)
+        report.remarks = _remarks(report.dataset, report.volumes, report.classes)
+        if others := len(lost) - len(masks):
+            report.remarks.append(f"{others} image files are not used, for example {lost[0].relative_to(folder)}")
+    return report
+
+
+def _cost(module: torch.nn.Module, image: torch.Tensor) -> tuple[float, float]:
+    """Seconds and bytes that an image takes, forward and back."""
+    seconds, kept = [], {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    for _ in range(3):  # the first time also sets things up
+        kept.clear()
+        start = time.perf_counter()
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = module(image)
+            loss = sum(part.square().mean() for part in (result if isinstance(result, list) else [result]))
+        loss.backward()
+        loss.item()  # waits for a GPU
+        seconds.append((time.perf_counter() - start) / len(image))
+    return min(seconds), sum(kept.values()) / len(image)
+
+
+def expect(report: Report) -> list[dict[str, Any]]:
+    """Disk, memory and minutes of a run of `gd` by profile, from a few steps of its network timed on this machine."""
+    dataset, rows = report.dataset, []
+    slices = sum(v["shape"][0] for v in report.volumes)
+    for name, geometry in dataset.geometry.items():
+        experiment = config.read_profile(name)
+        torch.set_num_threads(experiment.threads)
+        pretrain, finetune = experiment.pretrain, experiment.finetune
+        network = UNet(dataset.channels, len(dataset.classes) + 1, experiment.network, 2).to(device())
+        image = torch.rand(4, dataset.channels, *geometry.size, device=device())
+        views = 2 * min(12, pretrain.max_slices or 12)  # of a batch of 12 slices
+        (encoding, _), (segmenting, kept) = _cost(network.encoder, image), _cost(network, image)
+        memory = kept * finetune.batch + 16 * sum(p.numel() for p in network.parameters())  # gradients, Adam's means
+        row = {"profile": name, "disk_mb": slices * np.prod(geometry.size) * (2 * dataset.channels + 1) / 1e6}
+        row |= {"memory_mb": memory / 1e6 + 500}  # 500: the program itself
+        row |= {"pretrain_minutes": pretrain.steps * views * encoding / 60}
+        row |= {"finetune_minutes": finetune.steps * finetune.batch * segmenting / 60}
+        rows.append({key: value if key == "profile" else round(float(value), 2) for key, value in row.items()})
+    return rows
+
+
+def write(dataset: DatasetConfig, path: Path) -> None:
+    """The data set as a file that `clseg run STUDY --dataset FILE` takes; `RequestError` if it is there already."""
+    if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in config.names("datasets"):
+        raise RequestError(f"{path}: is there already, or a known data set, or no .yaml; choose another name")
+    text = yaml.safe_dump(dataset.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
