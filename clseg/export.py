@@ -110,16 +110,19 @@ def basic_unet(
     if segments(weights) and not whole:
         holds = f"no network of MONAI holds {network.architecture!r} with filters {filters}, decoder and all"
         raise RequestError(f"{source}: {holds}; export it as safetensors, or its pre-training, whose encoder fits")
-    finest, momentum = filters[0], network.norm_momentum
+    finest = filters[0]
     levels = [*filters, *(filters[-1] * 2**k for k in range(1, LEVELS))][:LEVELS]
     arguments = {"spatial_dims": adaptation.geometry.dimensions, "in_channels": adaptation.channels}
     arguments |= {"out_channels": len(adaptation.label_values), "features": [*levels, finest], "act": "prelu"}
     eps, slope = (1e-5, SLOPE) if network.architecture == "pcl" else (1e-3, 0.0)
-    arguments |= {"norm": ["batch", {"eps": eps, "momentum": momentum}], "bias": True, "upsample": "deconv"}
+    arguments |= {
+        "norm": ["batch", {"eps": eps, "momentum": network.norm_momentum}],
+        "bias": True,
+        "upsample": "deconv",
+    }
     state, report = {}, []
     for name, value in weights.items():
-        theirs = _renamed(name) if whole or name.startswith("encoder.") else ""
-        changed = ""
+        theirs, changed = _renamed(name) if whole or name.startswith("encoder.") else "", ""
         if theirs.startswith("upcat") and theirs.endswith("convs.conv_0.conv.weight"):
             value, changed = value.roll(value.shape[1] // 2, 1), ", its inputs in the other order"  # the skip is first
         if theirs.startswith("upcat_1.") and ("deconv" in theirs or changed):
@@ -151,8 +154,8 @@ def export(source: Path, kind: str, output: Path) -> list[str]:
     The metadata hold the adaptation record (`clseg`) and for MONAI what builds its network (`monai`).
     """
     weights, adaptation = read_weights(source)
-    if output.exists() and output.samefile(source):
-        raise RequestError(f"{output}: is the weight file itself; choose another --output")
+    if output.suffix != ".safetensors" or (output.exists() and output.samefile(source)):
+        raise RequestError(f"{output}: must be a .safetensors file, and another one than --weights; change --output")
     metadata, report = {"clseg": adaptation.model_dump_json()}, [f"kept    {name}" for name in weights]
     if kind == "monai":
         arguments, weights, report = basic_unet(weights, adaptation, source)
@@ -162,6 +165,6 @@ def export(source: Path, kind: str, output: Path) -> list[str]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, lambda temporary: save_file(tensors, temporary, metadata))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise RequestError(f"{output}: cannot be written ({error}); choose another --output") from None
     return report

@@ -124,8 +124,12 @@ def test_what_served_training_is_left_behind_and_the_copy_predicts_the_same(weig
     for file, out in ((path, "first"), (copy, "second")):
         predict(file, tmp_path / "a.nii.gz", tmp_path / out)
     assert (tmp_path / "first" / "a.nii.gz").read_bytes() == (tmp_path / "second" / "a.nii.gz").read_bytes()
-    with pytest.raises(RequestError, match="the weight file itself"):
-        export(path, "monai", path)
+    for wrong in (path, tmp_path / "copy.pt"):
+        with pytest.raises(RequestError, match="another one"):
+            export(path, "safetensors", wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot be written"):
+        export(path, "safetensors", tmp_path / "file" / "copy.safetensors")
 
 
 class Harmful:
