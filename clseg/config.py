@@ -375,6 +375,13 @@ class DataParameters(Strict):  # of the notebook that shows a data set
     draws: Count
 
 
+class OwnDataParameters(Strict):  # of the notebook for a folder of one's own
+    folder: str
+    profile: str
+    labelled: Count
+    method: str
+
+
 class FigureParameters(Strict):  # which study's table a figure notebook reads
     study: str
     dataset: str
