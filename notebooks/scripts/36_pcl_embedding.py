@@ -21,7 +21,7 @@ study: str = "pcl_embedding"  # a name under params/studies
 dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper
 
-# %%
+# %% tags=["nbval-check-output"]
 parameters = config.read_parameters(globals(), config.FigureParameters)
 plan = grid.expand(config.read_study(study), dataset, profile)
 pretrained = {run.method: runs.train(run.parent) for run in plan.finetune}
@@ -46,9 +46,8 @@ def features(network):
     return network.eval().encoder(batch.image)[-1].mean(dim=(2, 3)).cpu().numpy()
 
 
-networks = {"random": runs.build_network(pretrained["simclr"], store)} if "simclr" in pretrained else {}
-for run in plan.finetune:
-    networks[run.method] = runs.build_network(run, store)
+networks = {"random": runs.build_network(plan.pretrain[0], store)}  # as a first stage starts
+networks |= {run.method: runs.build_network(run, store) for run in plan.finetune}
 embedded = {name: features(network) for name, network in networks.items()}
 
 # %%
