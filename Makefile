@@ -50,6 +50,6 @@ $(STAMP): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clseg needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(VENV)/bin/uv pip install --python $(VENV) --require-hashes --only-binary :all: --requirement requirements.lock
+	$(VENV)/bin/uv pip install --python $(VENV) --compile-bytecode --require-hashes --only-binary :all: --requirement requirements.lock
 	$(VENV)/bin/uv pip install --python $(VENV) --offline --no-deps --no-build-isolation --editable .
 	@touch $@
