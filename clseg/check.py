@@ -39,7 +39,7 @@ LARGEST = 256  # pixels of a proposed grid
 
 @dataclass
 class Report:
-    """`problems` name a file and a remedy, `remarks` say what will be done; `dataset` is None if nothing can be used."""
+    """`problems` name a file and a remedy, `remarks` say what will be done; `dataset` is None if nothing is usable."""
 
     folder: str
     layout: str
@@ -144,7 +144,7 @@ def _mask_classes(refs: list[VolumeRef]) -> dict[int, str]:
 
 
 def _about(volume: Volume, ref: VolumeRef, dataset: DatasetConfig) -> dict[str, Any]:
-    """A row of `Report.volumes`. `field_mm`: side of a centred square that holds it, `needed_mm`: that holds its labels."""
+    """A row of `Report.volumes`. `field_mm`: side of a centred square that holds it, `needed_mm`: its labels."""
     image, label, spacing_mm = volume.image, volume.label, volume.spacing_mm
     grey = _photographs(dataset) and (image[:1] == image).all()
     about = {"subject": ref.subject, "file": ref.source, "labelled": label is not None}
@@ -205,7 +205,7 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
             sum(v[k] > held_mm for v in some) for k, some in (("field_mm", volumes), ("needed_mm", labelled))
         )
         grid = f"{name}: resampled to {geometry.spacing_mm:g} mm, cropped or padded to {grid}"
-        found.append(f"{grid}; {cropped} volumes lose a margin, {cut} of them labelled voxels")
+        found.append(f"{grid}; volumes that lose a margin: {cropped}, that lose labelled voxels: {cut}")
     if dataset.positions == "known":
         found.append(
             "all slices run along one axis: positions are taken as known, for gd and pcl; else: positions: unknown"
