@@ -239,7 +239,10 @@ def write_results(grid: Grid, command: str) -> Path:
     runs.write_table(folder / "table.csv", table)
     runs.write_table(folder / "table_last.csv", runs.table(folders, grid.study.name, "metrics_last"))
     runs.write_table(folder / "summary.csv", stats.summary(table))
-    runs.write_table(folder / "comparison.csv", stats.compare(table))
+    tested = stats.compare(table)
+    for column in ("p", "p_holm"):  # six decimals would make zeros of them
+        tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
+    runs.write_table(folder / "comparison.csv", tested)
     records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
     logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
     runs.write_table(folder / "pretraining.csv", pd.concat([pd.DataFrame(columns=["step", "loss", "run"]), *logs]))
