@@ -215,7 +215,9 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
     rest = len(labelled) - protocol.test - protocol.validation
     sets = f"{protocol.test} to test, {protocol.validation} to validate, {rest} of which labelled ones are drawn"
     found.append(f"{len(labelled)} labelled subjects: {sets}; {len(volumes) - len(labelled)} more for pre-training")
-    found.append("every volume counts as a subject: of a patient with several, give all but one to another folder")
+    found.append(
+        "every volume counts as a subject: keep one of each patient, or both training and test may see the patient"
+    )
     for c in classes:
         if 2 * c["subjects"] < len(labelled):
             few = f"class {c['name']!r} is in {c['subjects']} of {len(labelled)} labelled subjects: draws will miss it"

@@ -149,7 +149,7 @@ print(f"{images} segmented: runs/{dataset.name}/{profile}/{run.name}/segmented/{
 #
 # ```
 # clseg check FOLDER --write mine.yaml
-# clseg run quickstart --dataset mine.yaml --profile laptop
+# clseg run quickstart --dataset mine.yaml --profile laptop --set study.labelled=[1,2]
 # clseg predict --weights runs/mine/laptop/finetune-.../weights.safetensors --input NEW_SCANS --output SEGMENTED
 # ```
 #
