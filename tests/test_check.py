@@ -117,6 +117,15 @@ def test_grey_photographs_have_one_channel(tmp_path):
     assert check(photographs(tmp_path / "grey", grey=True)).dataset.channels == 1
 
 
+def test_one_grey_photograph_among_coloured_ones_is_read_in_colour(tmp_path):
+    folder = photographs(tmp_path / "mixed")
+    path = folder / "images/IMG_000.png"
+    Image.open(path).convert("L").save(path)
+    report = check(folder)
+    assert (report.problems, report.dataset.channels) == ([], 3)
+    assert {v["channels"] for v in report.volumes} == {3}
+
+
 def truncated(folder):
     path = folder / "imagesTr/case_01_0000.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
