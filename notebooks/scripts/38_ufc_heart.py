@@ -9,6 +9,9 @@
 # loss are our reading of its abstract and figure. It uses MM-WHS CT: `--dataset mmwhs_ct`. What is committed here was
 # computed with the `smoke` profile, seconds per run: it proves that every row runs on one footing, its numbers mean
 # little. For numbers, run the command with `--profile laptop` or `paper`.
+#
+# One thing to know before reading the numbers: on the phantom the pseudo-classes turn out to be the patients
+# (`39_ufc_clusters` measures it), so `ufc` says "slices of one patient are alike".
 
 # %%
 from clseg import config, grid, plots
