@@ -21,13 +21,15 @@ study: str = "pcl_embedding"  # a name under params/studies
 dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper
 
-# %% tags=["nbval-check-output"]
+# %%
 parameters = config.read_parameters(globals(), config.FigureParameters)
 plan = grid.expand(config.read_study(study), dataset, profile)
 pretrained = {run.method: runs.train(run.parent) for run in plan.finetune}
 first = plan.finetune[0]
 store = runs.open_store(first.experiment, progress=False)
 split = runs.split_of(first, store)
+
+# %% tags=["nbval-check-output"]
 print(f"{len(pretrained)} pre-trainings; {len(split.test)} subjects of the test fold are shown")
 
 # %% [markdown]
