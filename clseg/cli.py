@@ -39,6 +39,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if data not in stores:
             stores[data] = runs.open_store(run.experiment)
         runs.split_of(run, stores[data])
+        if run.name in done:
+            runs.require_same_files(run, stores[data])
     jobs = arguments.jobs or max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     failure = None
     try:

@@ -206,8 +206,10 @@ def train(run: Run) -> Run:
         train(run.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder / ".lock"):
-        if not run.is_done():
-            store = open_store(run.experiment)
+        store = open_store(run.experiment)
+        if run.is_done():
+            require_same_files(run, store)
+        else:
             split = split_of(run, store)
             write_json(run.folder / "parameters.json", {"key": run.key, "parameters": run.parameters.model_dump()})
             write_json(run.folder / "subjects.json", asdict(split))
@@ -215,6 +217,14 @@ def train(run: Run) -> Run:
             if not os.environ.get(WORKER):
                 seal(run.folder)
     return run
+
+
+def require_same_files(run: Run, store: Store) -> None:
+    """Raise `RequestError` where a finished run read other files of its data set than are there now."""
+    record = json.loads((run.folder / "record.json").read_bytes())
+    if record.get("data_files", store.files) != store.files:
+        wrong = f"was made from other files than data set {run.experiment.dataset.name} has now"
+        raise RequestError(f"{run.folder}: {wrong}; move it away to have it made again, or choose another --out")
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
@@ -287,6 +297,7 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "best_step": result.best_step,
         "training_seconds": round(result.seconds, 1),
         "provenance": provenance(),
+        "data_files": store.files,
         "files": {name: (run.folder / name).stat().st_size for name in names},
     }
     write_json(run.folder / "record.json", record)

@@ -245,3 +245,21 @@ def test_test_subjects_cannot_change_a_weight(tmp_path, monkeypatch):
     for clean, poisoned in zip(*weights, strict=True):
         assert clean.keys() == poisoned.keys()
         assert all(torch.equal(clean[k], poisoned[k]) for k in clean)
+
+
+def test_a_run_made_from_other_files_is_not_taken_for_one_of_these(out):
+    """More masks or volumes in the folder: the run stays as it is, and what is wrong is said."""
+    run = finetuning()
+    store = runs.open_store(run.experiment, progress=False)
+    runs.require_same_files(run, store)
+    record = run.folder / "record.json"
+    before = record.read_bytes()
+    changed = json.loads(before) | {"data_files": "0" * 10}
+    record.write_text(json.dumps(changed))
+    runs.seal(run.folder)
+    assert run.is_done()
+    with pytest.raises(RequestError, match=r"other files than data set phantom has now; move it away"):
+        runs.train(run)
+    record.write_bytes(before)
+    runs.seal(run.folder)
+    assert runs.train(run).is_done()

@@ -146,11 +146,12 @@ class Store:
 
     `images` [N, C, H, W] float16, `labels` [N, H, W] uint8, H and W those of `plane`; `size` [H, W] or [D, H, W]: what
     the network sees at once; `volumes` and `slices` are tables, the row number of `slices` is the slice id; `subjects`
-    and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}.
+    and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}; `files`: a hash of the names and sizes of what
+    was read, which a copy of the data set shares.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, files: str = ""):
+        self.folder, self.files = folder, files
         with self._reading("index.json") as path:
             index = json.loads(path.read_text(encoding="utf-8"))
         self.channels: int = index["channels"]
@@ -253,7 +254,8 @@ def _stamps(refs: list[VolumeRef]) -> list[list]:
             stats = [(file.relative_to(ref.root).as_posix(), file.stat()) for file in ref.files]
         except OSError as error:
             raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        stamps.append([ref.subject, ref.phase, ref.stamp, *[[name, s.st_size, s.st_mtime_ns] for name, s in stats]])
+        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        stamps.append([ref.subject, ref.phase, ref.stamp, files])
     return stamps
 
 
@@ -268,7 +270,8 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})
     deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
-    key = {"version": STORE_VERSION, "geometry": geometry.model_dump(), "files": _stamps(refs)}
+    stamps = _stamps(refs)
+    key = {"version": STORE_VERSION, "geometry": geometry.model_dump(), "files": stamps}
     key["dataset"] = dataset.model_dump(include=deciding)
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
@@ -277,7 +280,7 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
         except OSError as error:
             problem = f"cannot be written ({error.strerror or error})"
             raise RequestError(f"{folder}: {problem}; choose another --out") from None
-    return Store(folder)
+    return Store(folder, digest([[*who, *(file[:2] for file in files)] for *who, files in stamps]))
 
 
 def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[VolumeRef], progress: bool) -> None:
