@@ -136,7 +136,7 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
         raise RequestError(f"{output}: holds files that are not of these weights and images; choose another --output")
     network = adaptation.build()
     network.load_state_dict(tensors)
-    network.to(device())
+    network.placed(device())
     done = len(images) - len(missing)
     for case in tqdm(missing, "segment", total=len(images), initial=done, unit="image"):
         label, probability = predict_image(network, adaptation, case, images[case], keep)

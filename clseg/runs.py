@@ -177,12 +177,7 @@ def build_network(run: Run, store: Store) -> UNet:
     network = _network(run, store)
     if run.parent is not None:
         transfer(network, earlier_weights(run), run.parent.folder / "weights.safetensors")
-    return _placed(network)
-
-
-def _placed(network: UNet) -> UNet:
-    """On the device, weights with the channels last: two thirds more speed on a CPU."""
-    return network.to(device()).to(memory_format=network.encoder.memory_format)
+    return network.placed(device())
 
 
 def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
@@ -201,7 +196,7 @@ def trained_network(run: Run, store: Store) -> UNet:
     """The network of a finished fine-tuning: best on validation."""
     network = _network(run, store)
     network.load_state_dict(load_file(run.folder / "weights.safetensors"))
-    return _placed(network)
+    return network.placed(device())
 
 
 def train(run: Run) -> Run:
