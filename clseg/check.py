@@ -116,13 +116,9 @@ def _draft(folder: Path, name: str) -> tuple[str, DatasetConfig]:
     pairs, draft = max(found, key=lambda one: one[0], default=(0, None))
     if not pairs:
         raise RequestError(f"{folder}: no image and mask belong together by their names; lay it out as {LAYOUTS}")
-    if _photographs(draft):
+    if draft.photographs:
         draft = draft.model_copy(update={"channels": 3, "normalisation": Normalisation(low=0.0, high=100.0)})
     return f"images {draft.options['images']} and masks {draft.options['labels']}", draft
-
-
-def _photographs(dataset: DatasetConfig) -> bool:
-    return dataset.adapter == "pairs" and ".nii" not in str(dataset.options["images"]).lower()
 
 
 def _mask_classes(refs: list[VolumeRef]) -> dict[int, str]:
@@ -146,7 +142,7 @@ def _mask_classes(refs: list[VolumeRef]) -> dict[int, str]:
 def _about(volume: Volume, ref: VolumeRef, dataset: DatasetConfig) -> dict[str, Any]:
     """A row of `Report.volumes`. `field_mm`: side of a centred square that holds it, `needed_mm`: its labels."""
     image, label, spacing_mm = volume.image, volume.label, volume.spacing_mm
-    grey = _photographs(dataset) and (image[:1] == image).all()
+    grey = dataset.photographs and (image[:1] == image).all()
     about = {"subject": ref.subject, "file": ref.source, "labelled": label is not None}
     about |= {"channels": 1 if grey else len(image), "shape": list(image.shape[1:]), "spacing_mm": spacing_mm}
     about["orientation"] = "" if volume.affine is None else "".join(nib.aff2axcodes(volume.affine))
@@ -251,9 +247,9 @@ def check(folder: Path | str, name: str = "") -> Report:
             continue
         report.volumes.append(_about(volume, ref, draft))
     counts = Counter(v["channels"] for v in report.volumes)
-    usual = max(counts) if _photographs(draft) and counts else next(iter(counts.most_common(1)), (1,))[0]
+    usual = max(counts) if draft.photographs and counts else next(iter(counts.most_common(1)), (1,))[0]
     for about in [v for v in report.volumes if v["channels"] != usual]:
-        if _photographs(draft):  # a grey one among others in colour is read in colour
+        if draft.photographs:  # a grey one among others in colour is read in colour
             about["channels"] = usual
             continue
         problems.append(

@@ -129,6 +129,11 @@ class DatasetConfig(Strict):
     geometry_3d: dict[str, Geometry] = {}
     protocols: Annotated[dict[str, Protocol], Field(min_length=1)]  # the first is the default
 
+    @property
+    def photographs(self) -> bool:
+        """Whether its images are photographs, in colour and without a header, and not NIfTI files."""
+        return self.adapter == "pairs" and ".nii" not in str(self.options["images"]).lower()
+
 
 class Optimisation(Strict):
     optimiser: Literal["adam", "sgd"] = "adam"  # sgd has momentum 0.9

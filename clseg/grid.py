@@ -282,6 +282,38 @@ class Results:
         """The folder as a reader knows it, without the root."""
         return "/".join(self.folder.parts[-4:])
 
+    @property
+    def about(self) -> str:
+        """Which results these are, how they were made, and on what."""
+        about, made_by = self.provenance, f"{self.shown}\nmade by: {self.provenance['command']}"
+        time = f"{about['training_seconds'] / 60:.0f} minutes of training on {about['gpu'] or 'a CPU'}"
+        return f"{made_by}\n{about['runs']['done']} runs, {time}\n{about['dataset']['description']}"
+
+    @property
+    def gaps(self) -> str:
+        """The cells of the grid that have no run, and the command that makes them."""
+        lines = [f"{len(self.missing)} cells are missing", *(f"  {cell}" for cell in self.missing[:10])]
+        return "\n".join(lines + [f"make them with: {self.command}"] * bool(self.missing))
+
+    @property
+    def dice(self) -> str:
+        """Means with intervals, a line per method and number of labelled subjects."""
+        numbers = ["n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
+        return self.summary[["method", "labelled", *numbers]].round(2).to_string(index=False)
+
+    @property
+    def tests(self) -> str:
+        """Paired tests against `random`, a line per method and number of labelled subjects."""
+        columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial"]
+        tested = self.comparison[columns].round(3)
+        return tested.assign(p_holm=self.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False)
+
+    @property
+    def distances(self) -> pd.DataFrame:
+        """Surface distances and missed structures."""
+        columns = ["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows"]
+        return self.summary[["method", "labelled", *columns]].round(3)
+
     def save(self, figure: Figure, name: str) -> None:
         """Write a figure beside the tables, as PNG, under the output root."""
         profile, dataset, study = self.folder.parts[-3:]

@@ -272,7 +272,7 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "network": experiment.network.model_dump(),
         "channels": store.channels,
         "channel": dataset.options.get("channel"),
-        "photograph": dataset.adapter == "pairs" and ".nii" not in str(dataset.options["images"]),
+        "photograph": dataset.photographs,
         "orient": dataset.adapter != "acdc" and dataset.options.get("orient", True),
         "classes": store.class_names,
         "label_values": [0, *class_names(dataset, paths.data_root() / dataset.folder)],
@@ -380,9 +380,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             return
         print(f"waiting for another process that holds {path}")
         lock.acquire()
-    with lock:
-        lock.release()  # the context holds it once more
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def table(folders: Iterable[Path], study: str | None = None, name: str = "metrics") -> pd.DataFrame:

@@ -5,7 +5,6 @@ the geometry. It appears by one atomic rename, so it is complete or absent. Its 
 for the block around it, so that pairs and sampling are those of 2-D.
 """
 
-import fcntl
 import json
 import shutil
 import zlib
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -287,8 +287,7 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[
     """Write a hidden sibling folder under a lock, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():  # another process was first
             return
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -23,8 +23,7 @@ def segment(network: nn.Module, images: np.ndarray, size: Sequence[int]) -> Tens
     device, slices = next(network.parameters()).device, torch.from_numpy(np.array(images))
     if len(size) == 2:
         batches = (batch.to(device).float() for batch in slices.split(32))
-        channels_last = (image.contiguous(memory_format=torch.channels_last) for image in batches)
-        return torch.cat([network(image).float().softmax(dim=1).cpu() for image in channels_last])
+        return torch.cat([network(image).float().softmax(dim=1).cpu() for image in batches])
     grid = (len(slices), *slices.shape[2:])
     padded = list(map(max, grid, size))
     image = fit(slices.movedim(0, 1), padded)  # [C, Z, H, W]

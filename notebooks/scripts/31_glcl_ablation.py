@@ -28,11 +28,7 @@ if profile == "smoke":
     )
 
 # %%
-print(f"{len(results.missing)} cells are missing")
-for cell in results.missing[:10]:
-    print(" ", cell)
-if results.missing:
-    print("make them with:", results.command)
+print(results.gaps)
 
 # %% [markdown]
 # ## One axis at a time

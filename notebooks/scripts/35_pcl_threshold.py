@@ -21,10 +21,8 @@ profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
 # %%
 parameters = config.read_parameters(globals(), config.FigureParameters)
 results = grid.read_results(study, dataset, profile)
-print(f"{results.shown}\nmade by: {results.provenance['command']}")
-print(f"{len(results.missing)} cells are missing")
-if results.missing:
-    print("make them with:", results.command)
+print(results.about)
+print(results.gaps)
 
 # %% [markdown]
 # ## Share of positive pairs

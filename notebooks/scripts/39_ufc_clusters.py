@@ -23,10 +23,8 @@ profile: str = "smoke"  # smoke, laptop or paper
 # %%
 parameters = config.read_parameters(globals(), config.FigureParameters)
 results = grid.read_results(study, dataset, profile)
-print(f"{results.shown}\nmade by: {results.provenance['command']}")
-print(f"{len(results.missing)} cells are missing")
-if results.missing:
-    print("make them with:", results.command)
+print(results.about)
+print(results.gaps)
 
 # %%
 run = next(r for r in grid.expand(config.read_study(study), dataset, profile).finetune if r.method == "ufc").parent

@@ -26,21 +26,14 @@ profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
 # %%
 parameters = config.read_parameters(globals(), config.FigureParameters)
 results = grid.read_results(study, dataset, profile)
-print(f"{results.shown}\nmade by: {results.provenance['command']}")
-done, minutes = results.provenance["runs"]["done"], results.provenance["training_seconds"] / 60
-print(f"{done} runs, {minutes:.0f} minutes of training on {results.provenance['gpu'] or 'a CPU'}")
-print(results.provenance["dataset"]["description"])
+print(results.about)
 
 # %% [markdown]
 # ## What is missing
 # Cells of the study's grid that have no finished run, and the command that makes them.
 
 # %%
-print(f"{len(results.missing)} cells are missing")
-for cell in results.missing[:10]:
-    print(" ", cell)
-if results.missing:
-    print("make them with:", results.command)
+print(results.gaps)
 
 # %% [markdown]
 # ## Dice against labelled subjects
@@ -54,8 +47,7 @@ results.save(figure, "dice_against_labelled")
 figure
 
 # %% tags=["nbval-check-output"]
-columns = ["method", "labelled", "n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
-print(results.summary[columns].round(2).to_string(index=False))
+print(results.dice)
 
 # %% [markdown]
 # ### The published numbers beside ours
@@ -70,19 +62,15 @@ published
 # median difference is in Dice, a method minus `random` on the same subject.
 
 # %% tags=["nbval-check-output"]
-columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial", "p_holm"]
-comparison = results.comparison[columns].round(3)
-print(comparison.assign(p_holm=results.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False))
+print(results.tests)
 
 # %% [markdown]
 # ### Surface distance and missed structures
 # The 95th percentile Hausdorff distance, and how often a structure was missed altogether (then Dice is 0 and the
-# distance
-# is the image diagonal).
+# distance is the image diagonal).
 
 # %%
-columns = ["method", "labelled", "hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows"]
-results.summary[columns].round(3)
+results.distances
 
 # %% [markdown]
 # ## Ranks
