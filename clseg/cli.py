@@ -12,16 +12,24 @@ from clseg import __version__, config
 from clseg.config import RequestError
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from clseg import grid, paths, runs  # torch is imported only where it is needed
-
+def _set_roots(arguments: argparse.Namespace) -> None:
     for folder, variable in ((arguments.data, "CLSEG_DATA"), (arguments.out, "CLSEG_OUT")):
         if folder:
             os.environ[variable] = str(Path(folder).absolute())
+
+
+def _absolute(dataset: str) -> str:
+    """A data set file is found from everywhere: kernels have another working directory."""
+    return str(Path(dataset).absolute()) if dataset.endswith((".yaml", ".yml")) else dataset
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from clseg import grid, paths, runs  # torch is imported only where it is needed
+    from clseg.loop import code_digest
+
+    _set_roots(arguments)
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
-    dataset = arguments.dataset or study.datasets[0]
-    if dataset.endswith((".yaml", ".yml")):
-        dataset = str(Path(dataset).absolute())  # kernels have another working directory
+    dataset = _absolute(arguments.dataset or study.datasets[0])
     profile = config.read_profile(arguments.profile).name
     plan = grid.expand(study, dataset, arguments.profile, overrides)
     done = {run.name for run in plan.all if run.is_done()}
@@ -41,10 +49,13 @@ def _run(arguments: argparse.Namespace) -> int:
         runs.split_of(run, stores[data])
         if run.name in done:
             runs.require_same_files(run, stores[data])
+    if other := [run for run in plan.all if run.name in done and runs.code_of(run) != code_digest()]:
+        kept = f"{len(other)} finished runs were made by other code of clseg and are kept, such as {other[0].folder}"
+        print(f"clseg: {kept}; move them away to have them made again", file=sys.stderr)
     jobs = arguments.jobs or max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     failure = None
     try:
-        grid.execute(plan, jobs)
+        grid.execute(plan, arguments.jobs or 0 if arguments.scheduler else jobs, arguments.scheduler)
     except grid.RunFailed as error:
         failure = error
     repeat = ["clseg", "run", study.name, "--dataset", dataset, "--profile", profile]
@@ -57,6 +68,24 @@ def _run(arguments: argparse.Namespace) -> int:
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from clseg import ranks, runs
+
+    _set_roots(arguments)
+    given = {name: getattr(arguments, name) for name in ("profile", "method", "protocol", "dimensions", "seed")}
+    given |= {"dataset": _absolute(arguments.dataset), "overrides": arguments.set}
+    stages = len(config.resolve(given["dataset"], arguments.profile, arguments.method).stages)
+    if not stages:
+        raise RequestError(f"--method {arguments.method}: has no pre-training; choose another of `clseg methods`")
+    stage = stages - 1 if arguments.stage is None else arguments.stage
+    run = runs.pretrain_run(config.read_parameters(given | {"stage": stage}, config.PretrainParameters))
+    with ranks.joined():
+        runs.train(run)
+        if not ranks.number():
+            print(run.folder / "weights.safetensors")
+    return 0
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -135,6 +164,7 @@ def _positive(text: str) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
+    "pretrain": (_pretrain, "one pre-training, and the stages before it; torchrun starts it on several GPUs"),
     "table": (_table, "all finished runs below a folder as one tidy table"),
     "check": (_check, "what is in a folder of scans, and what is wrong with it"),
     "predict": (_predict, "segment new images with the weights of a fine-tuning"),
@@ -149,20 +179,32 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, table, check, predict, export, *_ = (
+    run, pretrain, table, check, predict, export, *_ = (
         commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()
     )
 
+    for command in (run, pretrain):
+        command.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
+        roots = "folder that holds the data sets (default: $CLSEG_DATA or data/)"
+        command.add_argument("--data", metavar="ROOT", help=roots)
+        where = "folder for runs/ and paper_figures/ (default: $CLSEG_OUT or the project)"
+        command.add_argument("--out", metavar="DIR", help=where)
+        example = "override, e.g. pretrain.steps=100; of a study also study.labelled=[1,2]"
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
+
     run.add_argument("study", metavar="STUDY", help="a YAML file, or a name under params/studies")
-    run.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
-    run.add_argument("--dataset", help="a name under params/datasets (default: the study's first)")
-    run.add_argument("--data", metavar="ROOT", help="folder that holds the data sets (default: $CLSEG_DATA or data/)")
-    where = "folder for runs/ and paper_figures/ (default: $CLSEG_OUT or the project)"
-    run.add_argument("--out", metavar="DIR", help=where)
+    run.add_argument("--dataset", help="a name under params/datasets, or a YAML file (default: the study's first)")
     run.add_argument("--jobs", type=_positive, help="runs at a time (default: cores / threads of a run)")
-    example = "override, e.g. pretrain.steps=100 or study.labelled=[1,2]"
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
+    cluster = "address of a Dask scheduler whose workers do the runs, e.g. tcp://10.0.0.1:8786"
+    run.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help=cluster)
     run.add_argument("--dry-run", action="store_true", help="print the grid and stop")
+
+    pretrain.add_argument("--method", required=True, help="a name of `clseg methods`")
+    pretrain.add_argument("--dataset", required=True, help="a name under params/datasets, or a YAML file")
+    pretrain.add_argument("--stage", type=int, help="which of the method's stages, from 0 (default: its last)")
+    pretrain.add_argument("--protocol", default="", help="how subjects are divided (default: the data set's first)")
+    pretrain.add_argument("--dimensions", type=int, default=2, help="2 or 3 (default: 2)")
+    pretrain.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentations (default: 0)")
 
     table.add_argument("runs", metavar="RUNS")
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
@@ -194,9 +236,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(f"clseg: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("clseg: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what the machine refuses, such as a full disk
+        remedy = "mend that and give the same command: it goes on from here"
+        print(f"clseg: {error.filename or 'the machine'}: {error.strerror or error}; {remedy}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("clseg: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130

@@ -6,10 +6,14 @@ runs are skipped, and a run that another process holds is waited for, never done
 
 import json
 import logging
+import math
+import multiprocessing
 import os
+import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -23,11 +27,13 @@ from tqdm.auto import tqdm
 from clseg import config, paths, runs, stats
 from clseg.config import FinetuneParameters, RequestError, StudyConfig
 from clseg.data.splits import available_draws
+from clseg.loop import code_digest
 from clseg.runs import Run
 
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
 TRIES = 3  # of a run whose kernel died
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 10
 
 
 class RunFailed(Exception):
@@ -142,10 +148,56 @@ def execute_run(run: Run) -> tuple[str, str]:
         except DeadKernelError:
             return "died", f"its kernel died {TRIES} times"
         except Exception as error:  # whatever a notebook does must not end the grid
-            (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
+            with suppress(OSError):  # the disk may be full
+                (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
             return "failed", str(error).strip().rpartition("\n")[2]
-        runs.seal(run.folder)
+        try:
+            runs.seal(run.folder)
+        except OSError as error:
+            return "failed", str(error)
         return "done", ""
+
+
+def _execute_remotely(run: Run, roots: dict[str, str], code: str) -> tuple[str, str]:
+    """`execute_run` in a worker of a cluster."""
+    if code_digest() != code:
+        return "request", f"{platform.node()} has other code of clseg; give all workers the same"
+    os.environ.update(roots)
+    # Dask makes its workers daemons, which may have no children; our kernels end with the worker by themselves
+    multiprocessing.current_process()._config["daemon"] = False
+    return execute_run(run)
+
+
+@contextmanager
+def _executor(jobs: int, scheduler: str) -> Iterator[tuple[Callable[[Run], Future], float]]:
+    """What starts a run, and how many at a time: here in kernels, or on the Dask cluster of a scheduler."""
+    if not scheduler:
+        from clseg import kernels  # with all that a kernel needs: only where notebooks are executed
+
+        executor = ThreadPoolExecutor(jobs)  # of threads that wait for kernels
+        try:
+            yield lambda run: executor.submit(execute_run, run), jobs
+        except BaseException:
+            kernels.kill_all()
+            raise
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise RequestError("--scheduler needs Dask; install the extra: pip install 'clseg[cluster]'") from None
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        remedy = "start one with `dask scheduler`, and workers with `dask worker`"
+        raise RequestError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error}); {remedy}") from None
+    with client:
+        roots = {"CLSEG_DATA": str(paths.data_root()), "CLSEG_OUT": str(paths.out_root())}
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
+        executor = client.get_executor(pure=False, resources=resources)
+        yield lambda run: executor.submit(_execute_remotely, run, roots, code_digest()), jobs or math.inf
 
 
 def _step_now(run: Run) -> int:
@@ -155,11 +207,12 @@ def _step_now(run: Run) -> int:
         return 0
 
 
-def execute(grid: Grid, jobs: int) -> None:
+def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     """Do all runs of a grid that are not done, `jobs` at a time, parents first.
 
-    Raises `RequestError` when the request turns out wrong (what runs is let finish), `RunFailed` when a run failed (the
-    others are done first).
+    scheduler: the address of a Dask scheduler, whose workers see the same data and output folders; then `jobs` may be
+    0, as many as the workers take. Raises `RequestError` when the request turns out wrong (what runs is let finish),
+    `RunFailed` when a run failed (the others are done first).
     """
     every = {run.name: run for run in grid.all}
     done = {name for name, run in every.items() if run.is_done()}
@@ -170,52 +223,42 @@ def execute(grid: Grid, jobs: int) -> None:
     running: dict[Future, Run] = {}
     if not todo:
         return
-
-    from clseg import kernels  # with all that a kernel needs: only where notebooks are executed
-
-    total = sum(run.cost for run in todo)
+    total, finished = sum(run.cost for run in todo), 0.0
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    executor = ThreadPoolExecutor(jobs)  # of threads that wait for kernels
-    try:
-        with tqdm(total=total, bar_format=layout, mininterval=1) as bar:
-            finished = 0.0
-            while todo or running:
-                for run in list(todo):
-                    parent = run.parent.name if run.parent else None
-                    if parent in failed:
-                        failed[run.name] = f"its pre-training {parent} failed"
-                        todo.remove(run)
-                    elif len(running) < jobs and (parent is None or parent in done) and wrong is None:
-                        running[executor.submit(execute_run, run)] = run
-                        todo.remove(run)
-                if not running:
-                    if wrong is not None:
-                        break
-                    continue
-                complete, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in complete:
-                    run = running.pop(future)
-                    outcome, message = future.result()
-                    tries[run.name] = tries.get(run.name, 0) + (outcome == "died")
-                    if outcome == "done":
-                        done.add(run.name)
-                        finished += run.cost
-                    elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
-                        todo.append(run)
-                        time.sleep(POLL_SECONDS)
-                    elif outcome == "request":
-                        wrong = message
-                    else:
-                        failed[run.name] = message
-                        tqdm.write(f"{run.name} failed: {message}")
-                active = sum(run.cost * _step_now(run) / run.steps for run in running.values())
-                bar.n = min(finished + active, total)
-                bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
-    except BaseException:
-        kernels.kill_all()
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    with _executor(jobs, scheduler) as (submit, room), tqdm(total=total, bar_format=layout, mininterval=1) as bar:
+        while todo or running:
+            for run in list(todo):
+                parent = run.parent.name if run.parent else None
+                if parent in failed:
+                    failed[run.name] = f"its pre-training {parent} failed"
+                    todo.remove(run)
+                elif len(running) < room and (parent is None or parent in done) and wrong is None:
+                    running[submit(run)] = run
+                    todo.remove(run)
+            if not running:
+                if wrong is not None:
+                    break
+                continue
+            complete, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in complete:
+                run = running.pop(future)
+                lost = future.exception()  # a run whose Dask workers died again and again
+                outcome, message = ("failed", str(lost)) if lost else future.result()
+                tries[run.name] = tries.get(run.name, 0) + (outcome == "died")
+                if outcome == "done":
+                    done.add(run.name)
+                    finished += run.cost
+                elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
+                    todo.append(run)
+                    time.sleep(POLL_SECONDS)
+                elif outcome == "request":
+                    wrong = message
+                else:
+                    failed[run.name] = message
+                    tqdm.write(f"{run.name} failed: {message}")
+            active = sum(run.cost * _step_now(run) / run.steps for run in running.values())
+            bar.n = min(finished + active, total)
+            bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
     if wrong is not None:
         raise RequestError(wrong)
     if failed:

@@ -4,6 +4,7 @@ What a step does depends only on (seed, step): batches and augmentations are dra
 was killed goes on from its last checkpoint to the same numbers as one that was not.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
+from clseg import ranks
 from clseg.config import Budget, Optimisation
 
 if TYPE_CHECKING:
@@ -41,8 +45,20 @@ def step_generator(seed: int, stream: str, step: int) -> Generator:
 
 
 def device() -> torch.device:
-    """The first GPU if there is one, else the CPU; `$CLSEG_DEVICE` decides otherwise."""
-    return torch.device(os.environ.get("CLSEG_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """A GPU if there is one, the first or that of this process under `torchrun`, else the CPU; `$CLSEG_DEVICE` decides
+    otherwise."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(os.environ.get("CLSEG_DEVICE") or (gpu if torch.cuda.is_available() else "cpu"))
+
+
+@cache
+def code_digest() -> str:
+    """Twelve characters that change with the package's code."""
+    package = Path(__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return code.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -114,14 +130,17 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _resume(checkpoint: Path) -> dict | None:
-    """The last checkpoint, or None where there is none or it cannot be read."""
+    """The last checkpoint, or None where there is none, it cannot be read or other code made it."""
     if not checkpoint.is_file():
         return None
     try:
-        return torch.load(checkpoint, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error) as error:
-        print(f"{checkpoint.name} cannot be read ({type(error).__name__}); training starts from the beginning")
-        return None
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        problem = "" if saved["code"] == code_digest() else "was made by other code"
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error, UnpicklingError) as error:
+        problem = f"cannot be read ({type(error).__name__})"
+    if problem:
+        print(f"{checkpoint.name} {problem}; training starts from the beginning")
+    return None if problem else saved
 
 
 def optimiser_for(modules: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
@@ -169,6 +188,7 @@ def fit(
         optimiser.load_state_dict(saved["optimiser"])
         losses, scores = [saved["losses"].to(where)], [tuple(pair) for pair in saved["scores"]]
         best_step, best_state, start, before = saved["best_step"], saved["best_state"], saved["step"], saved["seconds"]
+    ranks.connect(modules)
     began = reported = time.monotonic()
 
     def save(step: int) -> None:
@@ -177,7 +197,10 @@ def fit(
         if not torch.isfinite(losses[0]).all():
             bad = int((~torch.isfinite(losses[0])).nonzero()[0, 0]) + 1
             raise FloatingPointError(f"the loss of step {bad} is not finite; lower the learning rate")
+        if ranks.number():
+            return
         state = {
+            "code": code_digest(),
             "step": step,
             "modules": modules.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -189,9 +212,8 @@ def fit(
         }
         write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
 
-    for step in tqdm(
-        range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1, leave=False
-    ):
+    bar = {"desc": title, "unit": "step", "mininterval": 1, "leave": False, "disable": ranks.number() > 0}
+    for step in tqdm(range(start, steps), initial=start, total=steps, **bar):
         modules.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
@@ -199,6 +221,7 @@ def fit(
             loss = training.step_loss(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        ranks.average_gradients(optimiser)
         optimiser.step()
         losses.append(loss.detach().float().reshape(1))
         done = step + 1
@@ -210,7 +233,7 @@ def fit(
                 best_state = {name: value.detach().clone() for name, value in network.state_dict().items()}
         if done % budget.checkpoint_every == 0 or done == steps:
             save(done)
-        if time.monotonic() - reported > PROGRESS_SECONDS:
+        if time.monotonic() - reported > PROGRESS_SECONDS and not ranks.number():
             reported = time.monotonic()
             write_json(progress, {"step": done, "steps": steps})
 

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,16 +26,16 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clseg import __version__, config, paths
+from clseg import __version__, config, paths, ranks
 from clseg.config import Experiment, FinetuneBudget, FinetuneParameters, PretrainParameters, RequestError, Stage
 from clseg.data.formats import class_names
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import Fit, Work, device, fit, seed_of, write_atomically, write_json
+from clseg.loop import Fit, Work, code_digest, device, fit, seed_of, write_atomically, write_json
 from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
 from clseg.recipes.evaluation import scores, validation_dice
-from clseg.stages import STAGES
+from clseg.stages import SHARED, STAGES
 
 TABLE_COLUMNS = [
     *("study", "dataset", "profile", "method", "labelled", "draw", "seed"),
@@ -76,6 +76,7 @@ class Run:
         common["parent"] = self.parent.name if self.parent else ""
         if self.kind == "pretrain":
             limit = experiment.pretrain.max_slices
+            common |= {"draw": parameters.draw} if experiment.pretrained_by_draw else {}
             return common | {"stage": self.stage.model_dump(), "steps": self.steps, "max_slices": limit}
         draws = experiment.cross_validated or not experiment.all_labels
         cell = {"labelled": "all" if experiment.all_labels else parameters.labelled}
@@ -87,6 +88,7 @@ class Run:
         parameters = self.parameters
         if self.kind == "pretrain":
             fields = [self.stage.stage, getattr(self.stage, "answer", "")]
+            fields += [f"draw{parameters.draw}"] * self.experiment.pretrained_by_draw
         else:
             variant = parameters.variant.rpartition(".")[2].replace("/", "_").replace(" ", "")
             fields = [parameters.method, variant, parameters.pretrain_dataset]
@@ -144,12 +146,15 @@ def pretrain_run(parameters: PretrainParameters) -> Run:
 
 def finetune_run(parameters: FinetuneParameters) -> Run:
     """The run of one fine-tuning; its parent is the last pre-training stage of the method. Raises `RequestError`."""
-    stages = parameters.experiment().stages
+    experiment = parameters.experiment()
+    stages = experiment.stages
     if not stages:
         return Run(parameters, None)
     shared = parameters.model_dump(exclude={"labelled", "draw", "pretrain_dataset"})
     if parameters.pretrain_dataset:
         shared |= {"dataset": parameters.pretrain_dataset, "protocol": ""}
+    elif experiment.pretrained_by_draw:
+        shared["draw"] = parameters.draw
     return Run(parameters, pretrain_run(PretrainParameters(**shared, stage=len(stages) - 1)))
 
 
@@ -159,11 +164,10 @@ def open_store(experiment: Experiment, progress: bool = True) -> Store:
 
 
 def split_of(run: Run, store: Store) -> Split:
-    """The subjects of a run. A pre-training has no labelled set of its own."""
+    """The subjects of a run. A pre-training has no labelled set of its own; most serve all draws."""
     experiment, parameters = run.experiment, run.parameters
     labelled = "all" if run.kind == "pretrain" or experiment.all_labels else parameters.labelled
-    draw = 1 if run.kind == "pretrain" else parameters.draw
-    split = make_split(experiment.division, store.subjects, store.labelled_subjects, labelled, draw)
+    split = make_split(experiment.division, store.subjects, store.labelled_subjects, labelled, parameters.draw)
     return replace(split, pretrain=unlabelled(split, experiment.unlabelled))
 
 
@@ -184,7 +188,8 @@ def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
     """What the stage of a pre-training works on."""
     slices, rows = run.stage.slices, store.rows(split.pretrain)
     slices = min(slices, run.experiment.pretrain.max_slices or slices)
-    return Work(network, store, rows, slices, run.parameters.seed, run.steps, earlier=earlier_weights(run))
+    seen, earlier = store.only(unlabelled=split.pretrain), earlier_weights(run)
+    return Work(network, seen, rows, slices, run.parameters.seed, run.steps, earlier=earlier)
 
 
 def earlier_weights(run: Run) -> dict[str, Tensor]:
@@ -200,23 +205,36 @@ def trained_network(run: Run, store: Store) -> UNet:
 
 
 def train(run: Run) -> Run:
-    """Do the run unless it is done; its parents first. Waits for another process that is doing it."""
+    """Do the run unless it is done; its parents first. Waits for another process that is doing it.
+
+    Of processes that `torchrun` started, the first holds the lock and writes the files, and does alone what only one
+    can do; the others wait.
+    """
     torch.set_num_threads(run.experiment.threads)
     if run.parent is not None:
         train(run.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
-    with locked(run.folder / ".lock"):
-        store = open_store(run.experiment)
-        if run.is_done():
+    first, shared = not ranks.number(), run.kind == "pretrain" and run.stage.stage in SHARED
+    with locked(run.folder / ".lock") if first else nullcontext():
+        store = open_store(run.experiment, progress=first)
+        if ranks.agreed(run.is_done()):
             require_same_files(run, store)
-        else:
+        elif first or shared:
             split = split_of(run, store)
-            write_json(run.folder / "parameters.json", {"key": run.key, "parameters": run.parameters.model_dump()})
-            write_json(run.folder / "subjects.json", asdict(split))
-            (_pretrain if run.kind == "pretrain" else _finetune)(run, store, split)
-            if not os.environ.get(WORKER):
+            if first:
+                write_json(run.folder / "parameters.json", {"key": run.key, "parameters": run.parameters.model_dump()})
+                write_json(run.folder / "subjects.json", asdict(split))
+            with nullcontext() if shared else ranks.alone():
+                (_pretrain if run.kind == "pretrain" else _finetune)(run, store, split)
+            if first and not os.environ.get(WORKER):
                 seal(run.folder)
+        ranks.agreed(True)
     return run
+
+
+def code_of(run: Run) -> str:
+    """The `loop.code_digest` of the code that made a finished run."""
+    return json.loads((run.folder / "record.json").read_bytes())["provenance"].get("code", "")
 
 
 def require_same_files(run: Run, store: Store) -> None:
@@ -243,22 +261,24 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
 
 def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
-    network, labelled = build_network(run, store), store.rows(split.labelled, labelled=True)
-    others = store.rows(set(split.pretrain) - {*split.labelled, *split.validation, *split.test})
+    others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
+    network, seen, held_out = build_network(run, store), store.only(split.labelled, others), store.only(split.validation)
+    rows = seen.rows(split.labelled, labelled=True), seen.rows(others)
     torch.manual_seed(seed_of(seed, "recipe"))
-    work = Work(network, store, labelled, run.finetune.batch, seed, run.steps, others)
+    work = Work(network, seen, rows[0], run.finetune.batch, seed, run.steps, rows[1])
     training, every = RECIPES[recipe.recipe](work, recipe), run.finetune.validate_every
 
     def validate() -> float:
-        return validation_dice(network, store, split.validation)
+        return validation_dice(network, held_out, split.validation)
 
     result = fit(network, training, recipe, run.steps, run.folder, experiment, validate, every, "fine-tuning")
     fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}
     fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": seed, "run": run.name}
 
     def scored() -> pd.DataFrame:
-        return pd.DataFrame(scores(network, store, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
+        return pd.DataFrame(scores(network, tested, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
 
+    tested = store.only(split.test)  # now that training has ended
     last = scored()
     network.load_state_dict(result.best_state)
     tables = {"metrics": scored(), "metrics_last": last} | training.tables
@@ -267,6 +287,8 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
 
 def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], tables: dict[str, pd.DataFrame]) -> None:
     """Tables, weights with their adaptation record (what must fit for them to be used), and the record of the run."""
+    if ranks.number():
+        return
     experiment, dataset = run.experiment, run.experiment.dataset
     adaptation = {
         "network": experiment.network.model_dump(),
@@ -334,6 +356,7 @@ def provenance() -> dict[str, Any]:
         commit = "unknown"
     return {
         "commit": commit,
+        "code": code_digest(),
         "clseg": __version__,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

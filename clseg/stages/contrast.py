@@ -15,6 +15,7 @@ them); brightness and contrast are drawn per image; positives of `gd` join all v
 import torch
 from torch import Tensor
 
+from clseg import ranks
 from clseg.augment import CONTRAST_VIEWS
 from clseg.cluster import pseudo_classes
 from clseg.config import ContrastStage, RequestError
@@ -44,7 +45,7 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
     image = torch.cat([view_of(batch.image, generator) if augmented else batch.image for augmented in views])
 
     def every(values: Tensor) -> Tensor:
-        return gather(values.to(device).repeat(len(views)))  # [n] -> [V n], of all ranks
+        return values.to(device).repeat(len(views))  # [n] -> [V n]
 
     slice_id = every(batch.row)
     if stage.pairs == "instance":
@@ -52,7 +53,7 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
     if stage.pairs == "position":
         return image, position_pairs(every(batch.position), stage.threshold)
     if stage.answer in VIEWS:
-        view = gather(torch.arange(len(views), device=device).repeat_interleave(len(chosen)))
+        view = torch.arange(len(views), device=device).repeat_interleave(len(chosen))
         return image, partition_pairs(slice_id, every(partition), stage.strategy, view)
     cluster = equal_partitions(store, chosen, stage.partitions) if stage.pairs == "partition" else cluster[chosen]
     pairs = cluster_pairs(slice_id, every(cluster))
@@ -73,7 +74,7 @@ def contrast(work: Work, stage: ContrastStage) -> Training:
 
     def step_loss(step: int) -> Tensor:
         image, pairs = draw_batch(work, stage, step, cluster)
-        embedding = gather(head(encoder(image)[-1]))
+        embedding = gather(head(encoder(ranks.part(image))[-1]))
         return contrastive_loss(embedding, pairs, stage.temperature, stage.denominator)
 
     return Training({"encoder": encoder, "head": head}, step_loss, tables=tables)

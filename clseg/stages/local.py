@@ -7,10 +7,11 @@ Source: Chaitanya et al., NeurIPS 2020, stage 2, and the released code.
 import torch
 from torch import Tensor
 
+from clseg import ranks
 from clseg.augment import intensity
 from clseg.config import LocalStage, RequestError
 from clseg.loop import Training, Work
-from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
+from clseg.losses import gather, local_contrastive_loss, nearest_neighbours, region_grid
 from clseg.models import LocalHead
 from clseg.stages.sampling import partition_slices, random_slices
 
@@ -48,8 +49,8 @@ def local(work: Work, stage: LocalStage) -> Training:
         image = store.batch(chosen, device).image
         views = torch.cat([intensity(image, generator), intensity(image, generator)])
         with torch.no_grad():
-            features = network.encoder(views)
-        embedding = head(network.decoder(features, count), corners)  # [2B, R', D]
+            features = network.encoder(ranks.part(views))
+        embedding = gather(head(network.decoder(features, count), corners))  # [2B, R', D]
         first, second = embedding.chunk(2)
         return local_contrastive_loss(first, second, neighbours, stage.temperature, image_pairs)
 
