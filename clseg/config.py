@@ -84,13 +84,32 @@ class SeededProtocol(Strict):
     transductive: bool = False
 
 
-class FoldsProtocol(Strict):
+class CrossValidation(Strict):
+    seed: int = 12345  # of random folds, and of which subjects a limit on those of pre-training leaves
+    draw_seed: int = 1234  # of labelled and validation subjects, from the other folds
+    validation: Count = 2
+    transductive: bool = False  # else every draw has a pre-training of its own
+
+
+class FoldsProtocol(CrossValidation):
     kind: Literal["folds"]
     folds: Several = 5  # draw f tests on fold f
-    seed: int = 12345
-    draw_seed: int = 1234  # of labelled subjects, from the other folds
-    validation: Count = 2
-    transductive: bool = False
+
+
+class Fold(Strict):  # nnU-Net has `train` and `val`; where there is more, `clseg` wrote the file
+    train: list[str]
+    val: list[str]  # what nnU-Net does not train on: our test subjects
+    validation: list[str] = []  # none: drawn from `train`
+    pretrain: list[str] = []  # none: what is left of `train`, and subjects without labels
+
+
+Folds = Annotated[list[Fold], Field(min_length=1)]
+
+
+class SplitsFileProtocol(CrossValidation):
+    kind: Literal["splits_file"]
+    file: str = "splits_final.json"  # of nnU-Net, in the data set's folder; draw f tests on `val` of fold f
+    folds: list[Fold] = []  # what it holds, which `resolve` reads
 
 
 class ListProtocol(Strict):
@@ -104,7 +123,7 @@ class ListProtocol(Strict):
     transductive: bool = False
 
 
-Protocol = Annotated[SeededProtocol | FoldsProtocol | ListProtocol, Field(discriminator="kind")]
+Protocol = Annotated[SeededProtocol | FoldsProtocol | SplitsFileProtocol | ListProtocol, Field(discriminator="kind")]
 
 
 class DatasetConfig(Strict):
@@ -333,7 +352,12 @@ class Experiment(Budget):
     @property
     def cross_validated(self) -> bool:
         """Whether draws differ in their test subjects, so that the ceiling has draws, too."""
-        return isinstance(self.division, FoldsProtocol)
+        return isinstance(self.division, CrossValidation)
+
+    @property
+    def pretrained_by_draw(self) -> bool:
+        """Whether every draw has a pre-training of its own, which does not see the subjects that the draw tests."""
+        return self.cross_validated and not self.division.transductive
 
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
@@ -364,6 +388,7 @@ class RunParameters(Strict):
 
 
 class PretrainParameters(RunParameters):
+    draw: Count = 1  # whose test subjects it must not see, where draws differ in them
     stage: Natural = 0  # of the method; those before it are its parents
 
 
@@ -542,6 +567,9 @@ def resolve(
     tree = budget.model_dump(exclude={"name", "title", "network_3d"}) | methods[method].model_dump(exclude={"title"})
     tree |= {"method": method, "profile": budget.name, "protocol": protocol, "unlabelled": None}
     tree |= {"dataset": data.model_dump(), "geometry": geometry[budget.name].model_dump()}
+    if isinstance(division := data.protocols[protocol], SplitsFileProtocol):  # what it holds decides, not its name
+        folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
+        tree["dataset"]["protocols"][protocol] |= {"file": "", "folds": [fold.model_dump() for fold in folds]}
     if dimensions == 3:
         tree["network"] = budget.network_3d.model_dump()
     for text in overrides:

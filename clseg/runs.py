@@ -263,9 +263,9 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
     others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
     network, seen, held_out = build_network(run, store), store.only(split.labelled, others), store.only(split.validation)
-    rows = seen.rows(split.labelled, labelled=True), seen.rows(others)
+    labelled = seen.rows(split.labelled, labelled=True)
     torch.manual_seed(seed_of(seed, "recipe"))
-    work = Work(network, seen, rows[0], run.finetune.batch, seed, run.steps, rows[1])
+    work = Work(network, seen, labelled, run.finetune.batch, seed, run.steps, seen.rows(others))
     training, every = RECIPES[recipe.recipe](work, recipe), run.finetune.validate_every
 
     def validate() -> float:

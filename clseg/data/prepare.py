@@ -10,8 +10,10 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,6 +143,23 @@ def to_native(probability: Tensor, resampled: Sequence[int], native: Sequence[in
     return np.stack([plane.argmax(0).byte().numpy() for plane in native_slices(probability, resampled, native)])
 
 
+@dataclass(frozen=True)
+class _Guarded:
+    """An array whose first axis are slices, of which those of `open` volumes can be read."""
+
+    array: np.ndarray
+    name: str  # in messages
+    volume: np.ndarray  # of each slice
+    subject: np.ndarray  # of each volume
+    open: np.ndarray  # of each volume, bool
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        volume = np.unique(self.volume[index[0] if isinstance(index, tuple) else index])
+        if closed := sorted(set(self.subject[volume[~self.open[volume]]])):
+            raise ValueError(f"{self.name} of {', '.join(closed)} must not be seen here")
+        return self.array[index]
+
+
 class Store:
     """A prepared data set, memory-mapped.
 
@@ -184,11 +203,27 @@ class Store:
         except (OSError, ValueError, zlib.error):
             raise RequestError(f"{self.folder}/{name}: is incomplete; delete {self.folder}, it is made again") from None
 
+    def only(self, labelled: Iterable[str] = (), unlabelled: Iterable[str] = ()) -> "Store":
+        """A view of the same files that hands over slices of these subjects alone, and no labels of the second ones.
+
+        Slices keep their ids. Asked for anything else it raises a `ValueError` that names the subject.
+        """
+        labelled, view = set(labelled), copy(self)
+        view.subjects = tuple(sorted(labelled.union(unlabelled).intersection(self.subjects)))
+        view._subject = pd.Index(view.subjects).get_indexer(self.volumes["subject"])
+        shown = self.volumes["labelled"] & self.volumes["subject"].isin(labelled)
+        view.volumes = self.volumes.assign(labelled=shown)
+        view.labelled_subjects = tuple(sorted({*self.volumes["subject"][shown]}))
+        about = self._volume, self.volumes["subject"].to_numpy()
+        view.images = _Guarded(self.images, "images", *about, view._subject >= 0)
+        view.labels = _Guarded(self.labels, "labels", *about, shown.to_numpy())
+        return view
+
     def rows(self, subjects: Iterable[str], labelled: bool | None = None) -> np.ndarray:
         """Slice ids of these subjects, of their labelled (True), unlabelled (False) or all volumes (None), in order."""
         subjects = set(subjects)
         if unknown := sorted(subjects - set(self.subjects)):
-            raise ValueError(f"not in the store: {', '.join(unknown)}")
+            raise ValueError(f"not in the store, or not to be seen here: {', '.join(unknown)}")
         chosen = self.volumes["subject"].isin(subjects)
         if labelled is not None:
             chosen &= self.volumes["labelled"] == labelled
@@ -207,12 +242,14 @@ class Store:
         rows = np.asarray(rows, dtype=np.int64)
         volume, position = self._volume[rows], self.slices["position"].to_numpy(np.float32)[rows]
         windows = [rows] if self.dimensions == 2 else [self._window(row, generator) for row in rows]
-        image, label = ([torch.from_numpy(np.array(a[w])) for w in windows] for a in (self.images, self.labels))
+        known = self.volumes["labelled"].to_numpy()[volume].all()
+        image = [torch.from_numpy(np.array(self.images[window])) for window in windows]
+        label = [torch.from_numpy(np.array(self.labels[window])) for window in windows if known]
         if self.dimensions == 3:
             image = [fit(block.movedim(0, 1), self.size)[None] for block in image]  # [1, C, D, H, W]
             label = [fit(block, self.size)[None] for block in label]
         image = torch.cat([block.float() for block in image])  # under autocast `cat` takes no float16
-        label = torch.cat(label).to(device).long() if self.volumes["labelled"].to_numpy()[volume].all() else None
+        label = torch.cat(label).to(device).long() if known else None
         numbers = map(torch.from_numpy, (rows, volume, self._subject[volume], position))
         return SliceBatch(image, label, *numbers).to(device)
 

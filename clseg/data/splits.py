@@ -1,13 +1,15 @@
 """Which subjects pre-train, carry labels, validate and test; disjoint by subject."""
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from clseg.config import FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
+from clseg.config import CrossValidation, Fold, FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
 
 Count = int | Literal["all"]  # of subjects with labels
 Sets = tuple[list[str], list[str], list[str], list[str]]  # those of `Split`
@@ -32,8 +34,8 @@ def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
 
 def available_draws(protocol: Protocol, labelled: Count) -> list[int] | None:
     """The draws that exist for so many labelled subjects; None: any number of them."""
-    if isinstance(protocol, FoldsProtocol):
-        return list(range(1, protocol.folds + 1))
+    if isinstance(protocol, CrossValidation):
+        return list(range(1, _number(protocol) + 1))
     if labelled == "all":
         return [1]
     return None if isinstance(protocol, SeededProtocol) else sorted(protocol.labelled.get(labelled, {}))
@@ -48,7 +50,7 @@ def make_split(
     """
     if draw < 1 or (labelled != "all" and labelled < 1):
         raise ValueError(f"labelled and draw start at 1 (given: {labelled}, {draw})")
-    make = {SeededProtocol: _seeded, FoldsProtocol: _folds, ListProtocol: _listed}[type(protocol)]
+    make = {SeededProtocol: _seeded, ListProtocol: _listed}.get(type(protocol), _cross_validated)
     sets = make(protocol, sorted(set(subjects)), sorted(set(labelled_subjects)), labelled, draw)
     split = Split(*map(tuple, sets))
     if protocol.transductive:
@@ -75,25 +77,43 @@ def _seeded(protocol: SeededProtocol, subjects: list[str], with_label: list[str]
     return pretrain, sorted(pool) if labelled == "all" else chosen, validation, test
 
 
-def _folds(protocol: FoldsProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
-    """Draw f tests on fold f; the n-subject set is the start of one random order of the other folds.
+def _number(protocol: CrossValidation) -> int:
+    """How many folds it has."""
+    return protocol.folds if isinstance(protocol, FoldsProtocol) else len(protocol.folds)
 
-    Source: released code of Zeng et al., the same subjects as scikit-learn's shuffled `KFold`, then `random.sample`.
+
+def _cross_validated(
+    protocol: CrossValidation, subjects: list[str], with_label: list[str], labelled: Count, draw: int
+) -> Sets:
+    """Draw f tests on fold f; the n-subject set is the start of one random order of the fold's training subjects.
+
+    Folds of a file: those of nnU-Net. Its `val` are tested, as it does not train on them; validation subjects are drawn
+    from its `train`, of which those without labels are left to pre-training. A file that `write_splits` wrote gives the
+    sets that were written. Random folds: source: released code of Zeng et al., the same subjects as scikit-learn's
+    shuffled `KFold`, then `random.sample`.
     *Deviation*: there the epoch is chosen on the test fold, here by `validation` subjects, the last of that order.
     """
-    if not protocol.transductive:  # one pre-training serves all folds, so it sees subjects that are tested
-        raise RequestError("protocol of folds: its folds share one pre-training; declare `transductive: true`")
-    if draw > protocol.folds:
-        raise RequestError(f"draw={draw}: the protocol has {protocol.folds} folds; draws are numbered by them")
-    shuffled = np.random.RandomState(protocol.seed).permutation(with_label).tolist()
-    test = sorted(np.array_split(shuffled, protocol.folds)[draw - 1].tolist())
-    others = sorted(set(with_label) - set(test))
-    order = random.Random(protocol.draw_seed).sample(others, len(others))
-    pool, validation = order[: -protocol.validation], order[-protocol.validation :]
-    if labelled != "all" and labelled > len(pool):
+    if draw > _number(protocol):
+        raise RequestError(f"draw={draw}: the protocol has {_number(protocol)} folds; draws are numbered by them")
+    if isinstance(protocol, FoldsProtocol):
+        shuffled = np.random.RandomState(protocol.seed).permutation(with_label).tolist()
+        test = np.array_split(shuffled, protocol.folds)[draw - 1].tolist()
+        fold = Fold(train=sorted(set(with_label) - set(test)), val=sorted(test))
+    else:
+        fold = protocol.folds[draw - 1]
+        _require({*fold.train, *fold.pretrain}, {*fold.val, *fold.validation}, subjects, with_label)
+    pool, validation = [subject for subject in fold.train if subject in with_label], fold.validation
+    if not validation:
+        order = random.Random(protocol.draw_seed).sample(sorted(pool), len(pool))
+        pool, validation = order[: -protocol.validation], order[-protocol.validation :]
+    if (1 if labelled == "all" else labelled) > len(pool):
         raise RequestError(f"labelled={labelled}: fold {draw} leaves {len(pool)} subjects beside test and validation")
     everyone = np.random.default_rng(protocol.seed).permutation(subjects).tolist()
-    return everyone, sorted(pool) if labelled == "all" else pool[:labelled], validation, test
+    seen = set(subjects)
+    if not protocol.transductive:
+        seen = {*fold.train, *seen.difference(with_label)} - {*fold.val, *validation}
+    pretrain = fold.pretrain or [subject for subject in everyone if subject in seen]
+    return pretrain, sorted(pool) if labelled == "all" else pool[:labelled], validation, fold.val
 
 
 def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], labelled: Count, draw: int) -> Sets:
@@ -106,9 +126,32 @@ def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], 
         asked = f"labelled={labelled}, draw={draw}" if draws else f"labelled={labelled}"
         offered = ", ".join(map(str, sorted(draws or protocol.labelled)))
         raise RequestError(f"{asked}: the published lists offer {offered}")
-    labels_needed = {*chosen, *validation, *test}
-    if absent := sorted({*protocol.pretrain, *labels_needed} - set(subjects)):
-        raise RequestError(f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}")
-    if bare := sorted(labels_needed - set(with_label)):
-        raise RequestError(f"the protocol needs labels of subjects that have none: {', '.join(bare)}")
+    _require(set(protocol.pretrain), {*chosen, *validation, *test}, subjects, with_label)
     return protocol.pretrain, chosen, validation, test
+
+
+def _require(images: set[str], labels: set[str], subjects: list[str], with_label: list[str]) -> None:
+    """Raise `RequestError` unless the folder has these images and labels."""
+    if absent := sorted((images | labels) - set(subjects)):
+        raise RequestError(f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}")
+    if bare := sorted(labels - set(with_label)):
+        raise RequestError(f"the protocol needs labels of subjects that have none: {', '.join(bare)}")
+
+
+def write_splits(path: Path, splits: Iterable[Split]) -> None:
+    """Splits, a draw each, as folds of an nnU-Net `splits_final.json`: `train` the labelled subjects, `val` those that
+    are tested. nnU-Net passes over the two other sets, which are there for `SplitsFileProtocol` to read.
+
+    Equal splits are written once. Raises `RequestError` for several numbers of labelled subjects, whose folds would not
+    be draws of one thing, or if the file cannot be written.
+    """
+    splits = list(dict.fromkeys(splits))
+    if len(counts := sorted({len(split.labelled) for split in splits})) != 1:
+        several = f"{path}: splits have {', '.join(map(str, counts)) or 'no'} labelled subjects"
+        raise RequestError(f"{several}; choose one number, for example --set study.labelled=[1]")
+    sets = {"train": "labelled", "val": "test", "validation": "validation", "pretrain": "pretrain"}
+    folds = [{name: getattr(split, own) for name, own in sets.items()} for split in splits]
+    try:
+        path.write_text(json.dumps(folds, indent=4) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
