@@ -22,6 +22,7 @@ from clseg.stages.contrast import draw_batch
 dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
 profile: str = "smoke"  # smoke, laptop or paper: how much is computed
 method: str = "gd"  # a name in params/methods.yaml; one with a pre-training stage
+draw: int = 1  # whose test subjects it must not see, where draws differ in them
 stage: int = 0  # which of the method's stages, from 0; the ones before it are done first
 protocol: str = ""  # how subjects are divided; "" is the data set's first
 dimensions: int = 2  # 3: blocks of slices instead of slices
