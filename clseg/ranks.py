@@ -100,7 +100,8 @@ class _Norm(_BatchNorm):
     def forward(self, rows: Tensor) -> Tensor:
         if not self.training:
             return super().forward(rows)
-        axes, shape, value = [0, *range(2, rows.ndim)], [1, -1, *[1] * (rows.ndim - 2)], rows.float()
+        axes, shape = [0, *range(2, rows.ndim)], [1, -1, *[1] * (rows.ndim - 2)]
+        value = rows.to(torch.promote_types(rows.dtype, torch.float32))
         mean = gather(value.mean(axes)[None]).mean(0)  # [C]
         centred = value - mean.view(shape)
         variance = gather(centred.square().mean(axes)[None]).mean(0)  # [C]
