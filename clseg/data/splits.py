@@ -142,15 +142,10 @@ def write_splits(path: Path, splits: Iterable[Split]) -> None:
     """Splits, a draw each, as folds of an nnU-Net `splits_final.json`: `train` the labelled subjects, `val` those that
     are tested. nnU-Net passes over the two other sets, which are there for `SplitsFileProtocol` to read.
 
-    Equal splits are written once. Raises `RequestError` for several numbers of labelled subjects, whose folds would not
-    be draws of one thing, or if the file cannot be written.
+    Equal splits are written once. Raises `RequestError` if the file cannot be written.
     """
-    splits = list(dict.fromkeys(splits))
-    if len(counts := sorted({len(split.labelled) for split in splits})) != 1:
-        several = f"{path}: splits have {', '.join(map(str, counts)) or 'no'} labelled subjects"
-        raise RequestError(f"{several}; choose one number, for example --set study.labelled=[1]")
     sets = {"train": "labelled", "val": "test", "validation": "validation", "pretrain": "pretrain"}
-    folds = [{name: getattr(split, own) for name, own in sets.items()} for split in splits]
+    folds = [{name: getattr(split, own) for name, own in sets.items()} for split in dict.fromkeys(splits)]
     try:
         path.write_text(json.dumps(folds, indent=4) + "\n", encoding="utf-8")
     except OSError as error:

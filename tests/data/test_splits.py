@@ -1,13 +1,24 @@
 """Splits: the published lists exactly, nested seeded draws, and no subject where it must not be."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
 from clseg import config
-from clseg.config import FoldsProtocol, ListProtocol, RequestError, SeededProtocol
-from clseg.data.splits import available_draws, make_split, unlabelled
+from clseg.config import (
+    Fold,
+    FoldsProtocol,
+    ListProtocol,
+    PretrainParameters,
+    RequestError,
+    SeededProtocol,
+    SplitsFileProtocol,
+)
+from clseg.data.splits import Split, available_draws, make_split, unlabelled, write_splits
+from clseg.runs import finetune_run, pretrain_run
 
 
 def ids(*numbers):
@@ -208,10 +219,168 @@ def test_folds(subjects, count, seed, draw_seed):
         folds(everyone, 1, count + 1, **options)
 
 
-def test_folds_say_aloud_that_the_pretraining_sees_their_test_subjects():
-    with pytest.raises(RequestError, match="transductive: true"):
-        folds(ALL, 2, 1, transductive=False)
-    assert available_draws(FoldsProtocol(kind="folds", transductive=True), "all") == [1, 2, 3, 4, 5]
+def test_folds_that_are_not_transductive_leave_their_test_subjects_out_of_pretraining():
+    """And those that validate; the sets with labels stay as they are."""
+    everyone = (*ALL, "bare1", "bare2")
+    protocol = FoldsProtocol(kind="folds")
+    assert available_draws(FoldsProtocol(kind="folds"), "all") == [1, 2, 3, 4, 5]
+    seen = [make_split(protocol, everyone, ALL, 2, draw) for draw in range(1, 6)]
+    assert sorted(subject for split in seen for subject in split.test) == sorted(ALL)
+    for draw, split in enumerate(seen, start=1):
+        assert set(split.pretrain) == set(everyone) - {*split.validation, *split.test}
+        other = make_split(protocol.model_copy(update={"transductive": True}), everyone, ALL, 2, draw)
+        assert (split.labelled, split.validation, split.test) == (other.labelled, other.validation, other.test)
+
+
+# ------------------------------------------------------------------------------------------------- folds of nnU-Net
+
+
+def from_file(path, validation=2, **options):
+    folds = [Fold(**fold) for fold in json.loads(path.read_text())]
+    return SplitsFileProtocol(kind="splits_file", folds=folds, validation=validation, **options)
+
+
+@pytest.fixture
+def nnunet(tmp_path):
+    """What nnU-Net writes for twelve cases: five folds of scikit-learn, seed 12345."""
+    cases = ids(*range(1, 13))
+    parts = KFold(5, shuffle=True, random_state=12345).split(cases)
+    folds = [{"train": [cases[k] for k in train], "val": [cases[k] for k in test]} for train, test in parts]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds, indent=4, sort_keys=True))
+    return tmp_path / "splits_final.json"
+
+
+@pytest.mark.parametrize("transductive", [False, True])
+def test_folds_of_a_file(nnunet, transductive):
+    """`val` is tested; of `train` the last of a random order validate and the others get labels, or only pre-train."""
+    cases, bare, stray = ids(*range(1, 13)), ("bare1", "bare2"), "patient999"  # in no fold, though it has labels
+    protocol, folds = from_file(nnunet, transductive=transductive), json.loads(nnunet.read_text())
+    assert available_draws(protocol, 3) == available_draws(protocol, "all") == [1, 2, 3, 4, 5]
+    for draw, fold in enumerate(folds, start=1):
+        given = protocol, (*cases, *bare, stray), (*cases, stray)
+        whole = make_split(*given, "all", draw)
+        splits = [make_split(*given, n, draw) for n in range(1, len(whole.labelled) + 1)]
+        assert set(whole.test) == set(fold["val"])
+        assert {*whole.labelled, *whole.validation} == set(fold["train"])
+        assert len(whole.validation) == 2
+        assert set(splits[-1].labelled) == set(whole.labelled)
+        for n, split in enumerate(splits, start=1):
+            assert split.labelled == splits[-1].labelled[:n]
+            assert (split.pretrain, split.validation, split.test) == (whole.pretrain, whole.validation, whole.test)
+        everyone = {*fold["train"], *bare} - {*whole.validation}
+        assert set(whole.pretrain) == ({*cases, *bare, stray} if transductive else everyone)
+        with pytest.raises(RequestError, match=f"leaves {len(splits)} subjects"):
+            make_split(*given, len(splits) + 1, draw)
+    with pytest.raises(RequestError, match=r"draw=6: .* 5 folds"):
+        make_split(*given, 1, 6)
+
+
+def test_training_subjects_of_a_file_that_have_no_labels_pre_train(nnunet):
+    cases, protocol = ids(*range(1, 13)), from_file(nnunet)
+    fold = protocol.folds[0]
+    with_label = [*fold.train[:5], *fold.val]
+    split = make_split(protocol, cases, with_label, "all", 1)
+    assert {*split.labelled, *split.validation} == set(fold.train[:5])
+    assert set(split.pretrain) == set(fold.train) - set(split.validation)
+    with pytest.raises(RequestError, match=f"labels of subjects that have none: {fold.val[0]}"):
+        make_split(protocol, cases, [case for case in with_label if case != fold.val[0]], 1, 1)
+    with pytest.raises(RequestError, match="labelled=all: fold 1 leaves 0 subjects"):
+        make_split(protocol, cases, [*fold.train[:2], *fold.val], "all", 1)
+
+
+@given(
+    subjects=st.integers(10, 40),
+    kind=st.sampled_from(["seeded", "folds", "lists"]),
+    labelled=st.sampled_from([1, 2, "all"]),
+    transductive=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_written_splits_are_read_as_they_were(tmp_path_factory, subjects, kind, labelled, transductive, seed):
+    with_label, path = ids(*range(subjects)), tmp_path_factory.mktemp("written") / "splits_final.json"
+    everyone = (*with_label, "bare")
+    lists = {"pretrain": list(with_label[4:]), "test": list(with_label[:2]), "validation": list(with_label[2:4])}
+    lists |= {"labelled": {n: {draw: list(with_label[4 : 4 + n]) for draw in (1, 2)} for n in (1, 2)}}
+    options = {
+        "seeded": {"test": 3, "validation": 2, "seed": seed},
+        "folds": {"folds": 3, "seed": seed},
+        "lists": lists,
+    }
+    protocol = {"seeded": SeededProtocol, "folds": FoldsProtocol, "lists": ListProtocol}[kind](
+        kind=kind, transductive=transductive, **options[kind]
+    )
+    splits = [
+        make_split(protocol, everyone, with_label, labelled, d) for d in available_draws(protocol, labelled) or [1]
+    ]
+    write_splits(path, splits)
+    found = from_file(path, transductive=transductive)
+    again = [make_split(found, everyone, with_label, len(splits[d - 1].labelled), d) for d in available_draws(found, 1)]
+    assert again == list(dict.fromkeys(splits))
+    for fold, split in zip(json.loads(path.read_text()), again, strict=True):  # as nnU-Net reads it
+        assert (tuple(fold["train"]), tuple(fold["val"])) == (split.labelled, split.test)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(RequestError, match=r"splits_final\.json: cannot be written"):
+        write_splits(tmp_path / "none" / "splits_final.json", [Split((), ("a",), ("v",), ("t",))])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def cases(nnunet, monkeypatch):
+    """Parameters of runs on twelve labelled cases whose folder holds the folds of nnU-Net."""
+    monkeypatch.setenv("CLSEG_DATA", str(nnunet.parent))
+    about = config.read_dataset("hippocampus").model_dump(exclude_defaults=True)
+    about |= {"name": "cases", "folder": ".", "protocols": {"nnunet": {"kind": "splits_file"}}}
+    (nnunet.parent / "cases.yaml").write_text(json.dumps(about))  # JSON is YAML
+    return {"dataset": str(nnunet.parent / "cases.yaml"), "profile": "smoke", "method": "gd+lr"}
+
+
+def test_a_study_reads_the_file_and_its_runs_are_named_by_what_it_holds(cases, nnunet):
+    def run(**changes):
+        return finetune_run(config.FinetuneParameters(**cases | changes))
+
+    first, second = run(), run(draw=2)
+    assert first.experiment.division.folds == from_file(nnunet).folds
+    names = {r.name for draw in (first, second) for r in (draw, draw.parent, draw.parent.parent)}
+    assert len(names) == 6  # a pre-training for each draw, as they differ in their test subjects
+    assert all(f"draw{draw}" in r.name for draw, base in ((1, first), (2, second)) for r in base.ancestors)
+    assert run(labelled=2).parent.name == first.parent.name
+    again = pretrain_run(PretrainParameters(**cases, stage=1, draw=2))
+    assert again.name == second.parent.name
+    shared = {name: run(overrides=["dataset.protocols.nnunet.transductive=true"], draw=name).parent for name in (1, 2)}
+    assert shared[1].name == shared[2].name
+    folds = json.loads(nnunet.read_text())
+    nnunet.with_name("moved.json").write_text(json.dumps(folds))
+    about = json.loads((nnunet.parent / "cases.yaml").read_text())
+    about["protocols"]["nnunet"]["file"] = "moved.json"
+    (nnunet.parent / "moved.yaml").write_text(json.dumps(about))
+    assert run(dataset=str(nnunet.parent / "moved.yaml")).name == first.name
+    nnunet.with_name("moved.json").write_text(json.dumps(folds[1:]))
+    assert run(dataset=str(nnunet.parent / "moved.yaml")).name != first.name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("[]", "at least 1 item"),
+        ("{}", "valid list"),
+        ('[{"train": ["a"]}]', "0.val: Field required"),
+        ('[{"train": ["a"], "val": "b"}]', "0.val: .*valid list"),
+        ('[{"train": ["a"], "val": ["b"], "vall": []}]', "unknown key 'vall', did you mean 'val'"),
+        ('[{"train": ["a"', "not valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_folds_is_refused_by_name(cases, nnunet, text, message):
+    nnunet.unlink() if text is None else nnunet.write_text(text)
+    with pytest.raises(RequestError, match=f"splits_final.json: .*{message}"):
+        config.resolve(cases["dataset"], "smoke", "random")
+
+
+def test_cases_that_are_not_there_are_named(nnunet):
+    with pytest.raises(RequestError, match="lacks: patient001, patient007"):
+        make_split(from_file(nnunet), set(ids(*range(1, 13))) - set(ids(1, 7)), ids(2, 3, 4, 5, 6), 1, 1)
 
 
 def test_limit_of_unlabelled_subjects_is_nested(published):
