@@ -4,7 +4,6 @@ Decathlon and nnU-Net v2 folders name their files in `dataset.json`; elsewhere i
 proposed geometry keeps the median spacing and holds the median volume and the labels of 95 % of the volumes.
 """
 
-import hashlib
 import os
 import re
 import time
@@ -22,9 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
 from clseg import config
-from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, SeededProtocol
+from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, SeededProtocol, writing
 from clseg.data.formats import Volume, VolumeRef, class_names, nifti_volume, photograph, read, scan
-from clseg.data.prepare import normalise
+from clseg.data.prepare import normalise, require_new
 from clseg.loop import device, write_atomically
 from clseg.models import UNet
 
@@ -174,7 +173,8 @@ def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetCon
     if not len(spacings):
         geometry = {name: Geometry(size=[side, side], resize=True) for name, side in sides.items()}
         return dataset.model_copy(update=changes | {"geometry": geometry, "positions": "unknown"})
-    mm = {name: round(float(max(pixel_mm, field_mm / side)), 3) for name, side in sides.items()}
+    exact_mm = {name: float(max(pixel_mm, field_mm / side)) for name, side in sides.items()}
+    mm = {name: round(value, 3) or value for name, value in exact_mm.items()}
     changes["geometry"] = {name: Geometry(size=[side, side], spacing_mm=mm[name]) for name, side in sides.items()}
     if slices >= 8:
         slice_mm, changes["geometry_3d"] = round(float(np.median(spacings[:, 0])), 3), {}
@@ -238,12 +238,9 @@ def check(folder: Path | str, name: str = "") -> Report:
         try:
             volume = read(ref, draft)
             normalise(volume, draft.normalisation, ref.source)
+            require_new(volume, ref, seen)
         except RequestError as error:
             problems.append(str(error))
-            continue
-        twin = seen.setdefault(hashlib.sha256(volume.image.tobytes()).digest(), ref)
-        if twin is not ref:
-            problems.append(f"{ref.source}: is the same image as {twin.source}; remove one, or a set may hold both")
             continue
         report.volumes.append(_about(volume, ref, draft))
     counts = Counter(v["channels"] for v in report.volumes)
@@ -322,7 +319,5 @@ def write(dataset: DatasetConfig, path: Path) -> None:
     if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in config.names("datasets"):
         raise RequestError(f"{path}: is there already, or a known data set, or no .yaml; choose another name")
     text = yaml.safe_dump(dataset.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
-    try:
+    with writing(path, "choose another place"):
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None

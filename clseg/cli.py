@@ -25,6 +25,7 @@ def _absolute(dataset: str) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from clseg import grid, paths, runs  # torch is imported only where it is needed
+    from clseg.data.formats import listed
     from clseg.loop import code_digest
 
     _set_roots(arguments)
@@ -41,14 +42,20 @@ def _run(arguments: argparse.Namespace) -> int:
         for run in plan.all:
             print(f"{'done ' if run.name in done else 'to do'}  {run.name}")
         return 0
-    stores = {}  # prepared here, once, so that workers only open them and wrong data end the command at once
+    # prepared here, once, so that workers only open them and wrong data end the command; subjects are counted first
+    for look in (lambda experiment: listed(experiment.dataset), runs.open_store):
+        stores = {}
+        for run in plan.all:
+            data = config.digest(run.experiment.data_key())
+            if data not in stores:
+                stores[data] = look(run.experiment)
+            runs.split_of(run, stores[data])
     for run in plan.all:
-        data = config.digest(run.experiment.data_key())
-        if data not in stores:
-            stores[data] = runs.open_store(run.experiment)
-        runs.split_of(run, stores[data])
         if run.name in done:
-            runs.require_same_files(run, stores[data])
+            runs.require_same_files(run, stores[config.digest(run.experiment.data_key())])
+    for run in plan.all:
+        if reason := runs.flaw(run.folder):
+            print(f"clseg: {run.folder}: {reason}; it is made again", file=sys.stderr)
     if other := [run for run in plan.all if run.name in done and runs.code_of(run) != code_digest()]:
         kept = f"{len(other)} finished runs were made by other code of clseg and are kept, such as {other[0].folder}"
         print(f"clseg: {kept}; move them away to have them made again", file=sys.stderr)
@@ -99,7 +106,8 @@ def _table(arguments: argparse.Namespace) -> int:
         example = "run a study first, for example clseg run quickstart"
         raise RequestError(f"{root}: holds no finished fine-tuning; {example}")
     if arguments.out:
-        runs.write_table(Path(arguments.out), table)
+        with config.writing(arguments.out, "choose another --out"):
+            runs.write_table(Path(arguments.out), table)
     else:
         sys.stdout.write(table.to_csv(index=False, float_format="%.6f"))
     return 0
@@ -241,7 +249,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # what the machine refuses, such as a full disk
         remedy = "mend that and give the same command: it goes on from here"
-        print(f"clseg: {error.filename or 'the machine'}: {error.strerror or error}; {remedy}", file=sys.stderr)
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"clseg: {problem}; {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("clseg: interrupted; the same command goes on from here", file=sys.stderr)

@@ -7,20 +7,50 @@ import ast
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from clseg import paths
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and what breaks a line
+
 
 class RequestError(Exception):
-    """The request or the data are wrong: one sentence that names the file or key and what to do."""
+    """The request or the data are wrong: one sentence, on one line, that names the file or key and what to do."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(UNPRINTABLE.sub(lambda character: ascii(character[0])[1:-1], sentence))
+
+
+@contextmanager
+def reading(path: Path | str, kind: str, remedy: str = "replace the file") -> Iterator[None]:
+    """Make one sentence of what a library raises on a file that is absent or damaged; that can be almost anything."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
+        where = getattr(error, "filename", None) or path
+        raise RequestError(f"{where}: cannot be read or is not valid {kind} ({reason}); {remedy}") from None
+
+
+@contextmanager
+def writing(path: Path | str, remedy: str) -> Iterator[None]:
+    """Make one sentence of what the machine refuses, such as a folder without permission or a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -33,7 +63,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 class Strict(BaseModel):
     """Base of all parameters: no unknown keys, no silent conversion, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -45,25 +75,35 @@ class Strict(BaseModel):
 
 
 AnyStrict = TypeVar("AnyStrict", bound=Strict)
-Natural = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=80)]  # of a folder: it leads nowhere else
+LabelValue = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Several = Annotated[int, Field(ge=2, lt=2**31)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
 UpToFive = Annotated[int, Field(ge=1, le=5)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Step = Annotated[float, Field(ge=1e-9, le=1e9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Plane = Annotated[list[Count], Field(min_length=2, max_length=2)]
-Sides = Annotated[list[Count], Field(min_length=2, max_length=3)]
+Plane = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
+Sides = Annotated[list[Pixels], Field(min_length=2, max_length=3)]
 
 
 class Geometry(Strict):
     size: Sides  # of the network: [H, W], in 3-D [D, H, W] of a patch
-    spacing_mm: Positive | None = None  # of a pixel in the plane; None: it is `step_px` native ones
-    step_px: Positive = 1.0
-    slice_mm: Positive | None = None  # 3-D: slices are resampled to it; None: kept
+    spacing_mm: Step | None = None  # of a pixel in the plane; None: it is `step_px` native ones
+    step_px: Step = 1.0
+    slice_mm: Step | None = None  # 3-D: slices are resampled to it; None: kept
     plane: Plane | None = None  # 3-D: [H, W] as stored, of which patches are taken; None: that of `size`
     resize: bool = False  # photographs are resized to `size`, not cropped or padded
+
+    @model_validator(mode="after")
+    def _holds_patches(self) -> "Geometry":
+        if self.plane and (self.dimensions == 2 or self.plane[0] < self.size[1] or self.plane[1] < self.size[2]):
+            raise ValueError(f"plane {self.plane} must hold 3-D patches of {self.size[-2:]}; enlarge or remove it")
+        return self
 
     @property
     def dimensions(self) -> int:
@@ -80,13 +120,13 @@ class SeededProtocol(Strict):
     kind: Literal["seeded"]
     test: Count  # subjects, drawn first
     validation: Count  # subjects; the rest is the pool of nested draws
-    seed: int = 0
+    seed: Natural = 0
     transductive: bool = False
 
 
 class CrossValidation(Strict):
-    seed: int = 12345  # of random folds, and of which subjects a limit on those of pre-training leaves
-    draw_seed: int = 1234  # of labelled and validation subjects, from the other folds
+    seed: Natural = 12345  # of random folds, and of which subjects a limit on those of pre-training leaves
+    draw_seed: Natural = 1234  # of labelled and validation subjects, from the other folds
     validation: Count = 2
     transductive: bool = False  # else every draw has a pre-training of its own
 
@@ -127,7 +167,7 @@ Protocol = Annotated[SeededProtocol | FoldsProtocol | SplitsFileProtocol | ListP
 
 
 class DatasetConfig(Strict):
-    name: str
+    name: Name
     title: str
     description: str
     adapter: str
@@ -139,7 +179,7 @@ class DatasetConfig(Strict):
     citation: str = ""
     download_size: str = ""
     channels: Count = 1
-    classes: dict[int, str] = {}  # label value in the files -> name, empty where the adapter knows
+    classes: dict[LabelValue, str] = {}  # label value in the files -> name, empty where the adapter knows
     phases: list[str] = []  # those used, empty for all
     positions: Literal["known", "unknown"] = "known"
     threshold: Positive | None = None  # of positional contrast
@@ -284,12 +324,24 @@ class MethodConfig(Strict):
 
 class NetworkConfig(Strict):
     architecture: Literal["glcl", "pcl"] = "glcl"  # Chaitanya et al., Zeng et al.
-    filters: Annotated[list[Count], Field(min_length=2)] = [16, 32, 64, 128, 128, 128]  # finest level first
+    filters: Annotated[list[Pixels], Field(min_length=2, max_length=12)] = [
+        16,
+        32,
+        64,
+        128,
+        128,
+        128,
+    ]  # finest level first
     norm_momentum: Share = 0.01  # of a new batch in the running averages
 
     @property
     def coarsest(self) -> int:  # pixels of the image side per pixel of the deepest level
         return 2 ** (len(self.filters) - 1)
+
+    def require_sides(self, size: list[int]) -> None:
+        """Raise `ValueError` unless every level halves the sides of an image."""
+        if wrong := [side for side in size if side % self.coarsest]:
+            raise ValueError(f"geometry.size: {wrong[0]} is no multiple of {self.coarsest}, as network.filters needs")
 
 
 class PretrainBudget(Strict):
@@ -305,7 +357,7 @@ class FinetuneBudget(Strict):
 
 
 class Budget(Strict):
-    threads: Count = 1  # of a CPU, per run
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1  # of a CPU, per run
     precision: Literal["float32", "bf16"] = "float32"
     checkpoint_every: Count = 100  # so many steps
     network: NetworkConfig = NetworkConfig()
@@ -314,7 +366,7 @@ class Budget(Strict):
 
 
 class ProfileConfig(Budget):
-    name: str
+    name: Name
     title: str
     network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
@@ -334,9 +386,9 @@ class Experiment(Budget):
 
     @model_validator(mode="after")
     def _fits(self) -> "Experiment":
-        if wrong := [side for side in self.geometry.size if side % self.network.coarsest]:
-            coarsest = self.network.coarsest
-            raise ValueError(f"geometry.size: {wrong[0]} is no multiple of {coarsest}, as network.filters needs")
+        self.network.require_sides(self.geometry.size)
+        if self.protocol not in (known := self.dataset.protocols):
+            raise ValueError(f"protocol {self.protocol!r} is not known, {nearest(self.protocol, known)}")
         kinds = [getattr(stage, "pairs", stage.stage) for stage in self.stages]
         if "cluster" in kinds and "autoencoder" not in kinds[: kinds.index("cluster")]:
             raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
@@ -421,16 +473,16 @@ class FigureParameters(Strict):  # which study's table a figure notebook reads
 class Axis(Strict):  # one ablated key and its values; the other keys stay as they are
     name: str
     key: str
-    values: list[Any]
+    values: list[JsonValue]
     methods: list[str]
 
 
 class StudyConfig(Strict):
     """A grid (method x labelled x draw x seed) on the first of `datasets`, and the notebook of its figures."""
 
-    name: str
+    name: Name
     title: str
-    notebook: str
+    notebook: Name
     datasets: Annotated[list[str], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
     labelled: Annotated[list[Count], Field(min_length=1)]
@@ -441,6 +493,33 @@ class StudyConfig(Strict):
     pretrain_dataset: str = ""
     axes: list[Axis] = []
     set: dict[str, list[str]] = {}  # overrides of this study, by profile
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """`yaml.safe_load` that also refuses a key given twice, and aliases that hold themselves or explode."""
+
+    MOST_NODES = 1_000_000
+
+    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        node, parts = super().compose_node(parent, index), []
+        if hasattr(node, "nodes"):  # an alias of what is complete
+            return node
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+            keys = Counter((key.tag, key.value) for key in parts[::2] if isinstance(key, yaml.ScalarNode))
+            if twice := [name for (_, name), count in keys.items() if count > 1]:
+                raise yaml.YAMLError(f"key {twice[0]!r} is there twice")
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        node.nodes = 1 + sum(getattr(part, "nodes", self.MOST_NODES) for part in parts)
+        if node.nodes > self.MOST_NODES:
+            raise yaml.YAMLError("its aliases stand for too much; write out what is meant")
+        return node
+
+
+def _plain(text: str) -> Any:
+    """What YAML says, in plain Python types."""
+    return _PlainLoader(text).get_single_data()
 
 
 def _validated(schema: Any, data: Any, where: str) -> Any:
@@ -455,19 +534,16 @@ def _validated(schema: Any, data: Any, where: str) -> Any:
             with suppress(LookupError, TypeError):
                 here = here[part]
         key = f"{'.'.join(keys)}: " if keys else ""
-        given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
+        given = "" if isinstance(first["input"], Mapping) else f" (given: {reprlib.repr(first['input'])})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise RequestError(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
 
 @lru_cache(maxsize=256)
 def _read(schema: Any, path: Path, _modified_ns: int) -> Any:
-    try:
-        return _validated(schema, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+    with reading(path, "YAML", "correct it"):
+        data = _plain(path.read_text(encoding="utf-8"))
+    return _validated(schema, data, str(path))
 
 
 def _read_as(schema: Any, path: Path) -> Any:
@@ -524,10 +600,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise RequestError(f"--set {text!r}: must read KEY=VALUE, for example pretrain.steps=100")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RequestError(f"--set {text!r}: the value is not valid YAML") from None
+    with reading(f"--set {text!r}", "YAML", "quote the value"):
+        parsed = _plain(value)
     with suppress(ValueError):
         parsed = float(parsed) if isinstance(parsed, str) else parsed  # YAML takes 1e-4 for a word
     return key.strip().split("."), parsed
@@ -577,13 +651,15 @@ def resolve(
         if key[0] not in OVERRIDABLE:
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {nearest(key[0], OVERRIDABLE)}")
         tree = override(tree, key, value)
-    for stage in tree["stages"]:
-        if stage.get("pairs") == "position" and stage["threshold"] is None:
+    experiment, stages = _validated(Experiment, tree, f"{dataset}, {profile}, {method}"), []
+    for stage in experiment.stages:
+        if getattr(stage, "pairs", "") == "position" and stage.threshold is None:
             if source.threshold is None:
                 wrong = f"method {method} contrasts positions, and data set {source.name} has no `threshold`"
                 raise RequestError(f"{wrong}; choose a method with other pairs, or set stages.0.threshold")
-            stage["threshold"] = source.threshold
-    return _validated(Experiment, tree, f"{dataset}, {profile}, {method}")
+            stage = stage.model_copy(update={"threshold": source.threshold})
+        stages.append(stage)
+    return experiment.model_copy(update={"stages": stages})
 
 
 def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyConfig, list[str]]:

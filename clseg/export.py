@@ -11,15 +11,15 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clseg.config import Count, Geometry, Natural, NetworkConfig, Normalisation, RequestError, Strict
+from clseg.config import Count, Geometry, LabelValue, Natural, NetworkConfig, Normalisation, RequestError, Strict
 from clseg.loop import write_atomically
 from clseg.models import SLOPE, UNet
 
@@ -42,8 +42,13 @@ class Adaptation(Strict):
     photograph: bool
     orient: bool  # axes are turned toward the positive world axes on reading
     classes: dict[str, str]  # class index from 1 on -> name
-    label_values: list[Annotated[int, Field(ge=-(2**31), lt=2**31)]]  # in files, of the background and every class
+    label_values: list[LabelValue]  # in files, of the background and every class
     prefixes: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Adaptation":
+        self.network.require_sides(self.geometry.size)
+        return self
 
     def build(self) -> UNet:
         return UNet(self.channels, len(self.label_values), self.network, self.geometry.dimensions)

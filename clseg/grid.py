@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -66,6 +66,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
 
     An override of a stage applies to the methods that have it. Raises `RequestError`.
     """
+    _require_parameters(paths.NOTEBOOKS / f"{study.notebook}.ipynb")
     methods = config.read_methods()
     budget = config.read_profile(profile)
     common = [*study.set.get(budget.name, []), *overrides]
@@ -104,17 +105,26 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     return Grid(study, dataset, profile, list(pretrain.values()), list(finetune.values()), list(notes))
 
 
+def _require_parameters(source: Path) -> None:
+    """Raise `RequestError` unless a notebook has a parameters cell, of which papermill would only warn."""
+    with config.reading(source, "notebook"):
+        tags = [cell["metadata"].get("tags", []) for cell in json.loads(source.read_bytes())["cells"]]
+    if not any("parameters" in some for some in tags):
+        raise RequestError(f"{source}: has no cell with the tag `parameters`; give it to the one that assigns them")
+
+
 def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], **environment: str) -> None:
     """Run a notebook with parameters in a fresh kernel, with more environment; `target` is complete or absent.
 
     What the kernel writes to its standard streams is kept beside `target` if the notebook fails.
-    Raises `RequestError` where the notebook raised one, else papermill's exception.
+    Raises `RequestError` or `OSError` where the notebook raised one, else papermill's exception.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     from clseg.kernels import WarmKernelManager
 
+    _require_parameters(source)
     running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
     manager = type("Manager", (WarmKernelManager,), {"log_file": log, "environment": environment})
     about = {"kernel_name": "python3", "kernel_manager_class": manager, "progress_bar": False, "cwd": paths.NOTEBOOKS}
@@ -123,15 +133,20 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], **e
     try:
         papermill.execute_notebook(source, running, parameters, **about)
     except PapermillExecutionError as error:
-        if error.ename == RequestError.__name__:
-            raise RequestError(error.evalue) from None
+        for kind in (RequestError, OSError):
+            if error.ename == kind.__name__:
+                raise kind(error.evalue) from None
         raise
     os.replace(running, target)
     log.unlink(missing_ok=True)
 
 
 def execute_run(run: Run) -> tuple[str, str]:
-    """Execute a run's notebook in a kernel. Returns ('done' | 'busy' | 'request' | 'failed' | 'died', message)."""
+    """Execute a run's notebook in a kernel.
+
+    Returns ('done' | 'busy' | 'request' | 'machine' | 'failed' | 'died', message); 'machine': it refuses something, it
+    may be that the disk is full.
+    """
     from nbclient.exceptions import DeadKernelError
 
     with runs.locked(run.folder / ".claim", wait=False) as mine:
@@ -143,18 +158,16 @@ def execute_run(run: Run) -> tuple[str, str]:
         try:
             parameters = run.parameters.model_dump()
             execute_notebook(source, run.folder / "notebook.ipynb", parameters, **{runs.WORKER: "1"})
+            runs.seal(run.folder)
         except RequestError as error:
             return "request", str(error)
         except DeadKernelError:
             return "died", f"its kernel died {TRIES} times"
-        except Exception as error:  # whatever a notebook does must not end the grid
-            with suppress(OSError):  # the disk may be full
-                (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
-            return "failed", str(error).strip().rpartition("\n")[2]
-        try:
-            runs.seal(run.folder)
         except OSError as error:
-            return "failed", str(error)
+            return "machine", f"{run.folder}: {error}"
+        except Exception as error:  # whatever a notebook does must not end the grid
+            (run.folder / "error.txt").write_text(str(error), encoding="utf-8")
+            return "failed", str(error).strip().rpartition("\n")[2]
         return "done", ""
 
 
@@ -211,14 +224,14 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     """Do all runs of a grid that are not done, `jobs` at a time, parents first.
 
     scheduler: the address of a Dask scheduler, whose workers see the same data and output folders; then `jobs` may be
-    0, as many as the workers take. Raises `RequestError` when the request turns out wrong (what runs is let finish),
-    `RunFailed` when a run failed (the others are done first).
+    0, as many as the workers take. Raises `RequestError` when the request turns out wrong, `OSError` when the machine
+    refuses something (what runs is let finish), `RunFailed` when a run failed (the others are done first).
     """
     every = {run.name: run for run in grid.all}
     done = {name for name, run in every.items() if run.is_done()}
     todo = [run for name, run in every.items() if name not in done]
     failed: dict[str, str] = {}
-    wrong: str | None = None
+    wrong: Exception | None = None
     tries: dict[str, int] = {}
     running: dict[Future, Run] = {}
     if not todo:
@@ -251,8 +264,8 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
                 elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
                     todo.append(run)
                     time.sleep(POLL_SECONDS)
-                elif outcome == "request":
-                    wrong = message
+                elif outcome in ("request", "machine"):
+                    wrong = RequestError(message) if outcome == "request" else OSError(message)
                 else:
                     failed[run.name] = message
                     tqdm.write(f"{run.name} failed: {message}")
@@ -260,7 +273,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
             bar.n = min(finished + active, total)
             bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
     if wrong is not None:
-        raise RequestError(wrong)
+        raise wrong
     if failed:
         lines = [f"{every[name].folder}: {message}" for name, message in failed.items()]
         raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))

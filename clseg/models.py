@@ -187,7 +187,8 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
     """Copy pre-trained parameters of encoder and decoder into the network; returns their names.
 
     All else (heads, the auto-encoder) stays behind and so do batch-norm running averages, which restart as in the
-    released code. Raises `RequestError` where a parameter is unknown, has another shape, or nothing at all fits.
+    released code. Raises `RequestError` where a parameter is unknown, has another shape or values that are not finite,
+    or one of the encoder is missing.
     """
     own, averages = dict(network.named_parameters()), dict(network.named_buffers())
     names = [name for name in weights if name.startswith(("encoder.", "decoder.")) and name not in averages]
@@ -196,11 +197,14 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
         if name not in own:
             raise RequestError(f"{about} is not in the network; use weights of the same architecture")
         if own[name].shape != shape:
-            raise RequestError(f"{about} has shape {shape}, the network needs {tuple(own[name].shape)}")
+            needed = f"the network needs {tuple(own[name].shape)}"
+            raise RequestError(f"{about} has shape {shape}, {needed}; use weights of the same architecture")
+        if not weights[name].isfinite().all():
+            raise RequestError(f"{about} holds values that are NaN or infinite; use the weights of a finished run")
         with torch.no_grad():
             own[name].copy_(weights[name])
-    if not names:
-        raise RequestError(f"{source}: holds no parameter of this network; use weights of a pre-training run")
+    if missing := [name for name in own if name.startswith("encoder.") and name not in weights]:
+        raise RequestError(f"{source}: lacks parameter {missing[0]}; use the weights of a finished pre-training")
     return names
 
 

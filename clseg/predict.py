@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clseg.config import RequestError
+from clseg.config import RequestError, reading, writing
 from clseg.data.formats import Volume, VolumeRef, checked, nifti_volume, photograph
 from clseg.data.prepare import native_slices, normalise, resampled_size, to_network
 from clseg.export import Adaptation, read_weights, segments
@@ -35,12 +35,10 @@ def cases(source: Path, photographs: bool) -> dict[str, list[Path]]:
     groups: dict[str, list[tuple[str, Path]]] = {}
     found: dict[str, list[Path]] = {}
     name = re.compile(r"([^.].*?)" + (PHOTOGRAPH if photographs else NIFTI), re.IGNORECASE | re.DOTALL)
-    try:
+    with reading(source, "folder or file", "check the path"):
         for path in sorted((source if source.is_dir() else source.parent).iterdir()):
             if match := name.fullmatch(path.name):
                 groups.setdefault(match[1], []).append((match[2] or "", path))
-    except OSError as error:
-        raise RequestError(f"{source}: cannot be read ({error.strerror}); check the path") from None
     for stem, files in groups.items():
         channels = [number for number, _ in files] == [f"_{number:04d}" for number in range(len(files))]
         images = [(stem, [path for _, path in files])] if channels else [(stem + n, [path]) for n, path in files]
@@ -140,12 +138,10 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
     done = len(images) - len(missing)
     for case in tqdm(missing, "segment", total=len(images), initial=done, unit="image"):
         label, probability = predict_image(network, adaptation, case, images[case], keep)
-        try:
+        with writing(output, "choose another --output"):
             output.mkdir(parents=True, exist_ok=True)
             write_json(record, about)
             if probability is not None:
                 write_atomically(results[case][1], partial(_save_probability, probability=probability))
             write_atomically(results[case][0], partial(_save_label, label=label, like=images[case][0]))
-        except OSError as error:
-            raise RequestError(f"{output}: cannot be written ({error.strerror or error}); choose another") from None
     return len(images), done

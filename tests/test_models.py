@@ -127,7 +127,8 @@ def test_transfer_copies_parameters_and_leaves_heads_and_running_averages():
     [
         (lambda w: w | {"encoder.other": torch.ones(1)}, "encoder.other is not in the network"),
         (lambda w: w | {"encoder.levels.0.0.0.weight": torch.ones(1)}, r"has shape \(1,\)"),
-        (lambda w: {"head.layers.1.weight": torch.ones(1)}, "holds no parameter"),
+        (lambda w: {"head.layers.1.weight": torch.ones(1)}, r"lacks parameter encoder.levels.0.0.0.weight"),
+        (lambda w: w | {"encoder.levels.0.0.0.bias": torch.full([2], torch.nan)}, "NaN"),
     ],
 )
 def test_transfer_refuses_what_does_not_fit(change, message):

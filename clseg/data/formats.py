@@ -3,10 +3,11 @@
 Every adapter answers with the same `Volume`. Whatever is wrong with a file is a `RequestError` that names it.
 """
 
+import gzip
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from clseg import paths
-from clseg.config import DatasetConfig, RequestError, nearest
+from clseg.config import UNPRINTABLE, DatasetConfig, RequestError, nearest, reading
 from clseg.data import phantom  # it imports this module: `Volume`
 
 Classes = Mapping[int, str]  # label value -> name
@@ -59,18 +60,6 @@ class VolumeRef:
         return str(self.images[0]) if self.images else self.subject
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Make one sentence of what a library raises on a file that is absent or damaged; that can be almost anything."""
-    try:
-        yield
-    except RequestError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150] or type(error).__name__
-        raise RequestError(f"{path}: cannot be read or is not valid {kind} ({reason}); replace the file") from None
-
-
 def checked(volume: Volume, source: str | Path) -> Volume:
     """The volume itself if it can be used, else a `RequestError` that names `source` and what is wrong with it."""
     shape, spacing = volume.image.shape, volume.spacing_mm
@@ -82,8 +71,8 @@ def checked(volume: Volume, source: str | Path) -> Volume:
         problem = f"channel {constant[0]} is constant"
     elif volume.label is not None and volume.label.shape != shape[1:]:
         problem = f"the label has shape {list(volume.label.shape)} and the image {list(shape[1:])} (z, y, x)"
-    elif spacing is not None and not (np.isfinite(spacing).all() and min(spacing) > 0):
-        problem = f"the header gives the voxel spacing {spacing}, which is not positive"
+    elif spacing is not None and not (min(spacing) > 1e-6 and max(spacing) < 1e5 and np.isfinite(spacing).all()):
+        problem = f"the header gives the voxel spacing {spacing} mm, which cannot be"
     else:
         return volume
     raise RequestError(f"{source}: {problem}; repair or remove the volume")
@@ -101,12 +90,19 @@ def class_indices(label: np.ndarray, classes: Classes, source: Path, undeclared:
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
 
+def _nifti(path: Path) -> nib.Nifti1Image:
+    """A NIfTI file in memory; of a compressed one the checksum is verified."""
+    data = path.read_bytes()
+    data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+    return (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
+
+
 def nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
     """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
     arrays, affines = [], []  # [C, Z, Y, X] as stored
     for path in ref.files:
-        with _reading(path, "NIfTI"):
-            file = nib.load(path)
+        with reading(path, "NIfTI"):
+            file = _nifti(path)
             shape, kind = list(file.shape), file.get_data_dtype()
             if len(shape) not in (3, 4) or 0 in shape or kind.kind not in "biuf":
                 raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
@@ -138,7 +134,7 @@ def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
         return
     parts = ("", "training", "testing", "database/training", "database/testing")
     for patient in [path for part in parts for path in (folder / part).glob("patient[0-9]*/")]:
-        with _reading(info := patient / "Info.cfg", "text"):
+        with reading(info := patient / "Info.cfg", "text"):
             text = info.read_text(encoding="utf-8")
         for phase in ("ED", "ES"):
             if not (line := re.search(rf"^\s*{phase}\s*:\s*(\d+)\s*$", text, re.MULTILINE)):
@@ -175,7 +171,7 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volu
         return nifti_volume(ref, classes, orient=False)
     images, labels = [], []
     for path in ref.images:
-        with _reading(path, "HDF5"), h5py.File(path) as file:
+        with reading(path, "HDF5"), h5py.File(path) as file:
             if "image" not in file:
                 raise RequestError(f"{path}: holds no data set 'image'; it holds {', '.join(file) or 'nothing'}")
             arrays = {"image": np.array(file["image"], np.float32, ndmin=3)}  # [Z, Y, X]; a slice is [1, Y, X]
@@ -193,8 +189,8 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volu
 
 
 def _dataset_json(folder: Path) -> tuple[Path, dict[str, Any]]:
-    with _reading(path := folder / "dataset.json", "JSON"):
-        info = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path := folder / "dataset.json", "JSON"):
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(info, dict):
         raise RequestError(f"{path}: must be a JSON object")
     return path, info
@@ -206,22 +202,29 @@ def _scan_msd(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
     if "channel_names" in info:
         yield from _scan_nnunet(folder, info)
         return
-    if not isinstance(info.get("training"), list):
-        raise RequestError(f"{source}: has neither 'training' (Decathlon) nor 'channel_names' (nnU-Net v2)")
-    for entry in [*info["training"], *(info.get("test") or [])]:
+    listed = info.get("training"), info.get("test") or []
+    if not all(isinstance(entries, list) for entries in listed):
+        raise RequestError(f"{source}: needs lists 'training' and 'test' (Decathlon), or 'channel_names' (nnU-Net v2)")
+    root = os.path.realpath(folder)
+    for entry in [*listed[0], *listed[1]]:
         entry = entry if isinstance(entry, dict) else {"image": entry}
         names = [entry.get("image"), entry.get("label") or ""]
         for name in names:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise RequestError(f"{source}: names {name!r}; use a path relative to {folder}")
         image, label = (folder / name for name in names)
-        stem = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name)
+        stem = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name, re.DOTALL)
         if not stem or not image.is_file():
-            raise RequestError(f"{source}: names the image {names[0]!r}, which is not a NIfTI file in {folder}")
-        yield VolumeRef(stem[1], "", (image,), label if label.is_file() else None, folder)
+            raise RequestError(f"{source}: names the image {names[0]!r}; name a NIfTI file in {folder}")
+        files = [path for path in (image, label) if path.is_file()]
+        if out := [path for path in files if not Path(os.path.realpath(path)).is_relative_to(root)]:
+            raise RequestError(f"{source}: names {out[0]}, a link out of the folder; copy the file there")
+        yield VolumeRef(stem[1], "", (image,), label if label in files else None, folder)
 
 
 def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
+    if not isinstance(info["channel_names"], dict) or not info["channel_names"]:
+        raise RequestError(f"{folder}/dataset.json: 'channel_names' must be a mapping such as {{'0': 'MRI'}}")
     ending, channels = info.get("file_ending", ".nii.gz"), len(info["channel_names"])
     if ending not in (".nii.gz", ".nii"):
         raise RequestError(f"{folder}/dataset.json: file_ending {ending!r} is not supported; convert to .nii.gz")
@@ -230,7 +233,7 @@ def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
         for case in sorted({path.name[: -len(ending) - 5] for path in folder.glob(f"{part}/[!.]*{tail}")}):
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
-                raise RequestError(f"{missing[0]}: is missing; dataset.json declares {channels} channels")
+                raise RequestError(f"{missing[0]}: is missing; add it, or correct the {channels} channel_names")
             label = folder / "labelsTr" / f"{case}{ending}"
             yield VolumeRef(case, "", images, label if part == "imagesTr" and label.is_file() else None, folder)
 
@@ -255,7 +258,9 @@ def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
 
 def photograph(path: Path, channels: int) -> np.ndarray:
     """Any file that Pillow reads, in colour or grey, as uint8 [C, 1, Y, X]."""
-    with _reading(path, "image file"), Image.open(path) as file:
+    with reading(path, "image file"), Image.open(path) as file:
+        if file.mode[0] in "IF":  # Pillow would clip them
+            raise RequestError(f"{path}: has pixels of type {file.mode}; convert it to 8 bits")
         data = np.asarray(file.convert("RGB" if channels == 3 else "L"))
     return np.moveaxis(np.atleast_3d(data), 2, 0)[:, None]
 
@@ -302,9 +307,11 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
         raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
     for key, value in info["labels"].items():
         number, name = (value, key) if "channel_names" in info else (key, value)  # nnU-Net: {name: 1}
-        if name == "ignore" or not re.fullmatch(r"\d+", str(number)):
+        if name == "ignore" or not re.fullmatch(r"\d{1,9}", str(number)):
             raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
         classes[int(number)] = str(name)
+    if len(classes) > 255:
+        raise RequestError(f"{path}: declares {len(classes)} classes, at most 255 are supported; merge or remove some")
     return {value: name for value, name in sorted(classes.items()) if value != 0}
 
 
@@ -327,12 +334,12 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
         raise RequestError(f"{about}: unknown option {wrong[0]!r}, {nearest(wrong[0], options or ['none'])}")
     if dataset.folder and not folder.is_dir():
         raise RequestError(f"{folder}: {about} is not there; {how_to_get(dataset)}")
-    try:
+    with reading(folder, f"folder of {about}", "correct it"):
         refs = sorted(list_volumes(folder, dataset), key=lambda ref: (ref.subject, ref.phase))
-    except OSError as error:
-        raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not refs:
         raise RequestError(f"{folder}: holds no volume of {about}; {how_to_get(dataset)}")
+    if broken := [ref for ref in refs if UNPRINTABLE.search(ref.subject)]:
+        raise RequestError(f"{broken[0].source}: has a line break or a broken character in its name; rename it")
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.source}: {second.subject} is there twice; remove one copy")
@@ -340,6 +347,21 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
     if absent := sorted(set(dataset.phases) - present):
         raise RequestError(f"{about}: has no volume of phase {absent[0]!r}, {nearest(absent[0], present)}")
     return [ref for ref in refs if not dataset.phases or ref.phase in dataset.phases]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The ids of a data set as far as they are known before a volume is opened."""
+
+    subjects: tuple[str, ...]
+    labelled_subjects: tuple[str, ...]  # h5: all, as labels lie inside of the files
+
+
+def listed(dataset: DatasetConfig) -> Subjects:
+    """Who is in a data set, and who has labels; raises `RequestError`."""
+    refs = scan(dataset)
+    labelled = {ref.subject for ref in refs if ref.label or not ref.images}
+    return Subjects(tuple(sorted({ref.subject for ref in refs})), tuple(sorted(labelled)))
 
 
 def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:

@@ -5,6 +5,7 @@ the geometry. It appears by one atomic rename, so it is complete or absent. Its 
 for the block around it, so that pairs and sampling are those of 2-D.
 """
 
+import hashlib
 import json
 import shutil
 import zlib
@@ -24,10 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clseg import paths
-from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, digest
+from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, digest, reading, writing
 from clseg.data.formats import Volume, VolumeRef, class_names, read, scan
 
 STORE_VERSION = 2
+MOST_VOXELS = 2**31  # of one volume
 Device = torch.device | str
 
 
@@ -56,7 +58,7 @@ def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.
     for channel, image in enumerate(volume.image):
         image = _n4(image, volume.spacing_mm) if setting.n4 else image
         low, high = np.percentile(image, [setting.low, setting.high])
-        if not high > low:
+        if not low < high < low + np.finfo(np.float32).max:
             percentiles = f"percentiles {setting.low:g} and {setting.high:g} of channel {channel} are both {low:g}"
             raise RequestError(f"{source}: {percentiles}; remove the image or widen normalisation.low and .high")
         channels.append((image - np.float32(low)) / np.float32(high - low))
@@ -75,10 +77,17 @@ def _n4(image: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> np.
     return sitk.GetArrayFromImage(corrector.Execute(filtered))
 
 
+def require_new(volume: Volume, ref: VolumeRef, seen: dict[bytes, VolumeRef]) -> None:
+    """Note an image in `seen`; `RequestError` if it is another subject's, as then two sets may hold it."""
+    twin = seen.setdefault(hashlib.sha256(volume.image.tobytes()).digest(), ref)
+    if twin.subject != ref.subject:
+        raise RequestError(f"{ref.source}: is the same image as {twin.source}; remove one, or a set may hold both")
+
+
 def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int, int]:
     """Size (z, y, x) resampled to `slice_mm` and `spacing_mm`, or by `step_px` where volume or geometry has none.
 
-    With `resize` every plane has the network's size, whatever its spacing.
+    With `resize` every plane has the network's size, whatever its spacing. `RequestError` if that is too large.
     """
     z, *native = volume.image.shape[1:]
     if volume.spacing_mm and geometry.slice_mm:
@@ -88,7 +97,11 @@ def resampled_size(volume: Volume, geometry: Geometry) -> tuple[int, int, int]:
     factors = [1 / geometry.step_px] * 2
     if volume.spacing_mm and geometry.spacing_mm:
         factors = [mm / geometry.spacing_mm for mm in volume.spacing_mm[1:]]
-    return z, *(max(1, round(n * factor)) for n, factor in zip(native, factors, strict=True))
+    y, x = (max(1, round(n * factor)) for n, factor in zip(native, factors, strict=True))
+    if z * y * x > MOST_VOXELS:
+        grid = f"{volume.subject}: would be resampled to {z} x {y} x {x} voxels"
+        raise RequestError(f"{grid}; correct its header, or geometry.spacing_mm, slice_mm or step_px")
+    return z, y, x
 
 
 def fit(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -287,10 +300,8 @@ def _stamps(refs: list[VolumeRef]) -> list[list]:
     """Subject, phase and the name, size and modification time of every file of every volume."""
     stamps = []
     for ref in refs:
-        try:
+        with reading(ref.source, "file"):
             stats = [(file.relative_to(ref.root).as_posix(), file.stat()) for file in ref.files]
-        except OSError as error:
-            raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from None
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         stamps.append([ref.subject, ref.phase, ref.stamp, files])
     return stamps
@@ -301,9 +312,6 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
 
     One volume is in memory at a time; processes that ask at once build it once. `RequestError` if the data are wrong.
     """
-    size = geometry.size[-2:]
-    if geometry.plane and (geometry.dimensions == 2 or any(np.less(geometry.plane, size))):
-        raise RequestError(f"geometry.plane: {geometry.plane} must hold 3-D patches of {size}; enlarge or remove it")
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})
     deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
@@ -312,11 +320,8 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     key["dataset"] = dataset.model_dump(include=deciding)
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
-        try:
+        with writing(folder, "choose another --out"):
             _build(folder, dataset, geometry, refs, progress)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror or error})"
-            raise RequestError(f"{folder}: {problem}; choose another --out") from None
     return Store(folder, digest([[*who, *(file[:2] for file in files)] for *who, files in stamps]))
 
 
@@ -338,9 +343,10 @@ def _build(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: list[
 
 
 def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef]) -> None:
-    volumes, plane, declared = [], geometry.plane or geometry.size[-2:], dataset.channels
+    volumes, plane, declared, seen = [], geometry.plane or geometry.size[-2:], dataset.channels, {}
     for ref in refs:
         volume = read(ref, dataset)
+        require_new(volume, ref, seen)
         channels, *native = volume.image.shape
         if channels != declared:
             problem = f"has {channels} channels and data set {dataset.name!r} declares {declared}"

@@ -296,7 +296,7 @@ def test_prostate_as_published(roots, write_nifti, xyz):
     """T2 and ADC in one file, labels 1 and 2 named by dataset.json, volumes for testing without labels."""
     folder = roots / "Task05_Prostate"
     for number, part in enumerate(("imagesTr", "imagesTs")):
-        write_nifti(folder / part / f"prostate_0{number}.nii.gz", np.stack([xyz(0)[0], xyz(1)[0]], axis=-1))
+        write_nifti(folder / part / f"prostate_0{number}.nii.gz", np.stack([xyz(number)[0], xyz(2)[0]], axis=-1))
     write_nifti(folder / "labelsTr" / "prostate_00.nii.gz", xyz(0)[1])
     info = {
         "labels": {"0": "background", "1": "PZ", "2": "TZ"},
