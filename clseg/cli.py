@@ -118,7 +118,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     target = Path(arguments.write) if arguments.write else None
     report = check(arguments.folder, target.stem if target else "")
-    costs = expect(report) if report.dataset else []
+    costs = [] if report.problems else expect(report)
     if arguments.json:
         print(json.dumps(report.tree() | {"expect": costs}))
     else:

@@ -28,6 +28,7 @@ class RequestError(Exception):
     """The request or the data are wrong: one sentence, on one line, that names the file or key and what to do."""
 
     def __init__(self, sentence: str) -> None:
+        sentence = sentence if len(sentence) < 900 else f"{sentence[:700]} ... {sentence[-150:]}"
         super().__init__(UNPRINTABLE.sub(lambda character: ascii(character[0])[1:-1], sentence))
 
 
@@ -341,7 +342,9 @@ class NetworkConfig(Strict):
     def require_sides(self, size: list[int]) -> None:
         """Raise `ValueError` unless every level halves the sides of an image."""
         if wrong := [side for side in size if side % self.coarsest]:
-            raise ValueError(f"geometry.size: {wrong[0]} is no multiple of {self.coarsest}, as network.filters needs")
+            raise ValueError(
+                f"geometry.size: {wrong[0]} is no multiple of {self.coarsest}, as network.filters needs; change it"
+            )
 
 
 class PretrainBudget(Strict):
@@ -501,8 +504,9 @@ class _PlainLoader(yaml.SafeLoader):
     MOST_NODES = 1_000_000
 
     def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        alias = self.check_event(yaml.AliasEvent)
         node, parts = super().compose_node(parent, index), []
-        if hasattr(node, "nodes"):  # an alias of what is complete
+        if alias and hasattr(node, "nodes"):  # what it stands for is complete
             return node
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -512,7 +516,7 @@ class _PlainLoader(yaml.SafeLoader):
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
         node.nodes = 1 + sum(getattr(part, "nodes", self.MOST_NODES) for part in parts)
-        if node.nodes > self.MOST_NODES:
+        if alias or node.nodes > self.MOST_NODES:
             raise yaml.YAMLError("its aliases stand for too much; write out what is meant")
         return node
 

@@ -60,8 +60,8 @@ class VolumeRef:
         return str(self.images[0]) if self.images else self.subject
 
 
-def checked(volume: Volume, source: str | Path) -> Volume:
-    """The volume itself if it can be used, else a `RequestError` that names `source` and what is wrong with it."""
+def checked(volume: Volume, source: str | Path, label: Path | None = None) -> Volume:
+    """The volume itself if it can be used, else a `RequestError` that names the file and what is wrong with it."""
     shape, spacing = volume.image.shape, volume.spacing_mm
     if len(shape) != 4 or 0 in shape:
         problem = f"holds no 3-D image (shape {list(shape)})"
@@ -70,7 +70,8 @@ def checked(volume: Volume, source: str | Path) -> Volume:
     elif constant := [channel for channel, image in enumerate(volume.image) if image.min() == image.max()]:
         problem = f"channel {constant[0]} is constant"
     elif volume.label is not None and volume.label.shape != shape[1:]:
-        problem = f"the label has shape {list(volume.label.shape)} and the image {list(shape[1:])} (z, y, x)"
+        source, needed = label or source, list(shape[1:])
+        problem = f"the label has shape {list(volume.label.shape)} and the image {needed} (z, y, x)"
     elif spacing is not None and not (min(spacing) > 1e-6 and max(spacing) < 1e5 and np.isfinite(spacing).all()):
         problem = f"the header gives the voxel spacing {spacing} mm, which cannot be"
     else:
@@ -120,7 +121,8 @@ def nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str
     world = nib.io_orientation(affine)  # of array axes x, y, z: number and sign of their dominating world axis
     flips = tuple(orient and sign < 0 for sign in world[::-1, 1].tolist())
     arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
-    image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
+    with np.errstate(over="ignore"):  # infinity is refused
+        image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
     label = class_indices(arrays[-1], classes, ref.label, undeclared) if ref.label else None
     label = label[0] if label is not None and len(label) == 1 else label
     spacing_mm, axis = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist()), "xyz"[int(world[2, 0])]
@@ -155,11 +157,11 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
             found.setdefault(subject, {}).setdefault(int(frame), {})[int(number)] = path
     for subject, frames in found.items():
         if len(frames) > 2:
-            raise RequestError(f"{folder}: {subject} has {len(frames)} frames; at most two (ED and ES) are expected")
+            raise RequestError(f"{folder}: {subject} has {len(frames)} frames; keep at most two, ED and ES")
         for frame, files in frames.items():
             numbers = [-1] if -1 in files else sorted(files)
             if gaps := sorted(set(range(1, numbers[-1])) - set(numbers)):
-                raise RequestError(f"{folder}: slice {gaps[0]} of {subject}_frame{frame:02d} is missing")
+                raise RequestError(f"{folder}: slice {gaps[0]} of {subject}_frame{frame:02d} is missing; add it")
             images = tuple(files[number] for number in numbers)
             phase = "ED" if frame == (min(frames) if len(frames) == 2 else 1) else "ES"  # 1 and 2, ED is the lower
             yield VolumeRef(subject, phase, images, images[0], folder)
@@ -180,10 +182,13 @@ def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volu
         expected = images[0].shape[:3] if len(ref.images) == 1 else (1, *images[0].shape[1:])
         for name, array in arrays.items():
             if array.shape != expected:
-                raise RequestError(f"{path}: its {name} has shape {list(array.shape)} and not {list(expected)}")
+                raise RequestError(
+                    f"{path}: its {name} has shape {list(array.shape)}, expected is {list(expected)}; replace it"
+                )
         labels += [class_indices(arrays["label"], classes, path)] if "label" in arrays else []
     if 0 < len(labels) < len(images):
-        raise RequestError(f"{ref.source}: only {len(labels)} of the {len(images)} slices of its volume have a label")
+        few = f"only {len(labels)} of the {len(images)} slices of its volume have a label"
+        raise RequestError(f"{ref.source}: {few}; add the others or remove these")
     label = np.concatenate(labels) if labels else None
     return Volume(np.concatenate(images)[None], label, None, ref.subject, ref.phase)
 
@@ -366,4 +371,4 @@ def listed(dataset: DatasetConfig) -> Subjects:
 
 def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
     """One checked volume; `RequestError` names the file that cannot be used."""
-    return checked(ADAPTERS[dataset.adapter][1](ref, dataset, class_names(dataset, ref.root)), ref.source)
+    return checked(ADAPTERS[dataset.adapter][1](ref, dataset, class_names(dataset, ref.root)), ref.source, ref.label)

@@ -28,7 +28,8 @@ class Split:
 def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
     """The first `limit` subjects of the pre-training set (all: None); a smaller limit is inside a larger one."""
     if limit is not None and limit > len(split.pretrain):
-        raise RequestError(f"unlabelled={limit}: only {len(split.pretrain)} subjects are there for pre-training")
+        most = len(split.pretrain)
+        raise RequestError(f"unlabelled={limit}: only {most} subjects are there for pre-training; lower it")
     return split.pretrain[:limit]
 
 
@@ -133,9 +134,11 @@ def _listed(protocol: ListProtocol, subjects: list[str], with_label: list[str], 
 def _require(images: set[str], labels: set[str], subjects: list[str], with_label: list[str]) -> None:
     """Raise `RequestError` unless the folder has these images and labels."""
     if absent := sorted((images | labels) - set(subjects)):
-        raise RequestError(f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}")
+        raise RequestError(
+            f"the protocol names subjects that the data set folder lacks: {', '.join(absent)}; add or remove them"
+        )
     if bare := sorted(labels - set(with_label)):
-        raise RequestError(f"the protocol needs labels of subjects that have none: {', '.join(bare)}")
+        raise RequestError(f"the protocol needs labels of subjects that have none: {', '.join(bare)}; add them")
 
 
 def write_splits(path: Path, splits: Iterable[Split]) -> None:
