@@ -24,9 +24,8 @@ def _absolute(dataset: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from clseg import grid, paths, runs  # torch is imported only where it is needed
+    from clseg import grid, loop, paths, runs  # torch is imported only where it is needed
     from clseg.data.formats import listed
-    from clseg.loop import code_digest
 
     _set_roots(arguments)
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
@@ -56,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for run in plan.all:
         if reason := runs.flaw(run.folder):
             print(f"clseg: {run.folder}: {reason}; it is made again", file=sys.stderr)
-    if other := [run for run in plan.all if run.name in done and runs.code_of(run) != code_digest()]:
+    if other := [run for run in plan.all if run.name in done and runs.code_of(run) != loop.CODE]:
         kept = f"{len(other)} finished runs were made by other code of clseg and are kept, such as {other[0].folder}"
         print(f"clseg: {kept}; move them away to have them made again", file=sys.stderr)
     jobs = arguments.jobs or max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)

@@ -24,10 +24,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from clseg import config, paths, runs, stats
+from clseg import config, loop, paths, runs, stats
 from clseg.config import FinetuneParameters, RequestError, StudyConfig
 from clseg.data.splits import available_draws
-from clseg.loop import code_digest
 from clseg.runs import Run
 
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
@@ -147,8 +146,6 @@ def execute_run(run: Run) -> tuple[str, str]:
     Returns ('done' | 'busy' | 'request' | 'machine' | 'failed' | 'died', message); 'machine': it refuses something, it
     may be that the disk is full.
     """
-    from nbclient.exceptions import DeadKernelError
-
     with runs.locked(run.folder / ".claim", wait=False) as mine:
         if not mine:
             return "busy", ""
@@ -161,8 +158,8 @@ def execute_run(run: Run) -> tuple[str, str]:
             runs.seal(run.folder)
         except RequestError as error:
             return "request", str(error)
-        except DeadKernelError:
-            return "died", f"its kernel died {TRIES} times"
+        except RuntimeError as error:  # of a kernel that died or never answered
+            return "died", f"its kernel died {TRIES} times ({error})"
         except OSError as error:
             return "machine", f"{run.folder}: {error}"
         except Exception as error:  # whatever a notebook does must not end the grid
@@ -173,7 +170,7 @@ def execute_run(run: Run) -> tuple[str, str]:
 
 def _execute_remotely(run: Run, roots: dict[str, str], code: str) -> tuple[str, str]:
     """`execute_run` in a worker of a cluster."""
-    if code_digest() != code:
+    if code != loop.CODE:
         return "request", f"{platform.node()} has other code of clseg; give all workers the same"
     os.environ.update(roots)
     # Dask makes its workers daemons, which may have no children; our kernels end with the worker by themselves
@@ -210,7 +207,7 @@ def _executor(jobs: int, scheduler: str) -> Iterator[tuple[Callable[[Run], Futur
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
         executor = client.get_executor(pure=False, resources=resources)
-        yield lambda run: executor.submit(_execute_remotely, run, roots, code_digest()), jobs or math.inf
+        yield lambda run: executor.submit(_execute_remotely, run, roots, loop.CODE), jobs or math.inf
 
 
 def _step_now(run: Run) -> int:

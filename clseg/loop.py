@@ -5,6 +5,7 @@ was killed goes on from its last checkpoint to the same numbers as one that was 
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -51,14 +51,14 @@ def device() -> torch.device:
     return torch.device(os.environ.get("CLSEG_DEVICE") or (gpu if torch.cuda.is_available() else "cpu"))
 
 
-@cache
-def code_digest() -> str:
-    """Twelve characters that change with the package's code."""
-    package = Path(__file__).parent
-    code = hashlib.sha256()
+def _code_digest() -> str:
+    package, code = Path(__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return code.hexdigest()[:12]
+
+
+CODE = _code_digest()  # changes with the package's code; of what was imported, should the files change now
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _resume(checkpoint: Path) -> dict | None:
         return None
     try:
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        problem = "" if saved["code"] == code_digest() else "was made by other code"
+        problem = "" if saved["code"] == CODE else "was made by other code"
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error, UnpicklingError) as error:
         problem = f"cannot be read ({type(error).__name__})"
     if problem:
@@ -200,7 +200,7 @@ def fit(
         if ranks.number():
             return
         state = {
-            "code": code_digest(),
+            "code": CODE,
             "step": step,
             "modules": modules.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -210,7 +210,9 @@ def fit(
             "best_state": best_state,
             "seconds": before + time.monotonic() - began,
         }
-        write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
+        content = io.BytesIO()  # so that a full disk is an `OSError` as everywhere
+        torch.save(state, content)
+        write_atomically(checkpoint, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
     bar = {"desc": title, "unit": "step", "mininterval": 1, "leave": False, "disable": ranks.number() > 0}
     for step in tqdm(range(start, steps), initial=start, total=steps, **bar):

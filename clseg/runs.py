@@ -23,7 +23,7 @@ import pandas as pd
 import safetensors
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from clseg import __version__, config, paths, ranks
@@ -31,7 +31,7 @@ from clseg.config import Experiment, FinetuneBudget, FinetuneParameters, Pretrai
 from clseg.data.formats import class_names
 from clseg.data.prepare import Store, prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import Fit, Work, code_digest, device, fit, seed_of, write_atomically, write_json
+from clseg.loop import CODE, Fit, Work, device, fit, seed_of, write_atomically, write_json
 from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
 from clseg.recipes.evaluation import scores, validation_dice
@@ -233,7 +233,7 @@ def train(run: Run) -> Run:
 
 
 def code_of(run: Run) -> str:
-    """The `loop.code_digest` of the code that made a finished run."""
+    """The `loop.CODE` that made a finished run."""
     return json.loads((run.folder / "record.json").read_bytes())["provenance"].get("code", "")
 
 
@@ -262,7 +262,11 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
 def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
     others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
-    network, seen, held_out = build_network(run, store), store.only(split.labelled, others), store.only(split.validation)
+    network, seen, held_out = (
+        build_network(run, store),
+        store.only(split.labelled, others),
+        store.only(split.validation),
+    )
     labelled = seen.rows(split.labelled, labelled=True)
     torch.manual_seed(seed_of(seed, "recipe"))
     work = Work(network, seen, labelled, run.finetune.batch, seed, run.steps, seen.rows(others))
@@ -307,7 +311,8 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {"clseg": json.dumps(adaptation, sort_keys=True)}
-    write_atomically(run.folder / "weights.safetensors", lambda path: save_file(tensors, path, metadata))
+    # through bytes, so that a full disk is an `OSError` as everywhere
+    write_atomically(run.folder / "weights.safetensors", lambda path: path.write_bytes(save(tensors, metadata)))
     tables = {"log": result.log} | tables
     for name, content in tables.items():
         write_table(run.folder / f"{name}.csv", content)
@@ -356,7 +361,7 @@ def provenance() -> dict[str, Any]:
         commit = "unknown"
     return {
         "commit": commit,
-        "code": code_digest(),
+        "code": CODE,
         "clseg": __version__,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -375,16 +380,26 @@ def seal(folder: Path) -> None:
         (folder / leftover).unlink(missing_ok=True)
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a folder's status, record and files agree."""
+def flaw(folder: Path) -> str | None:
+    """None for a run that is done: its status, record and files agree; else what is wrong, "" if it never finished."""
     try:
         status = json.loads((folder / "status.json").read_bytes())
         record = (folder / "record.json").read_bytes()
         if status["status"] != "done" or status["record_sha256"] != hashlib.sha256(record).hexdigest():
-            return False
-        return all((folder / name).stat().st_size == size for name, size in json.loads(record)["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+            return "its record is not the one it finished with"
+        for name, size in json.loads(record)["files"].items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes and had {size}"
+    except OSError as error:
+        name = Path(error.filename).name
+        return "" if name == "status.json" else f"{name} is missing"
+    except (ValueError, KeyError, TypeError):
+        return "its status or record cannot be read"
+    return None
+
+
+def is_done(folder: Path) -> bool:
+    return flaw(folder) is None
 
 
 @contextmanager

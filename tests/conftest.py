@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,53 @@ def data_root() -> Path:
     if not Path(root).is_dir():
         pytest.skip(f"no real data: CLSEG_DATA={root} is not a folder")
     return Path(root).absolute()
+
+
+class SmallGrid:
+    """A smoke grid of one pre-training and two fine-tunings, as a command of its own."""
+
+    words = (
+        *("run", "quickstart", "--profile", "smoke", "--set=dataset.options.subjects=10"),
+        *("--set=dataset.protocols.seeded.test=3", "--set=dataset.protocols.seeded.validation=1"),
+        *("--set=study.methods=[random, gd]", "--set=study.labelled=[1]", "--set=study.draws=[1]"),
+    )
+
+    def start(self, root: Path, *more: str, **options) -> subprocess.Popen:
+        environment = os.environ | {"CLSEG_OUT": str(root), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "clseg", *self.words, *more]
+        return subprocess.Popen(command, env=environment, **pipes, **options)
+
+    def finish(self, root: Path, *more: str, **options) -> tuple[int, str, str]:
+        """Exit status, output and errors."""
+        process = self.start(root, *more, **options)
+        output, errors = process.communicate()
+        assert "Traceback" not in errors
+        return process.returncode, output, errors
+
+    @staticmethod
+    def folders(root: Path, pattern: str = "*") -> list[Path]:
+        """Those of finished runs."""
+        return sorted(path.parent for path in root.glob(f"runs/phantom/smoke/{pattern}/status.json"))
+
+    @staticmethod
+    def tables(root: Path) -> list[bytes]:
+        folder = root / "paper_figures/smoke/phantom/quickstart"
+        return [(folder / f"{name}.csv").read_bytes() for name in ("table", "table_last", "summary", "pretraining")]
+
+
+@pytest.fixture(scope="session")
+def small_grid() -> SmallGrid:
+    return SmallGrid()
+
+
+@pytest.fixture(scope="module")
+def whole(small_grid, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of a small grid that was left alone."""
+    root = tmp_path_factory.mktemp("whole")
+    status, output, errors = small_grid.finish(root)
+    assert status == 0, errors
+    return root, output
 
 
 @pytest.fixture

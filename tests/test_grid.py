@@ -1,54 +1,11 @@
 """Studies: what a grid holds, that it is done once whatever happens, and what it leaves. Kernels are real here."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from clseg import cli, config, grid, runs
 from clseg.config import RequestError
-
-TINY = [
-    "--set=dataset.options.subjects=10",
-    "--set=dataset.protocols.seeded.test=3",
-    "--set=dataset.protocols.seeded.validation=1",
-    "--set=study.methods=[random, gd]",
-    "--set=study.labelled=[1]",
-    "--set=study.draws=[1]",
-]
-
-
-def words(*more):
-    return ["run", "quickstart", "--profile", "smoke", *TINY, *more]
-
-
-def start(root, *more):
-    environment = os.environ | {"CLSEG_OUT": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "clseg", *words(*more)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def table(root):
-    return (root / "paper_figures/smoke/phantom/quickstart/table.csv").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A small grid left alone."""
-    root = tmp_path_factory.mktemp("whole")
-    process = start(root)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return root, output
 
 
 def expand(name, dataset, profile="smoke", overrides=()):
@@ -82,9 +39,9 @@ def test_an_override_that_no_method_can_take_is_refused():
         expand("quickstart", "phantom", overrides=["stages.5.slices=4"])
 
 
-def test_dry_run_prints_the_grid_and_trains_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_the_grid_and_trains_nothing(small_grid, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    assert cli.main(words("--dry-run")) == 0
+    assert cli.main([*small_grid.words, "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "1 pre-trainings, 2 fine-tunings, 0 of them done" in output
     assert output.count("to do") == 3
@@ -107,49 +64,21 @@ def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
     assert frame["subject"].nunique() == 3
 
 
-def test_a_finished_grid_is_not_done_again(whole):
+def test_a_finished_grid_is_not_done_again(small_grid, whole):
     root, _ = whole
     before = {path: path.stat().st_mtime_ns for path in root.glob("runs/phantom/smoke/*/status.json")}
-    process = start(root)
-    output, _ = process.communicate()
-    assert process.returncode == 0
+    status, output, errors = small_grid.finish(root)
+    assert status == 0
     assert "3 of them done" in output
+    assert "clseg:" not in errors
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_grid_killed_and_resumed_gives_the_same_table(whole, tmp_path):
-    for _ in range(2):
-        process = start(tmp_path, "--jobs=2")
-        seen = len(list(tmp_path.glob("runs/phantom/smoke/*/parameters.json")))
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("runs/phantom/smoke/*/parameters.json"))) <= seen and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = start(tmp_path, "--jobs=2")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert table(tmp_path) == table(whole[0])
-
-
-def test_two_coordinators_on_one_folder_do_each_run_once(whole, tmp_path):
-    both = [start(tmp_path, "--jobs=1") for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert table(tmp_path) == table(whole[0])
-    for path in tmp_path.glob("runs/phantom/smoke/*/notebook.ipynb"):
-        cells = json.loads(path.read_text())["cells"]
-        assert all(cell.get("execution_count") for cell in cells if cell["cell_type"] == "code")
-    assert not list(tmp_path.glob("runs/phantom/smoke/*/*.running.ipynb"))
-
-
-def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
-    process = start(tmp_path, "--set=stages.0.learning_rate=1e30")
-    _, errors = process.communicate()
-    assert process.returncode == 1
+def test_a_run_that_fails_is_named_and_the_others_are_done(small_grid, tmp_path):
+    status, _, errors = small_grid.finish(tmp_path, "--set=stages.0.learning_rate=1e30")
+    assert status == 1
     assert "2 of 3 runs failed" in errors
     assert "runs/phantom/smoke/pretrain-contrast-gd" in errors
-    assert "Traceback" not in errors
     assert len(list(tmp_path.glob("runs/phantom/smoke/finetune-random*/status.json"))) == 1
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clseg import config
+from clseg import config, loop
 from clseg.config import Optimisation
 from clseg.loop import Training, fit, learning_rate, seed_of, step_generator, write_atomically
 
@@ -99,6 +99,17 @@ def test_a_damaged_checkpoint_means_starting_again(tmp_path, capsys):
     checkpoint.write_bytes(checkpoint.read_bytes()[:200])
     result, _ = problem(tmp_path / "killed")
     assert "starts from the beginning" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
+
+
+def test_a_checkpoint_of_other_code_means_starting_again(tmp_path, capsys, monkeypatch):
+    expected, _ = problem(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "CODE", "another")
+        with pytest.raises(Killed):
+            problem(tmp_path / "killed", kill_at=7)
+    result, _ = problem(tmp_path / "killed")
+    assert "checkpoint.pt was made by other code; training starts from the beginning" in capsys.readouterr().out
     pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
 
 
