@@ -88,6 +88,7 @@ Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[float, Field(ge=1e-9, le=1e9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Filters = Annotated[list[Pixels], Field(min_length=2, max_length=12)]
 Plane = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 Sides = Annotated[list[Pixels], Field(min_length=2, max_length=3)]
 
@@ -325,14 +326,7 @@ class MethodConfig(Strict):
 
 class NetworkConfig(Strict):
     architecture: Literal["glcl", "pcl"] = "glcl"  # Chaitanya et al., Zeng et al.
-    filters: Annotated[list[Pixels], Field(min_length=2, max_length=12)] = [
-        16,
-        32,
-        64,
-        128,
-        128,
-        128,
-    ]  # finest level first
+    filters: Filters = [16, 32, 64, 128, 128, 128]  # of every level, the finest first
     norm_momentum: Share = 0.01  # of a new batch in the running averages
 
     @property

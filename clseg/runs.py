@@ -43,7 +43,7 @@ TABLE_COLUMNS = [
 ]
 WORKER = "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, once its notebook is in place
 SEEN = " (transductive)"  # a method whose pre-training saw images of test subjects
-CODE = ("clseg", "params")  # what decides numbers
+DECIDING = ("clseg", "params")  # numbers: folders of the project
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "nibabel")
 
 
@@ -262,14 +262,11 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
 def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
     others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
-    network, seen, held_out = (
-        build_network(run, store),
-        store.only(split.labelled, others),
-        store.only(split.validation),
-    )
+    network, seen = build_network(run, store), store.only(split.labelled, others)
     labelled = seen.rows(split.labelled, labelled=True)
     torch.manual_seed(seed_of(seed, "recipe"))
     work = Work(network, seen, labelled, run.finetune.batch, seed, run.steps, seen.rows(others))
+    held_out = store.only(split.validation)
     training, every = RECIPES[recipe.recipe](work, recipe), run.finetune.validate_every
 
     def validate() -> float:
@@ -356,7 +353,7 @@ def provenance() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
-        commit = (git("rev-parse", "HEAD") or "unknown") + "+changes" * bool(git("status", "--porcelain", *CODE))
+        commit = (git("rev-parse", "HEAD") or "unknown") + "+changes" * bool(git("status", "--porcelain", *DECIDING))
     except OSError:
         commit = "unknown"
     return {
