@@ -162,6 +162,8 @@ def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetCon
     test, validation = (max(1, round(share * labelled)) for share in (0.3, 0.1))
     changes: dict[str, Any] = {"channels": volumes[0]["channels"]}
     changes["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=test, validation=validation)}
+    if Path(dataset.folder, "splits_final.json").exists():
+        changes["protocols"]["nnunet"] = config.SplitsFileProtocol(kind="splits_file")
     slices, *_ = np.median([v["shape"] for v in volumes], axis=0)
     field_mm = np.median([v["field_mm"] for v in volumes])
     spacings = np.array([v["spacing_mm"] for v in volumes if v["spacing_mm"]])
@@ -211,6 +213,8 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
     rest = len(labelled) - protocol.test - protocol.validation
     sets = f"{protocol.test} to test, {protocol.validation} to validate, {rest} of which labelled ones are drawn"
     found.append(f"{len(labelled)} labelled subjects: {sets}; {len(volumes) - len(labelled)} more for pre-training")
+    if "nnunet" in dataset.protocols:
+        found.append("splits_final.json: its folds are a protocol, for studies with --set study.protocol=nnunet")
     found.append(
         "every volume counts as a subject: keep one of each patient, or both training and test may see the patient"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseg import cli, config, paths
+from clseg import cli, config, grid, paths, runs
 from clseg.check import check, expect, write
 from clseg.config import RequestError
 from clseg.data.formats import scan
@@ -277,6 +277,27 @@ def test_a_study_takes_what_is_written(tmp_path, monkeypatch, capsys):
     words = ["run", "quickstart", "--dataset", "My scans.yaml", "--set", "study.labelled=[1,2]"]
     assert cli.main([*words, "--dry-run"]) == 0
     assert "finetune-gd+lr-labelled2" in capsys.readouterr().out
+
+
+def test_folds_of_nnunet_are_a_protocol_of_the_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    folder, cases = medical(tmp_path / "scans", "nnunet"), [f"case_{k:02d}" for k in range(8)]
+    folds = [{"train": cases[k:] + cases[: k - 4], "val": cases[k - 4 : k]} for k in (4, 8)]
+    (folder / "splits_final.json").write_text(json.dumps(folds))
+    assert cli.main(["check", str(folder), "--write", "mine.yaml"]) == 0
+    assert "study.protocol=nnunet" in capsys.readouterr().out
+    words = ["run", "quickstart", "--dataset", "mine.yaml", "--set", "study.labelled=[2]", "--dry-run"]
+    names = []
+    for protocol in ("seeded", "nnunet"):
+        assert cli.main([*words, "--set", f"study.protocol={protocol}"]) == 0
+        names.append([line.split()[-1] for line in capsys.readouterr().out.splitlines() if "pretrain-" in line])
+    assert len(names[1]) == 2 * len(names[0])  # each fold has its own pre-trainings
+    study = config.read_study("quickstart").model_copy(update={"protocol": "nnunet", "labelled": [2], "draws": [1, 2]})
+    for run in grid.expand(study, "mine.yaml", "smoke").all:
+        split = runs.split_of(run, prepare(run.experiment.dataset, run.experiment.geometry, progress=False))
+        assert list(split.test) == folds[run.parameters.draw - 1]["val"]
+        assert not {*split.test} & {*split.pretrain, *split.labelled, *split.validation}
 
 
 def test_a_data_set_file_is_not_overwritten_and_takes_no_known_name(tmp_path):

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from clseg import config
 from clseg.config import CrossValidation, Fold, FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
 
 Count = int | Literal["all"]  # of subjects with labels
@@ -149,7 +150,5 @@ def write_splits(path: Path, splits: Iterable[Split]) -> None:
     """
     sets = {"train": "labelled", "val": "test", "validation": "validation", "pretrain": "pretrain"}
     folds = [{name: getattr(split, own) for name, own in sets.items()} for split in dict.fromkeys(splits)]
-    try:
+    with config.writing(path, "choose another place"):
         path.write_text(json.dumps(folds, indent=4) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
