@@ -25,7 +25,7 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     With one positive per anchor the two are equal.
 
     embedding: [B, D], of all ranks (`gather`), any length. Returns a scalar ≥ 0, float32 or float64.
-    Memory: about five matrices [B, B] of that type and 50 bytes per positive pair; time: 6 B² D multiplications.
+    Memory: two blocks of `BLOCK` similarities, and 30 bytes per positive pair of a block; time: 6 B² D multiplications.
     Raises `ValueError` for a shape unlike that of the pairs, a temperature ≤ 0, another denominator, or no positive.
     Source: released code of Zeng et al., `SupConLoss` ("all"), and of Chaitanya et al., `global_loss_exp_no` ("pair").
     *Deviation*: Zeng et al. multiply by temperature / 0.07, Chaitanya et al. divide the sum over pairs by the number of
@@ -37,19 +37,68 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
         raise ValueError(f"{len(embedding)} embeddings, but pairs of {len(pairs.positive)}")
     if denominator not in ("all", "pair"):
         raise ValueError(f"denominator must be 'all' or 'pair', not {denominator!r}")
-    anchor, other = pairs.positive.nonzero(as_tuple=True)  # [|P|] each
-    if len(anchor) == 0:
-        raise ValueError("no anchor has a positive")
-    rivals = pairs.negative if denominator == "pair" else pairs.positive | pairs.negative
     with _full_precision(embedding):
-        direction = _directions(embedding, temperature)  # [B, D]
-        similarity = direction @ direction.T  # [B, B]
-        attracted = similarity[anchor, other]  # [|P|]
-        repelled = similarity.masked_fill_(~rivals, LOG_ZERO).logsumexp(dim=1)[anchor]  # [|P|]
-        if denominator == "pair":
-            return -F.logsigmoid(attracted - repelled).mean()
-        positives = pairs.positive.sum(dim=1)  # [B]
-        return ((repelled - attracted) / positives[anchor]).sum() / (positives > 0).sum()
+        return _Contrast.apply(_directions(embedding, temperature), pairs.positive, pairs.negative, denominator)
+
+
+BLOCK = 2**20  # similarities at a time: few enough for a processor's cache
+
+
+class _Contrast(torch.autograd.Function):
+    """`contrastive_loss` of directions, and on the way its gradient, a block of anchors at a time."""
+
+    @staticmethod
+    def forward(ctx, direction: Tensor, positive: Tensor, negative: Tensor, denominator: str) -> Tensor:
+        rows, pair = len(direction), denominator == "pair"
+        height = max(BLOCK // rows, 1)
+        counts = [alike.sum(dim=1, dtype=torch.int32) for alike in positive.split(height)]
+        count = torch.cat(counts).to(direction)  # [B]
+        terms = count.sum() if pair else (count > 0).sum()  # the mean is over
+        value, gradient, found = 0, torch.zeros_like(direction), 0
+        blocks = (tensor.split(height) for tensor in (direction, positive, negative, count, gradient))
+        for anchors, alike, unlike, number, learnt in zip(*blocks, strict=True):  # [b, D], [b, B], [b, B], [b], [b, D]
+            place = alike.reshape(-1).nonzero().view(-1)  # [|P|], of the positives among the b B similarities
+            found, anchor = found + len(place), place // rows
+            similarity = anchors @ direction.T  # [b, B]
+            margin = similarity.view(-1).index_select(0, place)  # [|P|]
+            absent = ~unlike if pair else alike == unlike  # no row is alike and unlike
+            largest = similarity.masked_fill_(absent, LOG_ZERO).amax(dim=1, keepdim=True)
+            repelled = (similarity - largest).exp_().sum(dim=1, keepdim=True).log_().add_(largest)  # [b, 1]
+            margin -= repelled.view(-1).index_select(0, anchor)
+            weight = terms.to(direction).reciprocal()  # derivative of the loss by -s of a positive, [|P|] below
+            if pair:
+                term, buffer = torch.ops.aten.log_sigmoid_forward(margin)
+                weight = torch.ops.aten.log_sigmoid_backward(weight.expand_as(margin), margin, buffer)
+            else:
+                term, weight = margin / number.index_select(0, anchor), (weight / number).index_select(0, anchor)
+            value = value + term.sum()
+            share = torch.zeros_like(repelled).view(-1).index_put_((anchor,), weight, accumulate=True)  # by `repelled`
+            similarity.sub_(repelled).exp_().mul_(share[:, None]).view(-1).index_add_(0, place, weight, alpha=-1)
+            gradient.addmm_(similarity.T, anchors)  # the derivative of the loss by s is in `similarity` now
+            learnt += similarity @ direction
+        if not found:
+            raise ValueError("no anchor has a positive")
+        ctx.denominator = denominator
+        ctx.save_for_backward(direction, positive, negative, gradient)
+        return -value / terms
+
+    @staticmethod
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        direction, positive, negative, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated again: by autograd
+            again = _contrast(direction, positive, negative, ctx.denominator)
+            (gradient,) = torch.autograd.grad(again, direction, create_graph=True)
+        return gradient * outer, None, None, None
+
+
+def _contrast(direction: Tensor, positive: Tensor, negative: Tensor, denominator: str) -> Tensor:
+    """What `_Contrast` computes, as its formula reads."""
+    pair, (anchor, other) = denominator == "pair", positive.nonzero(as_tuple=True)
+    similarity = direction @ direction.T  # [B, B]
+    rivals = negative if pair else positive | negative
+    repelled = similarity.masked_fill(~rivals, LOG_ZERO).logsumexp(dim=1)[anchor]  # [|P|]
+    margin, count = similarity[anchor, other] - repelled, positive.sum(dim=1)
+    return -F.logsigmoid(margin).mean() if pair else -(margin / count[anchor]).sum() / (count > 0).sum()
 
 
 def local_contrastive_loss(
