@@ -18,25 +18,31 @@ def _set_roots(arguments: argparse.Namespace) -> None:
             os.environ[variable] = str(Path(folder).absolute())
 
 
-def _absolute(dataset: str) -> str:
-    """A data set file is found from everywhere: kernels have another working directory."""
-    return str(Path(dataset).absolute()) if dataset.endswith((".yaml", ".yml")) else dataset
+def _absolute(name: str) -> str:
+    """A name stays, a file is found from everywhere: kernels have another working directory."""
+    return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from clseg import grid, loop, paths, runs  # torch is imported only where it is needed
     from clseg.data.formats import listed
+    from clseg.data.splits import write_splits
 
     _set_roots(arguments)
     study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
-    dataset = _absolute(arguments.dataset or study.datasets[0])
-    profile = config.read_profile(arguments.profile).name
-    plan = grid.expand(study, dataset, arguments.profile, overrides)
+    study = study.model_copy(update={"pretrain_dataset": _absolute(study.pretrain_dataset)})
+    named = {"study": arguments.study, "dataset": arguments.dataset or study.datasets[0], "profile": arguments.profile}
+    named = {key: _absolute(name) for key, name in named.items()}
+    dataset, profile = named["dataset"], config.read_profile(named["profile"]).name
+    plan = grid.expand(study, dataset, named["profile"], overrides)
     done = {run.name for run in plan.all if run.is_done()}
     steps = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done"
     print(f"{study.name} on {dataset}, profile {profile}: {steps}")
     for note in plan.notes:
         print(f"left out: {note}")
+    if arguments.splits:
+        few = [run for run in plan.finetune if not run.experiment.all_labels]
+        write_splits(Path(arguments.splits), (runs.split_of(run, listed(run.experiment.dataset)) for run in few))
     if arguments.dry_run:
         for run in plan.all:
             print(f"{'done ' if run.name in done else 'to do'}  {run.name}")
@@ -64,12 +70,12 @@ def _run(arguments: argparse.Namespace) -> int:
         grid.execute(plan, arguments.jobs or 0 if arguments.scheduler else jobs, arguments.scheduler)
     except grid.RunFailed as error:
         failure = error
-    repeat = ["clseg", "run", study.name, "--dataset", dataset, "--profile", profile]
+    repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]
     repeat += [word for text in arguments.set for word in ("--set", text)]
     if any(run.is_done() for run in plan.finetune):
         with runs.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
             folder = grid.write_results(plan, shlex.join(repeat))
-            notebook = grid.draw_figures(plan)
+            notebook = grid.draw_figures(plan, named)
         print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
@@ -204,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=_positive, help="runs at a time (default: cores / threads of a run)")
     cluster = "address of a Dask scheduler whose workers do the runs, e.g. tcp://10.0.0.1:8786"
     run.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help=cluster)
+    run.add_argument("--splits", metavar="FILE.json", help="write its draws there, as nnU-Net's splits_final.json")
     run.add_argument("--dry-run", action="store_true", help="print the grid and stop")
 
     pretrain.add_argument("--method", required=True, help="a name of `clseg methods`")

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit status and one clear sentence."""
 
+import json
 import os
 import subprocess
 import sys
@@ -114,3 +115,16 @@ def test_the_console_command_is_the_module(tmp_path):
     done = clseg("--version", out=tmp_path)
     assert done.returncode == 0
     assert done.stdout.strip()
+
+
+def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    words = ["run", "quickstart", "--dry-run", "--splits", str(tmp_path / "splits_final.json")]
+    assert cli.main([*words, "--set", "study.labelled=[2]"]) == 0
+    folds = json.loads((tmp_path / "splits_final.json").read_text())
+    draws = len(config.read_study("quickstart").draws)
+    assert len(folds) == draws
+    assert all(len(fold["train"]) == 2 and not set(fold["train"]) & set(fold["val"]) for fold in folds)
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "choose one number, for example --set study.labelled=[1]" in capsys.readouterr().err
