@@ -66,7 +66,8 @@ class Work:
     """What a stage or a recipe works on: `slices` of `rows` make a batch of step 0, 1, ... `steps` - 1.
 
     `rows` are slice ids: of a stage those of the pre-training subjects, of a recipe those with labels, and `unlabelled`
-    the others; `earlier`: the weights that earlier stages left.
+    the others. `store` hands over these alone, and labels to a recipe alone, of `rows`. `earlier`: the weights that
+    earlier stages left.
     """
 
     network: "UNet"
