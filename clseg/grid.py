@@ -41,11 +41,9 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a study on one data set, its name or file; in `pretrain` parents come first. `notes`: what was left
-    out."""
+    """The runs of a study on one data set; in `pretrain` parents come first. `notes`: what was left out."""
 
     study: StudyConfig
-    dataset: str
     profile: str
     pretrain: list[Run]
     finetune: list[Run]
@@ -101,7 +99,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
             pretrain.setdefault(parent.name, parent)
     if not finetune:
         raise RequestError(f"study {study.name}: nothing to run on {dataset}; " + "; ".join(notes))
-    return Grid(study, dataset, profile, list(pretrain.values()), list(finetune.values()), list(notes))
+    return Grid(study, budget.name, list(pretrain.values()), list(finetune.values()), list(notes))
 
 
 def _require_parameters(source: Path) -> None:
@@ -378,7 +376,8 @@ class Results:
 def read_results(study: str, dataset: str, profile: str) -> Results:
     """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
     command = f"clseg run {study} --dataset {dataset} --profile {profile}"
-    own = paths.results_dir(profile, config.read_dataset(dataset).name, study)
+    about, of = config.read_study(study), config.read_dataset(dataset).name
+    own = paths.results_dir(config.read_profile(profile).name, of, about.name)
     places = own, paths.PROJECT / own.relative_to(paths.out_root())
     if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
@@ -387,7 +386,7 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
     benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
     missing = []
-    for run in expand(config.read_study(study), dataset, profile).finetune:
+    for run in expand(about, dataset, profile).finetune:
         cell = (run.method, run.parameters.labelled, run.key["draw"], run.parameters.seed)
         if cell not in (benchmark if run.experiment.all_labels else there):
             missing.append(f"{run.method}, {run.key['labelled']} labelled, draw {cell[2]}, seed {cell[3]}")
@@ -413,11 +412,13 @@ def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame)
     return table[[*first, *table.columns.drop(first)]]
 
 
-def draw_figures(grid: Grid) -> Path:
-    """Execute the study's figure notebook on its table; returns the executed notebook."""
+def draw_figures(grid: Grid, parameters: dict[str, str]) -> Path:
+    """Execute the study's figure notebook on its table; returns the executed notebook.
+
+    parameters: study, dataset and profile, by name or by file.
+    """
     study = grid.study
     target = paths.runs_root() / grid.place / grid.profile / f"{study.notebook}-{study.name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {"study": study.name, "dataset": grid.dataset, "profile": grid.profile}
     execute_notebook(paths.NOTEBOOKS / f"{study.notebook}.ipynb", target, parameters)
     return target

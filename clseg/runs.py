@@ -91,7 +91,7 @@ class Run:
             fields += [f"draw{parameters.draw}"] * self.experiment.pretrained_by_draw
         else:
             variant = parameters.variant.rpartition(".")[2].replace("/", "_").replace(" ", "")
-            fields = [parameters.method, variant, parameters.pretrain_dataset]
+            fields = [parameters.method, variant, Path(parameters.pretrain_dataset).stem]
             fields += [f"labelled{self.key['labelled']}", f"draw{self.key['draw']}"]
         return "-".join(filter(None, [self.kind, *fields, f"seed{parameters.seed}", config.digest(self.key)]))
 

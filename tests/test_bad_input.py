@@ -4,13 +4,18 @@ A row of `ROWS` is what is broken, by which commands it is met, and what their a
 table where values are open. Last, what the package never does: execute what it reads, and write beside its output root.
 """
 
+import ast
+import datetime
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -19,11 +24,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from clseg import cli, paths, runs
+import clseg
+from clseg import cli, config, grid, paths, runs
+from clseg.check import check
+from clseg.config import DatasetConfig, RequestError
+from clseg.data.formats import VolumeRef, class_names, nifti_volume, photograph, read, scan
+from clseg.data.prepare import normalise, prepare, resampled_size, to_network
+from clseg.export import read_weights
+from clseg.predict import predict
 
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
 DATASET = {
@@ -843,3 +858,322 @@ def test_bad_input_is_answered_in_a_sentence(row, world, capfd):
         }
         assert (new, before.keys() - after.keys()) == (set(), set()), command
     assert not Harmful.ran
+
+
+# ------------------------------------------------------------------------------------------------ what is not bad
+
+
+def oriented(order, signs):
+    """The index of an array whose axes are turned and reordered -> index of the upright one of `volume`, 4 x 4."""
+    turn, shape = np.zeros((4, 4)), (12, 10, 4)
+    turn[3, 3] = 1
+    for stored, (axis, sign) in enumerate(zip(order, signs, strict=True)):
+        turn[axis, stored], turn[axis, 3] = sign, 0 if sign > 0 else shape[axis] - 1
+    return turn
+
+
+def test_a_scan_may_be_stored_in_any_of_48_orders(world):
+    image, mask = volume(0)
+    angle = np.deg2rad(30)
+    oblique = AFFINE.copy()
+    oblique[:2, :2] = 1.5 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    ref, classes = VolumeRef("a", "", (world.image,), world.label, world.task), {1: "rim", 2: "core"}
+    for order, signs in itertools.product(itertools.permutations(range(3)), itertools.product([1, -1], repeat=3)):
+        for path, upright in ((world.image, image), (world.label, mask)):
+            turned = np.flip(upright.transpose(order), [axis for axis in range(3) if signs[axis] < 0])
+            save_nifti(path, turned, oblique @ oriented(order, signs))
+        found = nifti_volume(ref, classes, orient=True)
+        back = np.argsort(order)
+        np.testing.assert_array_equal(found.image[0].T.transpose(back), image)
+        np.testing.assert_array_equal(found.label.T.transpose(back), mask)
+        assert found.slice_axis == "xyz"[order[2]]
+        np.testing.assert_allclose(found.spacing_mm[::-1], np.array([1.5, 1.5, 4.0])[list(order)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["with spaces", "Häuser und Straßen", "心臓 ✓", "a%20[b]{c}'d\"", "-rf"])
+def test_names_with_spaces_and_of_any_language_are_taken(name, world, capfd):
+    world.task = world.task.rename(world.task.with_name(name))
+    for part in ("imagesTr", "labelsTr"):
+        path = world.task / part / "a.nii.gz"
+        path.rename(path.with_name(f"{name}.nii.gz"))
+    info = json.loads((world.task / "dataset.json").read_text())
+    info["training"][0] = {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
+    (world.task / "dataset.json").write_text("\ufeff" + json.dumps(info), encoding="utf-8")  # as Windows writes it
+    target = world.root / f"{name}.yaml"
+    assert cli.main(["check", str(world.task), f"--write={target}"]) == 0
+    assert capfd.readouterr().err == ""
+    dataset = config.read_dataset(str(target))
+    assert name in prepare(dataset, dataset.geometry["smoke"], progress=False).subjects
+    assert cli.main(["run", str(world.study), f"--dataset={target}", "--dry-run"]) == 0
+    image = world.task / "imagesTr" / f"{name}.nii.gz"
+    assert predict(world.weights, image, world.out / name) == (1, 0)
+    assert (world.out / name / image.name).is_file()
+
+
+def test_a_line_break_in_the_name_of_an_image_to_segment_stays(world):
+    image = world.image.rename(world.image.with_name("a\nb.nii.gz"))
+    assert predict(world.weights, image, world.out) == (1, 0)
+    assert (world.out / "a\nb.nii.gz").is_file()
+
+
+def test_links_to_scans_elsewhere_are_followed_in_nnunet_folders_and_loops_of_folders_are_not(world):
+    world.nnunet()
+    world.image.rename(world.root / "elsewhere.nii.gz")
+    world.image.symlink_to(world.root / "elsewhere.nii.gz")
+    for folder in (world.task, world.task / "imagesTr"):
+        (folder / "loop").symlink_to(world.task)
+    assert check(world.task).problems == []
+    (world.root / "runs").mkdir()
+    (world.root / "runs" / "loop").symlink_to(world.root / "runs")
+    assert cli.main(["table", str(world.root / "runs")]) == 2
+
+
+def test_a_notebook_without_parameters_is_not_executed(world):
+    notebook()(world)
+    with pytest.raises(RequestError, match=r"mine\.ipynb: has no cell with the tag"):
+        grid.execute_notebook(paths.NOTEBOOKS / "mine.ipynb", world.out / "done.ipynb", {"labelled": 1})
+    assert not world.out.exists()
+
+
+# ------------------------------------------------------------------------------------------------- open values
+
+MANY = int(os.environ.get("MANY", 0))
+some = settings(deadline=None, derandomize=not MANY, max_examples=MANY or 60)
+NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 32, 33, 64, 255, 2**31, 2**64, 10**30, 10**400])
+FLOATS = st.sampled_from([-1.0, 0.0, 1e-320, 1e-30, 0.1, 1.5, 1e30, 1e308, float("inf"), float("nan")])
+TEXTS = st.text(max_size=8) | st.sampled_from(
+    ["", "..", "../x", "/x", "{subject}", "a\0b", "1e5", "**", "~", "gd", "msd"]
+)
+SCALARS = st.none() | st.booleans() | NUMBERS | FLOATS | TEXTS
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=5
+)
+YAML_VALUES = VALUES | st.dates() | st.binary(max_size=4) | st.sets(st.integers(), max_size=2)
+
+
+def accepted(call):
+    """What a call returns, or None where it refuses in one sentence; anything else is an error."""
+    try:
+        return call()
+    except RequestError as error:
+        assert len(str(error).splitlines()) == 1
+        assert len(str(error)) < 1000
+        return None
+
+
+def damaged(valid: bytes):
+    """Bytes at random, and those of a valid file of which some are changed, removed or added."""
+
+    def change(edits, cut, more):
+        data = bytearray(valid)
+        for place, byte in edits:
+            data[place] = byte
+        return bytes(data[:cut]) + more
+
+    place = st.integers(0, len(valid) - 1) | st.integers(0, min(len(valid) - 1, 400))  # headers are short
+    edits = st.lists(st.tuples(place, st.integers(0, 255)), min_size=1, max_size=6)
+    return st.binary(max_size=500) | st.builds(change, edits, st.just(len(valid)) | place, st.binary(max_size=4))
+
+
+@pytest.fixture(scope="module")
+def open_world(template, tmp_path_factory):
+    """A world that all examples of a strategy share; its data set file names the folder whole."""
+    root = tmp_path_factory.mktemp("open") / "world"
+    shutil.copytree(template, root)
+    return World(root)
+
+
+def used(volume, dataset):
+    """What preparing does with a volume."""
+    geometry = dataset.geometry["smoke"]
+    normalised = normalise(volume, dataset.normalisation, volume.subject)
+    image, label = to_network(normalised, volume.label, resampled_size(volume, geometry), geometry.size)
+    assert np.isfinite(image).all()
+    assert image.shape[2:] == label.shape[1:] == tuple(geometry.size)
+
+
+def described(world, **changes):
+    return DatasetConfig.model_validate(DATASET | {"folder": str(world.task)} | changes)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("compressed", [False, True])
+@some
+@given(data=st.data())
+def test_any_bytes_as_a_scan(compressed, data, open_world, template):
+    valid = gzip.decompress((template / "data" / "Task" / A).read_bytes())[:2000]
+    path = open_world.root / ("x.nii.gz" if compressed else "x.nii")
+    content = data.draw(damaged(valid))
+    path.write_bytes(gzip.compress(content, 1) if compressed else content)
+    dataset = described(open_world, adapter="pairs", options={"images": "{subject}.nii*"}, classes={1: "rim"})
+    ref = VolumeRef("x", "", (path,), None, open_world.root)
+    if (found := accepted(lambda: read(ref, dataset))) is not None:
+        accepted(lambda: used(found, dataset))
+
+
+@pytest.mark.filterwarnings("error")
+@some
+@given(data=st.data())
+def test_any_bytes_as_h5(data, open_world):
+    path = open_world.root / "data" / "h5" / "data" / "patient001_frame01.h5"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.update({"image": np.eye(3)[None], "label": np.ones((1, 3, 3), np.uint8)})
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    dataset = described(open_world, adapter="acdc", folder=str(path.parent.parent), classes={1: "rim"})
+    if (found := accepted(lambda: read(scan(dataset)[0], dataset))) is not None:
+        accepted(lambda: used(found, dataset))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "bmp"])
+@some
+@given(data=st.data())
+def test_any_bytes_as_a_photograph(kind, data, open_world):
+    valid = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(valid, kind)
+    path = open_world.root / f"photograph.{kind}"
+    path.write_bytes(data.draw(damaged(valid.getvalue())))
+    for channels in (1, 3):
+        found = accepted(lambda count=channels: photograph(path, count))
+        assert found is None or (found.dtype == np.uint8 and found.shape[:2] == (channels, 1))
+
+
+@settings(some, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bytes_as_weights(data, open_world, save_weights):
+    path = open_world.root / "valid.safetensors"
+    valid = save_weights(path).read_bytes()
+    size = 8 + int.from_bytes(valid[:8], "little")  # the header is where things can go wrong
+    path.write_bytes(data.draw(damaged(valid[:size])) + data.draw(st.just(valid[size:]) | st.just(b"")))
+    if (found := accepted(lambda: read_weights(path))) is not None:
+        assert {name for name, value in found[0].items() if not value.isfinite().all()} == set()
+
+
+FILES = {  # kind: what reads it, a valid tree
+    "dataset": (config.read_dataset, DATASET),
+    "profile": (config.read_profile, yaml.safe_load((paths.PARAMS / "profiles" / "smoke.yaml").read_text())),
+    "study": (config.read_study, STUDY | {"axes": [{"name": "a", "key": "k", "values": [1], "methods": ["gd"]}]}),
+}
+NUMBERED = itertools.count()  # a file is read again only where its time has changed
+
+
+def places(tree, before=()):
+    """The keys that lead to every value of a nested tree."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [before] * bool(before) + [place for key, value in inner for place in places(value, (*before, key))]
+
+
+def replaced(tree, place, value):
+    """A copy of a nested tree with another value at a place."""
+    if not place:
+        return value
+    copy = list(tree) if isinstance(tree, list) else dict(tree)
+    copy[place[0]] = replaced(tree[place[0]], place[1:], value)
+    return copy
+
+
+@pytest.mark.parametrize("kind", FILES)
+@some
+@given(text=st.text(max_size=60) | st.text("[]{}:,&*!|>-?'\"# \nab0%@`<", max_size=40))
+def test_any_text_as_yaml(kind, text, open_world):
+    path = open_world.root / f"{next(NUMBERED)}.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert accepted(lambda: FILES[kind][0](str(path))) is None
+
+
+@pytest.mark.parametrize("kind", FILES)
+@some
+@given(data=st.data())
+def test_any_value_of_a_parameter(kind, data, open_world):
+    """Whatever is accepted can be resolved and prepared."""
+    trees, path = {name: tree for name, (_, tree) in FILES.items()}, open_world.root / f"{next(NUMBERED)}.yaml"
+    changed = trees[kind]
+    for place in data.draw(st.lists(st.sampled_from(places(changed)), min_size=1, max_size=2, unique=True)):
+        assume(place in places(changed))
+        changed = replaced(changed, place, data.draw(YAML_VALUES))
+    try:
+        path.write_text(yaml.safe_dump(changed, allow_unicode=True), encoding="utf-8")
+    except (UnicodeEncodeError, yaml.YAMLError, ValueError, TypeError):
+        assume(False)
+    names = {"dataset": str(open_world.dataset), "profile": "smoke", "study": str(open_world.study)} | {kind: str(path)}
+
+    def prepared():
+        plan = grid.expand(config.read_study(names["study"]), names["dataset"], names["profile"])
+        experiment = plan.finetune[0].experiment
+        assert plan.finetune[0].folder.resolve().is_relative_to(paths.runs_root().resolve())
+        assert paths.results_dir(plan.profile, plan.place, plan.study.name).resolve().is_relative_to(paths.out_root())
+        prepare(experiment.dataset, experiment.geometry, progress=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEG_DATA", str(open_world.root / "data"))
+        patch.setenv("CLSEG_OUT", str(open_world.out))
+        accepted(prepared)
+
+
+RESOLVED = config.resolve("phantom", "smoke", "gd+lr").model_dump()
+
+
+@some
+@given(
+    key=st.sampled_from([".".join(map(str, place)) for place in places(RESOLVED)]) | st.text(max_size=10),
+    value=YAML_VALUES.map(lambda value: yaml.safe_dump(value, default_flow_style=True)) | st.text(max_size=10),
+)
+def test_any_override(key, value):
+    accepted(lambda: config.resolve("phantom", "smoke", "gd+lr", overrides=[f"{key}={value}"]))
+
+
+@some
+@given(data=st.data())
+def test_any_dataset_json(data, open_world):
+    trees = [
+        json.loads(open_world.json.read_text()),
+        {"labels": {"rim": 1}, "channel_names": {"0": "T"}, "file_ending": ""},
+    ]
+    tree = data.draw(st.sampled_from(trees))
+    tree = (
+        replaced(tree, data.draw(st.sampled_from(places(tree))), data.draw(VALUES))
+        if data.draw(st.booleans())
+        else data.draw(VALUES)
+    )
+    folder = open_world.root / "json"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "imagesTr").exists():
+        shutil.copytree(open_world.task / "imagesTr", folder / "imagesTr")
+    text = json.dumps(tree, default=str, skipkeys=True)
+    (folder / "dataset.json").write_text(text)
+    dataset = described(open_world, folder=str(folder))
+    accepted(lambda: (scan(dataset), class_names(dataset, folder)))
+
+
+ARRAYS = st.tuples(
+    hnp.array_shapes(min_dims=1, max_dims=5, min_side=0, max_side=6),
+    st.sampled_from([np.int16, np.uint8, np.float32, np.float64, np.int32, np.complex64, np.uint16]),
+)
+
+
+@pytest.mark.filterwarnings("error")
+@some
+@given(
+    array=ARRAYS.flatmap(lambda about: hnp.arrays(about[1], about[0])),
+    spread=st.booleans(),
+    affine=hnp.arrays(
+        float, (3, 4), elements=st.floats(-1e4, 1e4) | st.sampled_from([0, 0, 1, -1, 1e-8, 1e30, np.nan, np.inf])
+    ),
+)
+def test_any_shape_and_affine(array, spread, affine, open_world):
+    """What is read runs toward the positive world axes that dominate, and can be prepared."""
+    path = open_world.root / "any.nii"
+    if spread and array.size:  # else most arrays are constant
+        array = np.arange(array.size).reshape(array.shape).astype(array.dtype)
+    image = nib.Nifti1Image(array, np.eye(4))
+    image.header["sform_code"] = 2
+    for name, row in zip(("srow_x", "srow_y", "srow_z"), affine.astype(np.float32), strict=True):
+        image.header[name] = row
+    path.write_bytes(bytes(image.header.binaryblock) + bytes(4) + array.tobytes("F"))
+    dataset = described(open_world, adapter="pairs", options={"images": "{subject}.nii*"}, classes={1: "rim"})
+    ref = VolumeRef("any", "", (path,), None, open_world.root)
+    if (found := accepted(lambda: read(ref, dataset))) is not None:
+        turned = nib.io_orientation(found.affine)
+        assert found.flips == tuple(turned[::-1, 1] < 0)
+        accepted(lambda: used(found, dataset))
