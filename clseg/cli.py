@@ -86,7 +86,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from clseg import ranks, runs
 
     _set_roots(arguments)
-    given = {name: getattr(arguments, name) for name in ("profile", "method", "protocol", "dimensions", "seed")}
+    given = {name: getattr(arguments, name) for name in ("profile", "method", "protocol", "dimensions", "draw", "seed")}
     given |= {"dataset": _absolute(arguments.dataset), "overrides": arguments.set}
     stages = len(config.resolve(given["dataset"], arguments.profile, arguments.method).stages)
     if not stages:
@@ -217,6 +217,8 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--dataset", required=True, help="a name under params/datasets, or a YAML file")
     pretrain.add_argument("--stage", type=int, help="which of the method's stages, from 0 (default: its last)")
     pretrain.add_argument("--protocol", default="", help="how subjects are divided (default: the data set's first)")
+    draw = "whose test subjects it must not see, where draws differ in them (default: 1)"
+    pretrain.add_argument("--draw", type=int, default=1, help=draw)
     pretrain.add_argument("--dimensions", type=int, default=2, help="2 or 3 (default: 2)")
     pretrain.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentations (default: 0)")
 

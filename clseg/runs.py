@@ -194,7 +194,10 @@ def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
 
 def earlier_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the run's parent left, none without a parent."""
-    return load_file(run.parent.folder / "weights.safetensors") if run.parent else {}
+    if run.parent is None:
+        return {}
+    with config.reading(path := run.parent.folder / "weights.safetensors", "safetensors", "remove its folder"):
+        return load_file(path)
 
 
 def trained_network(run: Run, store: Store) -> UNet:
@@ -407,15 +410,15 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            yield False
-            return
-        print(f"waiting for another process that holds {path}")
-        lock.acquire()
-    try:
+    try:  # releasing what is not held does nothing
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                yield False
+                return
+            print(f"waiting for another process that holds {path}")
+            lock.acquire()
         yield True
     finally:
         lock.release()
@@ -426,9 +429,11 @@ def table(folders: Iterable[Path], study: str | None = None, name: str = "metric
     tables = []
     for folder in sorted(folders):
         if (folder / f"{name}.csv").is_file() and is_done(folder):
-            recorded = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]["study"]
-            tables.append(read_table(folder / f"{name}.csv").assign(study=recorded if study is None else study))
+            with config.reading(folder, "finished run", "remove it to have it made again"):
+                recorded = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]["study"]
+                own = read_table(folder / f"{name}.csv").assign(study=recorded if study is None else study)
+                tables.append(own[TABLE_COLUMNS])
     if not tables:
         return pd.DataFrame(columns=TABLE_COLUMNS)
     order = ["dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
-    return pd.concat(tables)[TABLE_COLUMNS].sort_values(order, kind="stable", ignore_index=True)
+    return pd.concat(tables).sort_values(order, kind="stable", ignore_index=True)

@@ -338,9 +338,8 @@ def test_real_folders_are_in_order(folder, volumes, classes, positions, data_roo
     assert report.dataset.geometry["laptop"].size == [64, 64]
 
 
-@pytest.mark.real_data
-def test_hippocampus_in_nnunet_layout_with_five_labels(data_root, tmp_path):
-    source, target = data_root / "Task04_Hippocampus", tmp_path / "Dataset004"
+def nnunet_copy(source, target):
+    """Forty subjects of the hippocampus in nnU-Net v2 layout, five of them with a label."""
     for name in ("imagesTr", "labelsTr"):
         (target / name).mkdir(parents=True)
     for k, image in enumerate(sorted(source.glob("imagesTr/hippocampus_*.nii.gz"))[:40]):
@@ -350,7 +349,40 @@ def test_hippocampus_in_nnunet_layout_with_five_labels(data_root, tmp_path):
             shutil.copyfile(source / "labelsTr" / image.name, target / "labelsTr" / image.name)
     about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "Anterior": 1, "Posterior": 2}}
     (target / "dataset.json").write_text(json.dumps(about | {"file_ending": ".nii.gz", "numTraining": 5}))
-    report = check(target)
+    return target
+
+
+@pytest.mark.real_data
+def test_hippocampus_in_nnunet_layout_with_five_labels(data_root, tmp_path):
+    report = check(nnunet_copy(data_root / "Task04_Hippocampus", tmp_path / "Dataset004"))
     assert report.problems == []
     assert (len(report.volumes), sum(v["labelled"] for v in report.volumes)) == (40, 5)
     assert report.dataset.geometry["paper"].spacing_mm == 1.0
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Task04_Hippocampus", "ph2", "nnunet"])
+def test_the_notebook_for_own_data_then_predict_and_export(kind, data_root, tmp_path, monkeypatch):
+    """From a folder to weights, masks of its own grid and weights for other programs."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+    folder = data_root / kind
+    if kind == "nnunet":
+        folder = nnunet_copy(data_root / "Task04_Hippocampus", tmp_path / "Dataset004")
+    parameters = {"folder": str(folder), "labelled": 1}
+    grid.execute_notebook(paths.NOTEBOOKS / "03_your_data.ipynb", tmp_path / "done.ipynb", parameters)
+    (weights,) = paths.runs_root().glob("*/smoke/finetune-g*/weights.safetensors")
+    images = sorted(path for path in folder.rglob("imagesTr/*.nii.gz") if not path.name.startswith("."))[-3:]
+    images = images or sorted((folder / "images").iterdir())[:3]
+    output = tmp_path / "new"
+    for image in images:
+        assert cli.main(["predict", "--weights", str(weights), "--input", str(image), "--output", str(output)]) == 0
+    made = [path for path in output.iterdir() if path.suffix != ".json"]
+    assert len(made) == len(images)
+    if kind != "ph2":
+        case = nib.load(next(path for path in made if path.name.startswith(images[0].name.partition(".")[0][:15])))
+        assert np.array_equal(case.affine, nib.load(images[0]).affine)
+        assert set(np.unique(case.dataobj)) <= {0, 1, 2}
+    copy = tmp_path / "copy.safetensors"
+    assert cli.main(["export", "--weights", str(weights), "--format", "safetensors", "--output", str(copy)]) == 0
+    assert runs.adaptation(copy)["classes"] == runs.adaptation(weights)["classes"]

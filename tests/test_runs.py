@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -224,27 +223,6 @@ def test_a_table_survives_its_file(tmp_path):
     table = pd.DataFrame({"subject": ["001", "NA"], "phase": ["", "ED"], "dice": [0.5, None], "missed": [0, 1]})
     runs.write_table(tmp_path / "t.csv", table)
     pd.testing.assert_frame_equal(runs.read_table(tmp_path / "t.csv"), table, check_dtype=False)
-
-
-def test_test_subjects_cannot_change_a_weight(tmp_path, monkeypatch):
-    """Poisoned test subjects leave every weight as it was, bit for bit."""
-    weights = []
-    for poison in (False, True):
-        monkeypatch.setenv("CLSEG_OUT", str(tmp_path / str(poison)))
-        run = finetuning()
-        store = runs.open_store(run.experiment)
-        if poison:
-            rows = store.rows(runs.split_of(run, store).test)
-            for name, kind in (("images.f16", "float16"), ("labels.u8", "uint8")):
-                values = np.memmap(store.folder / name, kind, mode="r+").reshape(len(store.slices), -1)
-                values[rows] = 3
-                values.flush()
-        weights.append(
-            [load_file(r.folder / "weights.safetensors") for r in (runs.train(run), run.parent, run.parent.parent)]
-        )
-    for clean, poisoned in zip(*weights, strict=True):
-        assert clean.keys() == poisoned.keys()
-        assert all(torch.equal(clean[k], poisoned[k]) for k in clean)
 
 
 def test_a_run_made_from_other_files_is_not_taken_for_one_of_these(out):
