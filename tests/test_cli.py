@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from clseg import cli, config
@@ -59,56 +58,6 @@ def test_a_wrong_request_ends_in_one_sentence_and_status_2(words, message, tmp_p
     assert message in line
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob("pretrain*/status.json"))
-
-
-def msd_folder(root, label=None, image=None):
-    """A small folder in MSD layout; `label` and `image` change one volume of it."""
-    import json
-
-    import nibabel as nib
-
-    generator = np.random.default_rng(0)
-    folder = root / "Task04_Hippocampus"
-    cases = [f"hippocampus_{k:03d}" for k in range(80)]
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True)
-    values = generator.integers(0, 1000, (34, 48, 8)).astype(np.int16)
-    mask = np.zeros((34, 48, 8), np.uint8)
-    mask[10:20, 10:20], mask[10:20, 25:35] = 1, 2
-    for k, case in enumerate(cases):
-        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / "imagesTr" / f"{case}.nii.gz")
-        nib.save(
-            nib.Nifti1Image(mask if k or label is None else label(mask), np.eye(4)),
-            folder / "labelsTr" / f"{case}.nii.gz",
-        )
-    if image is not None:
-        (folder / "imagesTr" / f"{cases[0]}.nii.gz").write_bytes(image)
-    listed = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases]
-    about = {
-        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
-        "modality": {"0": "MRI"},
-        "training": listed,
-    }
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return root
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"image": b"not an image"}, "imagesTr/hippocampus_000.nii.gz"),
-        ({"label": lambda mask: mask + 5}, "labelsTr/hippocampus_000.nii.gz"),
-    ],
-)
-def test_wrong_data_end_in_one_sentence_and_status_2(damage, message, tmp_path):
-    data = msd_folder(tmp_path / "data", **damage)
-    done = clseg(
-        "run", "glcl_strategies", "--dataset", "hippocampus", "--profile", "smoke", out=tmp_path / "out", data=data
-    )
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").rglob("status.json"))
 
 
 def test_the_console_command_is_the_module(tmp_path):

@@ -101,34 +101,6 @@ def test_names_that_do_not_fit_are_told_what_does(names, message):
         config.resolve(*names)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethod: [gd]\nlabelled: [1]\ndraws: [1]\n",
-            "did you mean 'methods'",
-        ),
-        (
-            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethods: [gd]\nlabelled: ['1']\ndraws: [1]\n",
-            "labelled.0",
-        ),
-        (
-            "name: x\ntitle: t\nnotebook: n\ndatasets: [phantom]\nmethods: [gd]\nlabelled: [0]\ndraws: [1]\n",
-            "labelled.0",
-        ),
-        ("name: [", "not valid YAML"),
-        ("- a list", "study.yaml"),
-        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
-    ],
-)
-def test_a_wrong_study_file_is_named(tmp_path, text, message):
-    path = tmp_path / "study.yaml"
-    path.write_text(text)
-    with pytest.raises(RequestError, match=message) as caught:
-        config.read_study(str(path))
-    assert "study.yaml" in str(caught.value)
-
-
 def notebook(*cells):
     """The namespace of a notebook that has executed these cells."""
     namespace = {"In": ["", *cells]}

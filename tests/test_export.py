@@ -1,8 +1,6 @@
 """Weight files: what is refused, and that MONAI's network with our weights is our network."""
 
 import json
-import pickle
-import re
 
 import nibabel as nib
 import numpy as np
@@ -130,91 +128,6 @@ def test_what_served_training_is_left_behind_and_the_copy_predicts_the_same(weig
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot be written"):
         export(path, "safetensors", tmp_path / "file" / "copy.safetensors")
-
-
-class Harmful:
-    ran = False
-
-    def __reduce__(self):
-        return (setattr, (Harmful, "ran", True))
-
-
-def broken(kind, path):
-    """Turn a good weight file into a bad one."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = {name: value.clone() for name, value in load_file(path).items()}  # else mapped from the file
-    record = json.loads(metadata["clseg"])
-    first, raw = "encoder.levels.0.0.0.weight", path.read_bytes()
-
-    def save(tensors=tensors, **changes):
-        save_file(tensors, path, {"clseg": json.dumps(record | changes)})
-
-    changes = {
-        "missing file": path.unlink,
-        "folder": lambda: (path.unlink(), path.mkdir()),
-        "empty": lambda: path.write_bytes(b""),
-        "truncated": lambda: path.write_bytes(raw[:-100]),
-        "header only": lambda: path.write_bytes(raw[:50]),
-        "pickle": lambda: path.write_bytes(pickle.dumps(Harmful())),
-        "checkpoint": lambda: torch.save(tensors, path),
-        "no record": lambda: save_file(tensors, path),
-        "record is no JSON": lambda: save_file(tensors, path, {"clseg": "{"}),
-        "record is no table": lambda: save_file(tensors, path, {"clseg": "[]"}),
-        "record lacks a key": lambda: save_file(tensors, path, {"clseg": json.dumps({"run": "a"})}),
-        "record has an unknown key": lambda: save(colour="blue"),
-        "unknown architecture": lambda: save(network=record["network"] | {"architecture": "resnet"}),
-        "another architecture": lambda: save(network=record["network"] | {"architecture": "pcl"}),
-        "other filters": lambda: save(network=record["network"] | {"filters": [8, 16, 16, 64]}),
-        "other channels": lambda: save(channels=2),
-        "huge channels": lambda: save(channels=10**9),
-        "other classes": lambda: save(label_values=[0, 1]),
-        "other dimensions": lambda: save(geometry=record["geometry"] | {"size": [8, 32, 32]}),
-        "missing key": lambda: save({name: tensors[name] for name in tensors if name != first}),
-        "unknown key": lambda: save(tensors | {"decoder.more": torch.ones(1)}),
-        "another type": lambda: save(tensors | {first: tensors[first].half()}),
-        "NaN": lambda: save(tensors | {first: torch.full_like(tensors[first], torch.nan)}),
-        "infinite": lambda: save(tensors | {first: torch.full_like(tensors[first], torch.inf)}),
-    }
-    if kind:
-        changes[kind]()
-    return changes
-
-
-KINDS = """missing file, folder, empty, truncated, header only, pickle, checkpoint, no record, record is no JSON,
-record is no table, record lacks a key, record has an unknown key, unknown architecture, another architecture,
-other filters, other channels, huge channels, other classes, other dimensions, missing key, unknown key, another type,
-NaN, infinite"""
-
-
-@pytest.mark.parametrize("kind", re.split(r",\s", KINDS))
-def test_weights_that_cannot_be_used_are_refused_in_a_sentence(kind, weights, tmp_path, capsys):
-    path = weights()
-    broken(kind, path)
-    out = tmp_path / "out"
-    (tmp_path / "in").mkdir()
-    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 4)), np.eye(4)), tmp_path / "in" / "a.nii")
-    for words in (
-        ["predict", "--input", str(tmp_path / "in"), "--output", str(out)],
-        ["export", "--format", "safetensors", "--output", str(out / "b.safetensors")],
-    ):
-        assert cli.main([*words, "--weights", str(path)]) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1
-        assert error.startswith(f"clseg: {path}: ")
-        assert "; use the weights.safetensors of a finished run" in error
-    assert not out.exists()
-    assert not Harmful.ran
-
-
-def test_every_kind_of_broken_file_is_tried(weights):
-    assert list(broken("", weights())) == re.split(r",\s", KINDS)
-
-
-def test_a_pre_training_segments_nothing(weights, tmp_path):
-    (tmp_path / "in").mkdir()
-    with pytest.raises(RequestError, match="fine-tuning"):
-        predict(weights(parts="encoder."), tmp_path / "in", tmp_path / "out")
 
 
 def test_weights_of_every_stage_can_be_exported(tmp_path, monkeypatch):

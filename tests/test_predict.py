@@ -206,15 +206,6 @@ def test_a_wrong_image_ends_in_one_sentence_and_the_others_stay(weights, tmp_pat
     assert "1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty", "text.txt"])
-def test_where_nothing_is_to_segment_nothing_is_written(name, weights, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(RequestError, match=name):
-        predict(weights(), tmp_path / name, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.real_data
 @pytest.mark.parametrize(("dataset", "dimensions"), [("hippocampus", 2), ("hippocampus", 3), ("ph2", 2)])
 def test_real_images_get_the_prediction_that_was_scored(dataset, dimensions, data_root, tmp_path, monkeypatch):

@@ -95,7 +95,8 @@ def _nifti(path: Path) -> nib.Nifti1Image:
     """A NIfTI file in memory; of a compressed one the checksum is verified."""
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    return (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
+    with nib.imageglobals.LoggingOutputSuppressor():  # what is wrong is an exception, too
+        return (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
 
 
 def nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
