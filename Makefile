@@ -8,12 +8,13 @@ TORCHVISION := torchvision==0.29.2
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help study test validate notebooks lab lint lock
+.PHONY: help study test validate bench notebooks lab lint lock
 help:
 	@echo "make study      the label-fraction study on the phantom: ./runs and ./paper_figures"
 	@echo "make test       all tests, and every notebook executed again"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make validate   a small grid, then all its run notebooks executed again from scratch: same numbers"
+	@echo "make bench      speed and memory against other projects, on a quiet machine: paper_figures/benchmarks"
 	@echo "make notebooks  rebuild and execute all notebooks from notebooks/scripts"
 	@echo "make lint       ruff over code and notebooks"
 	@echo "make lock       resolve requirements.lock anew from pyproject.toml"
@@ -32,6 +33,9 @@ validate: $(STAMP)
 	rm -rf build/validate
 	$(VENV)/bin/clseg run params/studies/quickstart.yaml --profile smoke --out build/validate
 	$(VENV)/bin/python -m pytest --nbval-lax $$(find build/validate -name notebook.ipynb)
+
+bench: $(STAMP)
+	$(VENV)/bin/python tests/benchmarks
 
 notebooks: $(STAMP)
 	$(VENV)/bin/python notebooks/build.py

@@ -1,0 +1,62 @@
+"""A pre-training iteration from end to end, against its forward and backward pass on a batch that is in memory.
+
+End to end is the loop as a run goes through it: drawing slices, reading them from the store, two views of each, pairs,
+network, loss, backward, optimiser, log, progress, and a checkpoint at the end. The other keeps one batch with its
+pairs and does nothing but network, loss and backward; with the optimiser's step it is shown, too.
+"""
+
+import tempfile
+from pathlib import Path
+
+from common import ROUNDS, Row, against, in_turn, temporary_root
+
+from clseg import runs
+from clseg.config import PretrainParameters
+from clseg.loop import fit, optimiser_for
+from clseg.losses import contrastive_loss
+from clseg.stages import STAGES
+from clseg.stages.contrast import draw_batch
+
+TITLE = "pre-training iteration, end to end"
+GOAL = "at most 1.15 of the same forward and backward on a batch already in memory"
+PEERS: list[str] = []
+
+
+def contenders(method: str, profile: str, steps: int) -> dict:
+    run = runs.pretrain_run(PretrainParameters(dataset="phantom", profile=profile, method=method))
+    store = runs.open_store(run.experiment, progress=False)
+    network = runs.build_network(run, store)
+    work = runs.stage_work(run, store, runs.split_of(run, store), network)
+    stage, training = run.stage, STAGES[run.stage.stage](work, run.stage)
+    encoder, head = training.learning["encoder"], training.learning["head"]
+    image, pairs = draw_batch(work, stage, 0)
+    optimiser = optimiser_for(training.learning.values(), stage)
+
+    def end_to_end() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(network, training, stage, steps, Path(folder), run.experiment)
+
+    def in_memory(step: bool = False) -> None:
+        network.train()
+        for _ in range(steps):
+            optimiser.zero_grad(set_to_none=True)
+            contrastive_loss(head(encoder(image)[-1]), pairs, stage.temperature, stage.denominator).backward()
+            if step:
+                optimiser.step()
+
+    with_step = "forward, backward and optimiser"
+    return {"ours": end_to_end, "forward and backward": in_memory, with_step: lambda: in_memory(step=True)}
+
+
+def measure(quick: bool) -> list[Row]:
+    rows = []
+    cells = [("laptop", "gd", 25), ("laptop", "pcl", 25), ("paper", "gd", 4), ("paper", "pcl", 4)]
+    with temporary_root():
+        for profile, method, steps in [("smoke", "gd", 2)] if quick else cells:
+            calls = contenders(method, profile, steps)
+            samples = in_turn(calls, 2 if quick else ROUNDS, 0)
+            samples = {name: [seconds / steps for seconds in times] for name, times in samples.items()}
+            _, strict, with_step = calls
+            rows.append(against(f"{method}, {profile}: time per step", samples, strict, 1.15))
+            rows.append(against(f"{method}, {profile}: time per step, optimiser in both", samples, with_step, None))
+    return rows

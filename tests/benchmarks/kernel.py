@@ -1,0 +1,106 @@
+"""The contrastive kernel, forward and backward, from embeddings and ids of slices or classes to the gradient.
+
+Making the pairs is part of ours, as making masks is part of the others. One positive: two views of each slice; there
+MONAI, lightly and pytorch-metric-learning compute the same value. Many: the slices of four classes; there only the
+latter does. The plain matrix form works on masks as numbers and takes any classes, as ours does; where every row has
+one positive it can be a cross-entropy, which is shown, too. Peak memory is that of tensors, as the allocator saw it;
+it is the same in every call. A contender more than thirty times slower than ours is left out at larger sizes.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import ROUNDS, Row, against, fastest, import_peer, in_turn, peak_mb, same
+from torch import Tensor
+
+from clseg.losses import contrastive_loss
+from clseg.pairs import cluster_pairs, instance_pairs
+
+TITLE = "contrastive kernel, forward and backward, D = 128"
+GOAL = (
+    "at most 0.8 of the time and 1.0 of the peak memory of the fastest of lightly, pytorch-metric-learning and MONAI "
+    "that computes the same value; never worse than a plain matrix form"
+)
+PEERS = ["lightly", "pytorch-metric-learning", "monai"]
+NOTES: list[str] = []
+TEMPERATURE, CLASSES, DROPPED_FROM = 0.1, 4, 30
+
+
+def plain_masks(z: Tensor, label: Tensor) -> Tensor:
+    z = F.normalize(z, dim=1)
+    s = z @ z.T / TEMPERATURE
+    s = s - s.max(dim=1, keepdim=True).values.detach()
+    other = 1 - torch.eye(len(z))
+    positive = (label[:, None] == label[None, :]).float() * other
+    log_share = s - (s.exp() * other).sum(dim=1, keepdim=True).log()
+    return -((positive * log_share).sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+def plain_cross_entropy(z: Tensor) -> Tensor:
+    z = F.normalize(z, dim=1)
+    s = (z @ z.T / TEMPERATURE).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(s, torch.arange(len(z)).roll(len(z) // 2))
+
+
+def contenders(rows: int, many: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Losses of embeddings [rows, D]: the two views of slice k are rows k and k + rows / 2."""
+    slice_id = torch.arange(rows // 2).repeat(2)
+    label = slice_id % CLASSES if many else slice_id
+    make_pairs = cluster_pairs if many else lambda slice_id, _: instance_pairs(slice_id)
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": lambda z: contrastive_loss(z, make_pairs(slice_id, label), TEMPERATURE, "all"),
+        "plain masks": lambda z: plain_masks(z, label),
+    }
+    if metric_learning := import_peer("pytorch_metric_learning.losses"):
+        of_labels = metric_learning.SupConLoss(TEMPERATURE)
+        found["pytorch-metric-learning"] = lambda z: of_labels(z, label)
+    if not many:
+        found["plain cross-entropy"] = plain_cross_entropy
+        for name, module, loss in (
+            ("lightly", "lightly.loss", "NTXentLoss"),
+            ("monai", "monai.losses", "ContrastiveLoss"),
+        ):
+            if peer := import_peer(module):
+                of_views = getattr(peer, loss)(TEMPERATURE)
+                found[name] = lambda z, of_views=of_views: of_views(*z.chunk(2))
+    return found
+
+
+def measure(quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    for many in (False, True):
+        dropped: set[str] = set()
+        for size in (64, 256) if quick else (64, 256, 1024, 4096):
+            case = f"{size} rows, {'many positives' if many else 'one positive'}"
+            start = torch.randn(size, 128, generator=torch.Generator().manual_seed(size))
+            losses = {name: loss for name, loss in contenders(size, many).items() if name not in dropped}
+
+            def step(loss: Callable[[Tensor], Tensor], start: Tensor = start) -> Tensor:
+                z = start.clone().requires_grad_()
+                value = loss(z)
+                value.backward()
+                return torch.stack([value.detach(), z.grad.norm()])
+
+            found = {name: step(loss) for name, loss in losses.items()}
+            same(case, {name: value[0].item() for name, value in found.items()})
+            same(f"{case}, gradient", {name: value[1].item() for name, value in found.items()}, 1e-3)
+            calls = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+            samples = in_turn(calls, 2 if quick else ROUNDS)
+            memory = {name: [peak_mb(call)] for name, call in calls.items()}
+            peers = [name for name in losses if name != "ours" and not name.startswith("plain")]
+            if peers:
+                peer = fastest(samples, peers)
+                rows.append(against(f"{case}: time", samples, peer, 0.8))
+                rows.append(against(f"{case}: peak memory", memory, peer, 1.0, unit="MB"))
+            rows.append(against(f"{case}: time, plain form", samples, "plain masks", 1.0))
+            rows.append(against(f"{case}: peak memory, plain form", memory, "plain masks", 1.0, unit="MB"))
+            if not many:
+                rows.append(against(f"{case}: time, cross-entropy", samples, "plain cross-entropy", None))
+            ours = statistics.median(samples["ours"])
+            for name in peers:
+                if name not in dropped and statistics.median(samples[name]) > DROPPED_FROM * ours:
+                    dropped.add(name)
+                    NOTES.append(f"{name} is left out above {case}: {statistics.median(samples[name]) / ours:.0f} x")
+    return rows

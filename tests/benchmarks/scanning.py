@@ -1,0 +1,83 @@
+"""Scanning 2,000 finished runs before a resume: what `clseg run` does until the first kernel would start.
+
+That is: the grid is expanded, every run's status, record and files are looked at, its subjects are drawn, and its data
+files are compared. The folders are those of one finished run, linked under the name of each run of the grid.
+"""
+
+import os
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from unittest.mock import patch
+
+from common import Row, absolute, temporary_root
+
+from clseg import cli, config, grid, runs
+from clseg.runs import Run
+
+TITLE = "scanning finished runs before a resume"
+GOAL = "2,000 runs in under 2 s"
+PEERS: list[str] = []
+
+
+def changes(seeds: int) -> list[str]:
+    """`--set` of a grid with 20 runs per seed, pre-trainings among them."""
+    return [
+        f"study.seeds={list(range(seeds))}",
+        *("study.methods=[random,gd]", "study.labelled=[1,2,4]", "study.draws=[1,2,3]"),
+        *("pretrain.steps=2", "finetune.steps=2", "finetune.validate_every=2"),
+    ]
+
+
+def finished_grid(seeds: int) -> grid.Grid:
+    """A grid all of whose runs are finished: their folders hold links to the files of one."""
+    study, others = config.override_study(config.read_study("quickstart"), changes(seeds))
+    whole = grid.expand(study, "phantom", "smoke", others)
+    done: dict[str, Run] = {}
+    for run in whole.all:
+        if run.kind not in done:
+            done[run.kind] = runs.train(run)
+        source = done[run.kind].folder
+        if run.folder != source:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            for file in source.iterdir():
+                if file.is_file() and not (run.folder / file.name).exists():
+                    os.link(file, run.folder / file.name)
+    return whole
+
+
+def until_the_first_kernel(seeds: int) -> float:
+    """Seconds of `clseg run` up to the execution of the grid."""
+
+    class Reached(Exception):
+        pass
+
+    words = ["run", "quickstart", *(word for text in changes(seeds) for word in ("--set", text))]
+    began = time.perf_counter()
+    try:
+        with (
+            patch.object(grid, "execute", side_effect=Reached),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
+            cli.main(words)
+    except Reached:
+        return time.perf_counter() - began
+    raise AssertionError("clseg run ended before it executed anything")
+
+
+def measure(quick: bool) -> list[Row]:
+    seeds, rounds = (1, 2) if quick else (105, 5)
+    with temporary_root():
+        whole = finished_grid(seeds)
+        looked, all_of_it = [], []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            assert all(run.is_done() for run in whole.all)
+            looked.append(time.perf_counter() - began)
+            all_of_it.append(until_the_first_kernel(seeds))
+        runs_of_it = f"{len(whole.all)} runs"
+    return [
+        absolute(f"{runs_of_it}: all that `clseg run` does before the first kernel", all_of_it, 2.0, "s"),
+        absolute(f"{runs_of_it}: status, record and files alone", looked, None, "s"),
+    ]
