@@ -229,6 +229,7 @@ def check(folder: Path | str, name: str = "") -> Report:
     """Open every volume of a folder and report; what cannot be used is a problem, never an exception."""
     folder = Path(folder).absolute()
     name = re.sub(r"\W+", "_", name or folder.name).strip("_").lower() or "mine"
+    name = f"my_{name}" if name in config.names("datasets") else name
     report = Report(str(folder), "unknown layout")
     try:
         report.layout, draft = _draft(folder, name)
