@@ -61,9 +61,9 @@ def intensity(image: Tensor, generator: Generator) -> Tensor:
     """
     each = (len(image), *[1] * (image.ndim - 1))
     shift, factor = (uniform(*bounds, each, generator).to(image) for bounds in (BRIGHTNESS, CONTRAST))
-    shifted = image + shift
-    mean = shifted.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
-    return ((shifted - mean) * factor + mean).clamp(*CLIP)
+    changed = image + shift
+    mean = changed.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
+    return changed.sub_(mean).mul_(factor).add_(mean).clamp_(*CLIP)  # one image in memory, not five
 
 
 def contrast_view(image: Tensor, generator: Generator) -> Tensor:
@@ -139,7 +139,7 @@ def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
     theta[:, 1] *= flips[1, :, None]
     alpha, sigma = uniform(*PCL_ALPHA, (batch,), generator), uniform(*PCL_SIGMA_PX, (batch,), generator)
     deviation = alpha / math.sqrt(3) / (2 * math.sqrt(math.pi) * sigma) * moved * (2 / PCL_REFERENCE_PX)
-    return plane_grid(theta, image) + elastic_field(batch, image.shape[2:], generator, PCL_GRID, deviation)
+    return plane_grid(theta, image).add_(elastic_field(batch, image.shape[2:], generator, PCL_GRID, deviation))
 
 
 def spatial_view(image: Tensor, generator: Generator) -> Tensor:
