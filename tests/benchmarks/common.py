@@ -69,7 +69,7 @@ def in_turn(contenders: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
     calls = {}
     for name, call in contenders.items():
         call()  # what is done once only is not part of the price
-        calls[name] = max(1, math.ceil(least_s / max(clock(call, 1), 1e-6)))
+        calls[name] = max(1, math.ceil(least_s / max(clock(call, 1), 1e-6))) if least_s else 1
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()

@@ -2,24 +2,25 @@
 
 Slices and image size: one step of `gd` with the network of `laptop` (draw, two views, loss, backward, optimiser);
 memory is that of tensors. Volumes: the phantom, computed and prepared one at a time; a store of many is opened and a
-batch drawn from it; memory is what the process grew by. Beyond what is prepared, a store holds the prepared volumes
-again and again under new names. Runs: the grid is expanded, as for `--dry-run`, and finished folders are scanned.
+batch drawn from it; its memory is that of Python objects and arrays, for the images stay on disk. Beyond what is
+prepared, a store holds the prepared volumes again and again under new names. Runs: the grid is expanded, as for
+`--dry-run`, and finished folders are scanned.
 """
 
 import gc
 import json
 import shutil
-import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-import psutil
 import torch
 from common import Row, absolute, exponent, peak_mb, temporary_root
-from scanning import changes, finished_grid
+from scanning import expand, finish
 
-from clseg import config, grid, paths, runs
+from clseg import config, paths, runs
 from clseg.config import PretrainParameters
 from clseg.data.prepare import Store, prepare
 from clseg.loop import optimiser_for
@@ -31,14 +32,17 @@ PEERS: list[str] = []
 RUNS_PER_SEED = 19
 
 
-def grown_mb(call: Callable[[], object]) -> float:
-    """Megabytes by which the process is larger with the result of a call than before it."""
+Made = TypeVar("Made")
+
+
+def made_and_mb(make: Callable[[], Made]) -> tuple[Made, float]:
+    """What a call makes, and the megabytes of Python objects and arrays that stay with it."""
+    tracemalloc.start()
+    made = make()
     gc.collect()
-    before = psutil.Process().memory_info().rss
-    kept = call()
-    grown = psutil.Process().memory_info().rss - before
-    del kept
-    return grown / 1e6
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return made, kept / 1e6
 
 
 def step_of(slices: int, side: int) -> Callable[[], None]:
@@ -133,12 +137,11 @@ def volumes(quick: bool, rounds: int) -> list[Row]:
     for size in (8, 16) if quick else (100, 1_000, 10_000):
         folder = large_store(store, size, paths.out_root() / f"store{size}")
         growth.add("seconds to open", size, timed(lambda folder=folder: Store(folder), rounds), "s")
-        large = Store(folder)
+        large, kept = made_and_mb(lambda folder=folder: Store(folder))
+        growth.add("memory of the open store", size, [kept], "MB")
         rows = torch.randperm(len(large.slices), generator=torch.Generator().manual_seed(0))[: 50 * 24].split(24)
         draw = timed(lambda large=large, rows=rows: [large.batch(part.numpy()) for part in rows], rounds)
         growth.add("seconds per batch of 24", size, [seconds / len(rows) for seconds in draw], "s")
-        grown = [grown_mb(lambda folder=folder: Store(folder)) for _ in range(rounds)]
-        growth.add("memory of the open store", size, [statistics.median(grown)], "MB")
         shutil.rmtree(folder)
     return growth.finish()
 
@@ -146,18 +149,14 @@ def volumes(quick: bool, rounds: int) -> list[Row]:
 def grids(quick: bool, rounds: int) -> list[Row]:
     growth = Growth("runs in a grid")
     for seeds in (1, 2) if quick else (5, 53, 527):
-        study, others = config.override_study(config.read_study("quickstart"), changes(seeds))
-
-        def expand(study: config.StudyConfig = study, others: list[str] = others) -> grid.Grid:
-            return grid.expand(study, "phantom", "smoke", others)
-
-        size = seeds * RUNS_PER_SEED
-        once = rounds if seeds < 100 else 1
-        growth.add("seconds to expand", size, timed(expand, once), "s")
-        growth.add("memory of the expanded grid", size, [grown_mb(expand)], "MB")
-        whole = finished_grid(seeds)
+        size, expanded = seeds * RUNS_PER_SEED, rounds if seeds < 100 else 1
+        growth.add("seconds to expand", size, timed(lambda seeds=seeds: expand(seeds), expanded), "s")
+        whole, kept = made_and_mb(lambda seeds=seeds: expand(seeds))
         assert len(whole.all) == size
-        growth.add("seconds to scan", size, timed(lambda whole=whole: [run.is_done() for run in whole.all], once), "s")
+        growth.add("memory of the expanded grid", size, [kept], "MB")
+        finish(whole)
+        scan = timed(lambda whole=whole: [run.is_done() for run in whole.all], rounds)
+        growth.add("seconds to scan", size, scan, "s")
     return growth.finish()
 
 
