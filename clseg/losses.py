@@ -72,10 +72,11 @@ class _Contrast(torch.autograd.Function):
             else:
                 term, weight = margin / number.index_select(0, anchor), (weight / number).index_select(0, anchor)
             value = value + term.sum()
-            share = torch.zeros_like(repelled).view(-1).index_put_((anchor,), weight, accumulate=True)  # by `repelled`
-            similarity.sub_(repelled).exp_().mul_(share[:, None]).view(-1).index_add_(0, place, weight, alpha=-1)
-            gradient.addmm_(similarity.T, anchors)  # the derivative of the loss by s is in `similarity` now
-            learnt += similarity @ direction
+            if ctx.needs_input_grad[0]:
+                share = torch.zeros_like(repelled).view(-1).index_put_((anchor,), weight, accumulate=True)
+                similarity.sub_(repelled).exp_().mul_(share[:, None]).view(-1).index_add_(0, place, weight, alpha=-1)
+                gradient.addmm_(similarity.T, anchors)  # the derivative of the loss by s is in `similarity` now
+                learnt += similarity @ direction
         if not found:
             raise ValueError("no anchor has a positive")
         ctx.denominator = denominator
