@@ -184,6 +184,7 @@ class DatasetConfig(Strict):
     classes: dict[LabelValue, str] = {}  # label value in the files -> name, empty where the adapter knows
     phases: list[str] = []  # those used, empty for all
     positions: Literal["known", "unknown"] = "known"
+    twins: list[list[str]] = []  # subjects that are known to have the same images; others with such are refused
     threshold: Positive | None = None  # of positional contrast
     normalisation: Normalisation = Normalisation()
     geometry: dict[str, Geometry]  # by profile

@@ -164,11 +164,22 @@ def open_store(experiment: Experiment, progress: bool = True) -> Store:
 
 
 def split_of(run: Run, store: Store) -> Split:
-    """The subjects of a run. A pre-training has no labelled set of its own; most serve all draws."""
+    """The subjects of a run. A pre-training has no labelled set of its own; most serve all draws.
+
+    Raises `RequestError`, also where one of two twins is tested and the other seen in training.
+    """
     experiment, parameters = run.experiment, run.parameters
     labelled = "all" if run.kind == "pretrain" or experiment.all_labels else parameters.labelled
     split = make_split(experiment.division, store.subjects, store.labelled_subjects, labelled, parameters.draw)
-    return replace(split, pretrain=unlabelled(split, experiment.unlabelled))
+    split = replace(split, pretrain=unlabelled(split, experiment.unlabelled))
+    seen = {*split.pretrain, *split.labelled, *split.validation}
+    for twins in experiment.dataset.twins:
+        if not experiment.division.transductive and {*twins} & {*split.test} and {*twins} & seen:
+            apart = f"{' and '.join(twins)} have the same images, and one of them is tested, the other seen in training"
+            raise RequestError(
+                f"protocol {experiment.protocol}: {apart}; remove one, or choose another seed or protocol"
+            )
+    return split
 
 
 def _network(run: Run, store: Store) -> UNet:

@@ -156,6 +156,11 @@ class World:
     def describe(self, **changes):
         self.dataset.write_text(yaml.safe_dump(DATASET | changes, sort_keys=False))
 
+    def lists(self, pretrain, **changes):
+        """Sets of subjects by their names."""
+        sets = {"pretrain": pretrain, "test": ["a"], "validation": ["c"], "labelled": {1: {1: ["d"]}}}
+        self.describe(protocols={"lists": {"kind": "lists"} | sets}, **changes)
+
     def ask(self, **changes):
         self.study.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
 
@@ -640,24 +645,14 @@ BAD_DATASETS = {
     "unknown phase": (called("describe", phases=["ED"]), ["phase 'ED'"]),
     "adapter of another layout": (called("describe", adapter="acdc"), ["data/Task", "no volume"]),
     "no phantoms": (called("describe", adapter="phantom", options={"subjects": 0}), ["options.subjects"]),
-    "a subject of the protocol that is not there": (
-        called(
-            "describe",
-            protocols={
-                "lists": {
-                    "kind": "lists",
-                    "pretrain": ["z"],
-                    "test": ["a"],
-                    "validation": ["b"],
-                    "labelled": {1: {1: ["c"]}},
-                }
-            },
-        ),
-        ["protocol", "lacks", "z"],
-    ),
+    "a subject of the protocol that is not there": (called("lists", pretrain=["z"]), ["protocol", "lacks", "z"]),
     "splits that are not there": (
         called("describe", protocols={"nnunet": {"kind": "splits_file"}}),
         ["splits_final.json"],
+    ),
+    "known twins of whom one is tested": (
+        called("lists", pretrain=["b", "d"], twins=[["a", "b"]]),
+        ["protocol lists", "a and b", "same images", "remove one"],
     ),
 }
 BAD_STUDIES = {
@@ -932,6 +927,13 @@ def test_names_with_spaces_and_of_any_language_are_taken(name, world, capfd):
     image = world.task / "imagesTr" / f"{name}.nii.gz"
     assert predict(world.weights, image, world.out / name) == (1, 0)
     assert (world.out / name / image.name).is_file()
+
+
+def test_known_twins_are_prepared(world):
+    copied(world, A, "imagesTr/b.nii.gz")
+    world.describe(twins=[["a", "b"]])
+    dataset = config.read_dataset(str(world.dataset))
+    assert len(prepare(dataset, dataset.geometry["smoke"], progress=False).subjects) == 5
 
 
 def test_a_line_break_in_the_name_of_an_image_to_segment_stays(world):

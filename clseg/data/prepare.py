@@ -77,10 +77,10 @@ def _n4(image: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> np.
     return sitk.GetArrayFromImage(corrector.Execute(filtered))
 
 
-def require_new(volume: Volume, ref: VolumeRef, seen: dict[bytes, VolumeRef]) -> None:
-    """Note an image in `seen`; `RequestError` if it is another subject's, as then two sets may hold it."""
+def require_new(volume: Volume, ref: VolumeRef, seen: dict[bytes, VolumeRef], twins: Iterable[list[str]] = ()) -> None:
+    """Note an image in `seen`; `RequestError` if it is that of a subject who is not known as a twin."""
     twin = seen.setdefault(hashlib.sha256(volume.image.tobytes()).digest(), ref)
-    if twin.subject != ref.subject:
+    if twin.subject != ref.subject and not any({twin.subject, ref.subject} <= {*known} for known in twins):
         raise RequestError(f"{ref.source}: is the same image as {twin.source}; remove one, or a set may hold both")
 
 
@@ -346,7 +346,7 @@ def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
     volumes, plane, declared, seen = [], geometry.plane or geometry.size[-2:], dataset.channels, {}
     for ref in refs:
         volume = read(ref, dataset)
-        require_new(volume, ref, seen)
+        require_new(volume, ref, seen, dataset.twins)
         channels, *native = volume.image.shape
         if channels != declared:
             problem = f"has {channels} channels and data set {dataset.name!r} declares {declared}"
