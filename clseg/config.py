@@ -628,7 +628,41 @@ def resolve(
     """Data set, profile and method by name, put together and overridden. Raises `RequestError`."""
     data, budget, methods = read_dataset(dataset), read_profile(profile), read_methods()
     source = read_dataset(pretrain_dataset) if pretrain_dataset else data  # of the stages
-    protocol = protocol or next(iter(data.protocols))
+    protocol, folds = protocol or next(iter(data.protocols)), None
+    if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
+        folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
+    # the runs of a grid share few experiments; files that did not change are the same objects
+    read = _Same(data), _Same(budget), _Same(methods), _Same(source), _Same(folds)
+    return _resolve(*read, (dataset, profile, method), protocol, tuple(overrides), dimensions)
+
+
+class _Same:
+    """Stands for an object, and is equal to what stands for the same one."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+@lru_cache(maxsize=1024)
+def _resolve(
+    data: _Same,
+    budget: _Same,
+    methods: _Same,
+    source: _Same,
+    folds: _Same,
+    names: tuple[str, str, str],
+    protocol: str,
+    overrides: tuple[str, ...],
+    dimensions: int,
+) -> Experiment:
+    data, budget, methods, source, folds = data.it, budget.it, methods.it, source.it, folds.it
+    dataset, profile, method = names
     geometry = data.geometry if dimensions == 2 else data.geometry_3d
     for what, name, valid in (
         ("method", method, methods),
@@ -640,8 +674,7 @@ def resolve(
     tree = budget.model_dump(exclude={"name", "title", "network_3d"}) | methods[method].model_dump(exclude={"title"})
     tree |= {"method": method, "profile": budget.name, "protocol": protocol, "unlabelled": None}
     tree |= {"dataset": data.model_dump(), "geometry": geometry[budget.name].model_dump()}
-    if isinstance(division := data.protocols[protocol], SplitsFileProtocol):  # what it holds decides, not its name
-        folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
+    if folds is not None:  # what the file holds decides, not its name
         tree["dataset"]["protocols"][protocol] |= {"file": "", "folds": [fold.model_dump() for fold in folds]}
     if dimensions == 3:
         tree["network"] = budget.network_3d.model_dump()
