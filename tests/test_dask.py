@@ -30,8 +30,7 @@ def test_the_run_of_a_lost_worker_is_done_again(small_grid, whole, tmp_path, mon
     def lose_one(cluster):
         while not (folders := list(tmp_path.glob("runs/phantom/smoke/pretrain-*/notebook.running.ipynb"))):
             time.sleep(0.05)
-        busy = {key: state for key, state in cluster.scheduler.workers.items() if state.processing}
-        (worker,) = busy.values()
+        worker = next(state for state in cluster.scheduler.workers.values() if state.processing)
         lost.extend(folders)
         os.kill(next(nanny.pid for nanny in cluster.workers.values() if nanny.worker_address == worker.address), 9)
 

@@ -36,7 +36,9 @@ def test_killed_at_random_moments(small_grid, whole, tmp_path):
     while sum(killed.values()) < KILLS:
         process = small_grid.start(root, "--jobs=2")
         victim = chance.choice(["coordinator", "kernel"])
-        moment = time.monotonic() + chance.uniform(0, 12)
+        while process.poll() is None and not kernels(process):  # before, nothing is at stake
+            time.sleep(0.01)
+        moment = time.monotonic() + chance.uniform(0, 6)
         while process.poll() is None and time.monotonic() < moment:
             time.sleep(0.01)
         if victim == "kernel" and (alive := kernels(process)):
