@@ -1,0 +1,160 @@
+# %% [markdown]
+# # What does one more run cost?
+# **Speed and memory of every part that a study goes through, each against peers measured in the same run on the same machine,
+# with its goal: met, or missed by how much and why.** This notebook measures nothing; it reads `paper_figures/benchmarks`.
+#
+# You will see: every goal at a glance, the numbers behind it, what misses and why, and how cost grows with slices, pixels,
+# volumes and runs. Seconds on a CPU. `make bench` measures anew, in about twenty minutes on a machine with nothing else to do.
+#
+# A ratio below 1 is in our favour. It is the median of the ratios of at least five rounds, in which all contenders were timed
+# in turn, with the lowest and the highest; what was counted and not timed (memory of tensors) has one.
+
+# %%
+import json
+
+import pandas as pd
+from IPython.display import display
+from matplotlib.ticker import NullFormatter
+
+from clseg import paths, plots
+
+names = ["kernel", "local_kernel", "augmentation", "iteration", "preparing", "grid_cost", "scanning", "memory", "study"]
+places = [root / "paper_figures" / "benchmarks" for root in (paths.out_root(), paths.PROJECT)]
+folder = next((place for place in places if place.is_dir()), places[-1])
+about = {file.stem: json.loads(file.read_bytes()) for file in sorted(folder.glob("*.json"))}
+for name in (name for name in [*names, "growth"] if name not in about):
+    print(f"{name} is not measured: python tests/benchmarks {name}")
+for name in (name for name, one in about.items() if one["quick"]):
+    print(f"{name} holds a quick trial of the smallest sizes: its numbers say nothing about speed")
+
+# %% [markdown]
+# ## Every goal at a glance
+# `times` is the measured number over the goal: up to 1 the goal is met.
+
+# %%
+rows = pd.DataFrame([{"benchmark": name} | row for name in names if name in about for row in about[name]["rows"]])
+goals = rows[rows["goal"].notna()].astype({"met": bool}).assign(times=lambda table: table["value"] / table["goal"])
+goals["verdict"] = goals["met"].map({True: "met", False: "missed"})
+
+
+@plots.styled
+def at_a_glance(goals):
+    """One bar per goal, from 1 to the measured number over the goal, on a logarithmic axis."""
+    figure = plots.Figure(figsize=(7, 0.6 + 0.19 * len(goals)))
+    axes = figure.subplots()
+    labels = (goals["benchmark"] + ": " + goals["case"])[::-1]
+    times = goals["times"][::-1]
+    colours = [plots.GREEN if met else plots.RED for met in goals["met"][::-1]]
+    axes.barh(range(len(times)), times - 1, left=1, color=colours, height=0.7)
+    axes.axvline(1, color=plots.BLACK, linewidth=0.8)
+    axes.set_yticks(range(len(times)), labels, fontsize=6)
+    axes.set(xscale="log", xlabel="measured over goal", ylim=(-0.7, len(times) - 0.3))
+    axes.grid(axis="x")
+    axes.grid(False, axis="y")
+    return figure
+
+
+at_a_glance(goals)
+
+# %% tags=["nbval-check-output"]
+columns = ["case", "value", "low", "high", "n", "unit", "peer", "goal", "times", "verdict"]
+for name, table in goals.groupby("benchmark", sort=False):
+    print(f"{about[name]['title']}\ngoal: {about[name]['goal']}")
+    print(table[columns].fillna("").to_string(index=False, float_format="{:.3g}".format), end="\n\n")
+
+# %% tags=["nbval-check-output"]
+met = goals.groupby("benchmark", sort=False)["met"].agg(["sum", "count"])
+print(f"{met['sum'].sum()} of {met['count'].sum()} goals are met")
+print(met.rename(columns={"sum": "met", "count": "goals"}).to_string())
+
+# %% [markdown]
+# ## What misses its goal, and why
+
+# %%
+reasons = {
+    "kernel": "small batches take a few tenths of a millisecond, and most of it is the price of some sixty small operations: "
+    "pairs are checked, vectors of length zero and rows that take no part are provided for, the plain form does neither",
+    "local_kernel": "the faster plain form multiplies once where ours multiplies four times: ours keeps the order of sums that "
+    "the committed results were made with, and the memory small",
+    "augmentation": "three quarters of the time are the bicubic upsampling of the elastic field and the grid of the affine map; "
+    "a product of small matrices does both five times faster, with other rounding, so other digits in all results",
+    "iteration": "what is left is the drawing of two views, the log and the checkpoint",
+    "preparing": "normalising needs percentiles of every volume, and resampling a pass over it",
+    "grid_cost": "what is left is the worker notebook itself, its pictures above all, and the start of the warm process",
+    "scanning": "the resolved parameters of every run are validated again",
+    "memory": "a worker has the kernel and the plotting library loaded besides",
+    "study": "most of it is training",
+}
+for name, table in goals[~goals["met"]].groupby("benchmark", sort=False):
+    print(f"{name}: {reasons[name]}")
+    for row in table.itertuples():
+        print(f"    {row.case}: {row.times:.2f} times the goal")
+
+# %% [markdown]
+# ## All numbers
+# Medians of every contender; rows without a goal are there for comparison.
+
+# %%
+for name in (name for name in names if name in about):
+    print(about[name]["title"])
+    shown = [
+        {"case": row["case"], "value": row["value"], "unit": row["unit"], "peer": row["peer"] or ""}
+        | {f"{who}, {row['medians_unit']}": median for who, median in row.get("medians", {}).items()}
+        for row in about[name]["rows"]
+    ]
+    display(pd.DataFrame(shown).set_index("case").map(lambda v: f"{v:.3g}" if isinstance(v, float) else v).fillna(""))
+
+# %% [markdown]
+# ## How cost grows
+# Each line on doubly logarithmic axes; its slope is the exponent: 1 where twice the size costs twice as much, 2 where it costs
+# four times as much. A store of many volumes is memory-mapped, so what it takes is its tables. Phantoms were computed and
+# prepared up to the size shown; larger stores hold them again and again under other names.
+
+# %%
+growth = pd.DataFrame(about["growth"]["rows"]) if "growth" in about else pd.DataFrame()
+
+
+@plots.styled
+def how_cost_grows(growth):
+    """A panel per series and unit; a line for everything that was measured, named with its exponent."""
+    points = growth[growth["size"].notna()]
+    slope = growth[growth["size"].isna()].set_index(["series", "what"])["value"]
+    panels = list(points.groupby(["series", "unit"], sort=False))
+    figure = plots.Figure(figsize=(7, 1.9 * -(-len(panels) // 2)))
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
+    for panel, ((series, unit), table) in zip(axes, panels, strict=False):
+        for (what, line), colour in zip(table.groupby("what", sort=False), plots.STRUCTURES, strict=False):
+            label = f"{what}, exponent {slope.get((series, what), float('nan')):.2f}"
+            panel.plot(line["size"], line["value"], marker="o", markersize=3, color=colour, label=label)
+        panel.set(xscale="log", yscale="log", xlabel=series, ylabel=unit)
+        sizes = sorted(table["size"].unique())
+        panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], fontsize=6)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.legend(fontsize=6)
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    return figure
+
+
+how_cost_grows(growth) if len(growth) else None
+
+# %% tags=["nbval-check-output"]
+if len(growth):
+    points = growth[growth["size"].notna()].astype({"size": int})
+    slope = growth[growth["size"].isna()].rename(columns={"value": "exponent"})[["series", "what", "exponent"]]
+    ends = points.groupby(["series", "what", "unit"], sort=False)[["size", "value"]].agg(["first", "last"])
+    ends.columns = [f"{end} {column}" for column, end in ends.columns]
+    print(ends.reset_index().merge(slope, how="left").to_string(index=False, float_format="{:.3g}".format))
+
+# %% [markdown]
+# ## How it was measured
+
+# %%
+for name, one in about.items():
+    made = one["provenance"]
+    peers = ", ".join(f"{peer} {version}" for peer, version in one["peers"].items()) or "none"
+    missing = f"; not installed: {', '.join(one['missing_peers'])}" if one["missing_peers"] else ""
+    machine = f"{made['platform']}, {made['cpus']} cores, {one['threads']} thread, torch {made['packages']['torch']}"
+    print(f"{name}: {machine}, {one['seconds']:.0f} s\n    peers: {peers}{missing}")
+    for note in one["notes"]:
+        print(f"    {note}")
