@@ -35,39 +35,39 @@ def _run(arguments: argparse.Namespace) -> int:
     named = {key: _absolute(name) for key, name in named.items()}
     dataset, profile = named["dataset"], config.read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
-    done = {run.name for run in plan.all if run.is_done()}
+    flaws = {run.name: runs.flaw(run.folder) for run in plan.all}
+    done = {name for name, flaw in flaws.items() if flaw is None}
     steps = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done"
     print(f"{study.name} on {dataset}, profile {profile}: {steps}")
     for note in plan.notes:
         print(f"left out: {note}")
+    experiments = {run.data: run.experiment for run in plan.all}
+    if arguments.splits or not arguments.dry_run:  # subjects are counted before anything is prepared
+        subjects = {data: listed(experiment.dataset) for data, experiment in experiments.items()}
+        splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
     if arguments.splits:
         few = [run for run in plan.finetune if not run.experiment.all_labels]
-        write_splits(Path(arguments.splits), (runs.split_of(run, listed(run.experiment.dataset)) for run in few))
+        write_splits(Path(arguments.splits), (splits[run.name] for run in few))
     if arguments.dry_run:
         for run in plan.all:
             print(f"{'done ' if run.name in done else 'to do'}  {run.name}")
         return 0
-    # prepared here, once, so that workers only open them and wrong data end the command; subjects are counted first
-    for look in (lambda experiment: listed(experiment.dataset), runs.open_store):
-        stores = {}
-        for run in plan.all:
-            data = config.digest(run.experiment.data_key())
-            if data not in stores:
-                stores[data] = look(run.experiment)
-            runs.split_of(run, stores[data])
+    # prepared here, once, so that workers only open them and wrong data end the command
+    stores = {data: runs.open_store(experiment) for data, experiment in experiments.items()}
     for run in plan.all:
+        runs.split_of(run, stores[run.data])  # again: labels inside of files are known only now
         if run.name in done:
-            runs.require_same_files(run, stores[config.digest(run.experiment.data_key())])
+            runs.require_same_files(run, stores[run.data])
     for run in plan.all:
-        if reason := runs.flaw(run.folder):
-            print(f"clseg: {run.folder}: {reason}; it is made again", file=sys.stderr)
+        if flaws[run.name]:
+            print(f"clseg: {run.folder}: {flaws[run.name]}; it is made again", file=sys.stderr)
     if other := [run for run in plan.all if run.name in done and runs.code_of(run) != loop.CODE]:
         kept = f"{len(other)} finished runs were made by other code of clseg and are kept, such as {other[0].folder}"
         print(f"clseg: {kept}; move them away to have them made again", file=sys.stderr)
-    jobs = arguments.jobs or max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
+    here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     failure = None
     try:
-        grid.execute(plan, arguments.jobs or 0 if arguments.scheduler else jobs, arguments.scheduler)
+        grid.execute(plan, arguments.jobs or (0 if arguments.scheduler else here), arguments.scheduler)
     except grid.RunFailed as error:
         failure = error
     repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]

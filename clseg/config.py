@@ -632,8 +632,8 @@ def resolve(
     if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
         folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
     # the runs of a grid share few experiments; files that did not change are the same objects
-    read = _Same(data), _Same(budget), _Same(methods), _Same(source), _Same(folds)
-    return _resolve(*read, (dataset, profile, method), protocol, tuple(overrides), dimensions)
+    read = tuple(map(_Same, (data, budget, methods, source, folds)))
+    return _resolve(read, (dataset, profile, method), protocol, tuple(overrides), dimensions)
 
 
 class _Same:
@@ -651,17 +651,9 @@ class _Same:
 
 @lru_cache(maxsize=1024)
 def _resolve(
-    data: _Same,
-    budget: _Same,
-    methods: _Same,
-    source: _Same,
-    folds: _Same,
-    names: tuple[str, str, str],
-    protocol: str,
-    overrides: tuple[str, ...],
-    dimensions: int,
+    read: tuple[_Same, ...], names: tuple[str, str, str], protocol: str, overrides: tuple[str, ...], dimensions: int
 ) -> Experiment:
-    data, budget, methods, source, folds = data.it, budget.it, methods.it, source.it, folds.it
+    data, budget, methods, source, folds = (same.it for same in read)
     dataset, profile, method = names
     geometry = data.geometry if dimensions == 2 else data.geometry_3d
     for what, name, valid in (

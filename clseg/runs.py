@@ -68,6 +68,11 @@ class Run:
         return self.experiment.stages[self.parameters.stage]
 
     @cached_property
+    def data(self) -> str:
+        """The same for all runs that read the same data in the same way."""
+        return config.digest(self.experiment.data_key())
+
+    @cached_property
     def key(self) -> dict[str, Any]:
         """Everything that decides the numbers of this run."""
         experiment, parameters = self.experiment, self.parameters
@@ -176,9 +181,8 @@ def split_of(run: Run, store: Store) -> Split:
     for twins in experiment.dataset.twins:
         if not experiment.division.transductive and {*twins} & {*split.test} and {*twins} & seen:
             apart = f"{' and '.join(twins)} have the same images, and one of them is tested, the other seen in training"
-            raise RequestError(
-                f"protocol {experiment.protocol}: {apart}; remove one, or choose another seed or protocol"
-            )
+            remedy = "remove one, or choose another seed or protocol"
+            raise RequestError(f"protocol {experiment.protocol}: {apart}; {remedy}")
     return split
 
 
