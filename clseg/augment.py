@@ -7,6 +7,7 @@ mirrored in the plane, all slices alike, so that they keep their place in the vo
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -34,11 +35,16 @@ def warp(image: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
 
 
 def plane_grid(theta: Tensor, image: Tensor) -> Tensor:
-    """Sampling grid of one affine map [B, 2, 3] of the plane (output to input, (x, y) in [-1, 1]) per image."""
+    """Sampling grid of one affine map [B, 2, 3] of the plane (output to input, (x, y) in [-1, 1]) per image, where the
+    images are."""
+    theta = theta.to(image.device)
+    z, y, x = ((2 * torch.arange(n, device=image.device) + 1) / n - 1 for n in (1, *image.shape[2:])[-3:])  # centres
+    along_x = theta[:, :, :1] * x + theta[:, :, 2:]  # [B, 2, W]
+    grid = along_x[:, :, None] + (theta[:, :, 1:2] * y)[..., None]  # [B, 2, H, W]
     if image.ndim == 5:
-        theta, plane = torch.zeros(len(theta), 3, 4), theta
-        theta[:, :2, :2], theta[:, :2, 3], theta[:, 2, 2] = plane[:, :, :2], plane[:, :, 2], 1
-    return F.affine_grid(theta, [len(image), 1, *image.shape[2:]], align_corners=False)
+        shape = (len(theta), -1, len(z), len(y), len(x))
+        grid = torch.cat([grid[:, :, None].expand(shape), z[:, None, None].expand(*shape)[:, :1]], dim=1)
+    return grid.movedim(1, -1)
 
 
 def crop_resize(image: Tensor, generator: Generator) -> Tensor:
@@ -71,16 +77,30 @@ def contrast_view(image: Tensor, generator: Generator) -> Tensor:
     return intensity(crop_resize(image, generator), generator)
 
 
+@lru_cache
+def _spline(nodes: int, side: int, mode: str) -> Tensor:
+    """What each of `nodes` equally spaced nodes, the first and last at the ends, is worth at each of `side` places."""
+    shape = {"bicubic": (nodes, side), "linear": side}[mode]
+    unit = torch.eye(nodes)[None, None] if mode == "bicubic" else torch.eye(nodes)[None]
+    return F.interpolate(unit, size=shape, mode=mode, align_corners=True).reshape(nodes, side)
+
+
 def elastic_field(
-    batch: int, size: Sequence[int], generator: Generator, nodes: int = ELASTIC_NODES, sd: Tensor | float = ELASTIC_SD
+    image: Tensor, generator: Generator, nodes: int = ELASTIC_NODES, sd: Tensor | float = ELASTIC_SD
 ) -> Tensor:
-    """Smooth displacements [B, *size, dimensions]: N(0, sd) on `nodes` nodes per side, upsampled bicubically (in 3-D
-    trilinearly); sd: one number or one per image. Source: Chaitanya et al., released code: 3 x 3, 5 pixels of 192."""
-    dimensions = len(size)
+    """Smooth displacements [B, *sides, dimensions] where the images are: N(0, sd) on `nodes` nodes per side, upsampled
+    bicubically (in 3-D trilinearly), one axis after the other; sd: one number or one per image.
+
+    Source: Chaitanya et al., released code: 3 x 3, 5 pixels of 192.
+    """
+    dimensions = image.ndim - 2
     sd = sd if isinstance(sd, float) else sd.reshape(-1, *[1] * (dimensions + 1))
-    coarse = torch.randn((batch, dimensions, *[nodes] * dimensions), generator=generator) * sd
-    mode = "bicubic" if dimensions == 2 else "trilinear"
-    return F.interpolate(coarse, size=size, mode=mode, align_corners=True).movedim(1, -1)
+    field = torch.randn((len(image), dimensions, *[nodes] * dimensions), generator=generator) * sd
+    field = field.to(image.device)
+    for axis, side in enumerate(image.shape[2:], start=2):
+        weights = _spline(nodes, side, "bicubic" if dimensions == 2 else "linear").to(image.device)
+        field = (field.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return field.movedim(1, -1)
 
 
 def _turned(angle: Tensor, scale: Tensor, mirror: Tensor, image: Tensor) -> Tensor:
@@ -116,7 +136,7 @@ def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[
     mirror = torch.where((choice == 2) & (torch.rand(batch, generator=generator) < 0.5), -1.0, 1.0)
     grid = plane_grid(_turned(angle, scale, mirror, image), image)
     first = int(torch.randint(1, max(batch - 1, 2), (1,), generator=generator))
-    field = elastic_field(batch, image.shape[2:], generator)
+    field = elastic_field(image, generator)
     field[:first] = 0
     return _warp_both(image, label, grid + field)
 
@@ -139,7 +159,7 @@ def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
     theta[:, 1] *= flips[1, :, None]
     alpha, sigma = uniform(*PCL_ALPHA, (batch,), generator), uniform(*PCL_SIGMA_PX, (batch,), generator)
     deviation = alpha / math.sqrt(3) / (2 * math.sqrt(math.pi) * sigma) * moved * (2 / PCL_REFERENCE_PX)
-    return plane_grid(theta, image).add_(elastic_field(batch, image.shape[2:], generator, PCL_GRID, deviation))
+    return plane_grid(theta, image).add_(elastic_field(image, generator, PCL_GRID, deviation))
 
 
 def spatial_view(image: Tensor, generator: Generator) -> Tensor:

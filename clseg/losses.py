@@ -4,6 +4,8 @@ s_ij = cos(z_i, z_j) / temperature throughout. Similarities and sums are compute
 also under autocast, whatever the type of the input; a vector of length 0 has similarity 0 to all and gets no gradient.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,8 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     With one positive per anchor the two are equal.
 
     embedding: [B, D], of all ranks (`gather`), any length. Returns a scalar ≥ 0, float32 or float64.
-    Memory: two blocks of `BLOCK` similarities, and 30 bytes per positive pair of a block; time: 6 B² D multiplications.
+    The pairs may be on the CPU while the embeddings are on a GPU: then nothing waits for the GPU.
+    Memory: 30 bytes per similarity of a block of `BLOCK`, 2 B² of the pairs; time: 6 B² D multiplications.
     Raises `ValueError` for a shape unlike that of the pairs, a temperature ≤ 0, another denominator, or no positive.
     Source: released code of Zeng et al., `SupConLoss` ("all"), and of Chaitanya et al., `global_loss_exp_no` ("pair").
     *Deviation*: Zeng et al. multiply by temperature / 0.07, Chaitanya et al. divide the sum over pairs by the number of
@@ -37,69 +40,89 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
         raise ValueError(f"{len(embedding)} embeddings, but pairs of {len(pairs.positive)}")
     if denominator not in ("all", "pair"):
         raise ValueError(f"denominator must be 'all' or 'pair', not {denominator!r}")
+    count, pair = pairs.positive.sum(dim=1, keepdim=True), denominator == "pair"  # [B, 1]
+    if not count.any():
+        raise ValueError("no anchor has a positive")
     with _full_precision(embedding):
-        return _Contrast.apply(_directions(embedding, temperature), pairs.positive, pairs.negative, denominator)
+        direction = _directions(embedding, temperature)
+        weight = (count.sum().expand_as(count) if pair else count.clamp(min=1) * count.count_nonzero()).to(direction)
+        about = (pairs.positive, pairs.negative, weight.reciprocal_())
+        return _Contrast.apply(direction, *(each.to(direction.device, non_blocking=True) for each in about), pair)
 
 
-BLOCK = 2**20  # similarities at a time: few enough for a processor's cache
+BLOCK = 2**18  # similarities at a time: few enough for a processor's cache
+
+
+def _terms(similarity: Tensor, rivals: Tensor, weight: Tensor, pair: bool) -> Tensor:
+    """The weighted sum of the terms of a contrastive loss, Σ_ij w_ij t_ij; w is 0 where j is no positive of i.
+
+    t_ij = -log( e^{s_ij} / (e^{s_ij} + R_i) ) with `pair`, else -log( e^{s_ij} / R_i ); R_i = Σ_k e^{rivals_ik}.
+    similarity, rivals: [..., b, B]; weight: of a shape that broadcasts to theirs.
+    """
+    margin = similarity - rivals.logsumexp(dim=-1, keepdim=True)
+    return -((F.logsigmoid(margin) if pair else margin) * weight).sum()
+
+
+def _exp(exponent: Tensor) -> Tensor:
+    """e^x of x ≤ 0, in its place, and 0 where that is next to nothing: on a processor underflow costs ten times more."""
+    least = 4 * torch.finfo(exponent.dtype).tiny
+    return F.threshold_(exponent.clamp_(min=math.log(least)).exp_(), 2 * least, 0.0)
+
+
+def _terms_and_slope(similarity: Tensor, rivals: Tensor, weight: Tensor, pair: bool) -> tuple[Tensor, Tensor]:
+    """`_terms`, and its derivative by the similarities, where rivals are similarities or `LOG_ZERO`; in their place.
+
+    Without `pair` positives are among the rivals.
+    """
+    largest = rivals.amax(dim=-1, keepdim=True)
+    share = rivals.sub_(largest)
+    value = 0 if pair else -(share * weight).sum()
+    total = _exp(share).sum(dim=-1, keepdim=True)  # [..., b, 1]
+    if pair:
+        margin = similarity - total.log().add_(largest)
+        value = ((1 + _exp(-margin.abs())).log_().sub_(margin.clamp(max=0)) * weight).sum()  # log(1 + e^-margin)
+        weight = margin.neg_().sigmoid_().mul_(weight)
+    repelled = weight.sum(dim=-1, keepdim=True)  # [..., b, 1]
+    if not pair:
+        value = value + (total.log() * repelled).sum()
+    return value, share.mul_(repelled / total).sub_(weight)
+
+
+def _rivals(similarity: Tensor, positive: Tensor, negative: Tensor, pair: bool) -> Tensor:
+    """The similarities of those in the denominator beside the positive itself."""
+    return similarity.masked_fill(~negative if pair else positive == negative, LOG_ZERO)  # no row is both
 
 
 class _Contrast(torch.autograd.Function):
     """`contrastive_loss` of directions, and on the way its gradient, a block of anchors at a time."""
 
     @staticmethod
-    def forward(ctx, direction: Tensor, positive: Tensor, negative: Tensor, denominator: str) -> Tensor:
-        rows, pair = len(direction), denominator == "pair"
-        height = max(BLOCK // rows, 1)
-        counts = [alike.sum(dim=1, dtype=torch.int32) for alike in positive.split(height)]
-        count = torch.cat(counts).to(direction)  # [B]
-        terms = count.sum() if pair else (count > 0).sum()  # the mean is over
-        value, gradient, found = 0, torch.zeros_like(direction), 0
-        blocks = (tensor.split(height) for tensor in (direction, positive, negative, count, gradient))
-        for anchors, alike, unlike, number, learnt in zip(*blocks, strict=True):  # [b, D], [b, B], [b, B], [b], [b, D]
-            place = alike.reshape(-1).nonzero().view(-1)  # [|P|], of the positives among the b B similarities
-            found, anchor = found + len(place), place // rows
+    def forward(ctx, direction: Tensor, positive: Tensor, negative: Tensor, weight: Tensor, pair: bool) -> Tensor:
+        value, gradient, parts = 0, 0, []
+        blocks = (tensor.split(max(BLOCK // len(direction), 1)) for tensor in (direction, positive, negative, weight))
+        for anchors, alike, unlike, each in zip(*blocks, strict=True):  # [b, D], [b, B], [b, B], [b, 1]
             similarity = anchors @ direction.T  # [b, B]
-            margin = similarity.view(-1).index_select(0, place)  # [|P|]
-            absent = ~unlike if pair else alike == unlike  # no row is alike and unlike
-            largest = similarity.masked_fill_(absent, LOG_ZERO).amax(dim=1, keepdim=True)
-            repelled = (similarity - largest).exp_().sum(dim=1, keepdim=True).log_().add_(largest)  # [b, 1]
-            margin -= repelled.view(-1).index_select(0, anchor)
-            weight = terms.to(direction).reciprocal()  # derivative of the loss by -s of a positive, [|P|] below
-            if pair:
-                term, buffer = torch.ops.aten.log_sigmoid_forward(margin)
-                weight = torch.ops.aten.log_sigmoid_backward(weight.expand_as(margin), margin, buffer)
+            rivals = _rivals(similarity, alike, unlike, pair)
+            terms, slope = _terms_and_slope(similarity, rivals, alike * each, pair)
+            value = value + terms
+            if len(anchors) == len(direction):  # a single block
+                gradient = (slope + slope.T) @ direction
             else:
-                term, weight = margin / number.index_select(0, anchor), (weight / number).index_select(0, anchor)
-            value = value + term.sum()
-            if ctx.needs_input_grad[0]:
-                share = torch.zeros_like(repelled).view(-1).index_put_((anchor,), weight, accumulate=True)
-                similarity.sub_(repelled).exp_().mul_(share[:, None]).view(-1).index_add_(0, place, weight, alpha=-1)
-                gradient.addmm_(similarity.T, anchors)  # the derivative of the loss by s is in `similarity` now
-                learnt += similarity @ direction
-        if not found:
-            raise ValueError("no anchor has a positive")
-        ctx.denominator = denominator
-        ctx.save_for_backward(direction, positive, negative, gradient)
-        return -value / terms
+                gradient = gradient + slope.T @ anchors
+                parts.append(slope @ direction)
+        ctx.pair = pair
+        ctx.save_for_backward(direction, positive, negative, weight, gradient + torch.cat(parts) if parts else gradient)
+        return value
 
     @staticmethod
-    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None, None]:
-        direction, positive, negative, gradient = ctx.saved_tensors
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+        direction, positive, negative, weight, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # it will be differentiated again: by autograd
-            again = _contrast(direction, positive, negative, ctx.denominator)
+            similarity = direction @ direction.T
+            rivals = _rivals(similarity, positive, negative, ctx.pair)
+            again = _terms(similarity, rivals, positive * weight, ctx.pair)
             (gradient,) = torch.autograd.grad(again, direction, create_graph=True)
-        return gradient * outer, None, None, None
-
-
-def _contrast(direction: Tensor, positive: Tensor, negative: Tensor, denominator: str) -> Tensor:
-    """What `_Contrast` computes, as its formula reads."""
-    pair, (anchor, other) = denominator == "pair", positive.nonzero(as_tuple=True)
-    similarity = direction @ direction.T  # [B, B]
-    rivals = negative if pair else positive | negative
-    repelled = similarity.masked_fill(~rivals, LOG_ZERO).logsumexp(dim=1)[anchor]  # [|P|]
-    margin, count = similarity[anchor, other] - repelled, positive.sum(dim=1)
-    return -F.logsigmoid(margin).mean() if pair else -(margin / count[anchor]).sum() / (count > 0).sum()
+        return gradient * outer, None, None, None, None
 
 
 def local_contrastive_loss(
@@ -134,25 +157,42 @@ def local_contrastive_loss(
             raise ValueError(f"image_pairs must be bool [{images}, {images}], not {given}")
         if image_pairs.diagonal().any():
             raise ValueError("image_pairs pairs an image with itself")
-    anchors = len(neighbours)
-    row = torch.arange(anchors, device=neighbours.device)[:, None]  # [R, 1]
-
-    def repelled(similarity: Tensor) -> Tensor:
-        return similarity[..., row, neighbours].logsumexp(dim=-1)  # [..., R, R'] -> [..., R, M] -> [..., R]
-
-    def terms(within: Tensor, across: Tensor) -> Tensor:
-        attracted = across.diagonal(dim1=-2, dim2=-1)  # [..., R, R'] -> [..., R]
-        return -F.logsigmoid(attracted - torch.logaddexp(within, repelled(across)))
-
     with _full_precision(first):
         a, b = _directions(first, temperature), _directions(second, temperature)  # [B, R', D]
-        within_a, within_b = (repelled(z[:, :anchors] @ z.mT) for z in (a, b))  # [B, R] each
-        total = terms(within_a, a[:, :anchors] @ b.mT).sum() + terms(within_b, b[:, :anchors] @ a.mT).sum()
-        if image_pairs is None:
-            return total / (2 * images * anchors)
-        between = torch.einsum("ird,jsd->ijrs", a[:, :anchors], a)  # [B, B, R, R']
-        paired = terms(within_a[:, None], between) * image_pairs[:, :, None]  # [B, B, R]
-        return (total + paired.sum()) / (anchors * (2 * images + image_pairs.sum()))
+        # rows and columns below are the regions of a map, then those of the map that it is compared with
+        near = torch.zeros(regions, regions, dtype=a.dtype, device=neighbours.device)
+        near[: len(neighbours)].scatter_add_(1, neighbours, near.new_ones(neighbours.shape))  # how often a neighbour
+        rival = near.log_().clamp_(min=LOG_ZERO).repeat(2, 2).to(a.device, non_blocking=True)  # [2 R', 2 R']
+        anchor = torch.arange(2 * regions, device=a.device) < len(neighbours)
+        forth = torch.diag(anchor.to(a)).roll(regions, 1)  # from anchors to the same region of the other map
+
+        def terms(own: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+            return _Local.apply(torch.cat([own, other], dim=1), rival, weight)
+
+        i, j = ((), ()) if image_pairs is None else (index.to(a.device) for index in image_pairs.nonzero(as_tuple=True))
+        count = len(neighbours) * (2 * images + len(i))
+        value = terms(a, b, (forth + forth.T) / count)
+        return value if image_pairs is None else value + terms(a[i], a[j], forth / count)
+
+
+class _Local(torch.autograd.Function):
+    """The weighted sum of the terms of regions [T, 2 R', D], and on the way its gradient."""
+
+    @staticmethod
+    def forward(ctx, direction: Tensor, rival: Tensor, weight: Tensor) -> Tensor:
+        similarity = direction @ direction.mT  # [T, 2 R', 2 R']
+        value, slope = _terms_and_slope(similarity, similarity + rival, weight, pair=True)
+        ctx.save_for_backward(direction, rival, weight, (slope + slope.mT) @ direction)
+        return value
+
+    @staticmethod
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None]:
+        direction, rival, weight, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # as in `_Contrast`
+            similarity = direction @ direction.mT
+            again = _terms(similarity, similarity + rival, weight, pair=True)
+            (gradient,) = torch.autograd.grad(again, direction, create_graph=True)
+        return gradient * outer, None, None
 
 
 def gather(tensor: Tensor) -> Tensor:

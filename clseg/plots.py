@@ -5,6 +5,7 @@ in every figure: its colour is that of its family (Okabe and Ito's, which colour
 """
 
 import io
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -424,29 +425,35 @@ def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
 
 @styled
 def volume_grid(images: Any, labels: Any = None, title: str = "", titles: Any = (), class_names: Any = None) -> Figure:
-    """Slices in reading order on one scale, with the outlines of the classes.
+    """Slices in reading order on one scale, tiles of one picture, with the outlines of the classes.
 
     `images` [N, H, W], [N, C, H, W] (the first channel, or colours where C = 3) or blocks [N, C, D, H, W] (the middle
     slice); `labels` the same without C; `titles` of the slices; `class_names` {class index: name} of the legend.
     """
     images = _array(images).astype(float)
-    labels = np.zeros((len(images), 1, 1), int) if labels is None else _array(labels)
-    labels = labels[:, labels.shape[1] // 2] if labels.ndim == 4 else labels
     images = images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
     if images.ndim == 4:
         images = np.moveaxis(images, 1, -1) if images.shape[1] == 3 else images[:, 0]
     low, high = np.percentile(images, [0.5, 99.5])
     images = np.clip((images - low) / max(high - low, 1e-12), 0, 1)
-    height = 1.35 * images.shape[1] / images.shape[2] + (0.2 if len(titles) else 0)
-    names = titles if len(titles) else [""] * len(images)
-    figure, panels = _panels(len(images), min(6, max(3, int(np.ceil(np.sqrt(len(images)))))), 1.35, height)
-    for panel, image, label, name in zip(panels, images, labels, names, strict=True):
-        panel.imshow(image, cmap="gray", vmin=0, vmax=1)
-        panel.set_axis_off()
-        panel.set_title(name, fontsize=8)
-        look = {"levels": [0.5], "linewidths": 1, "extent": (-1, label.shape[1], -1, label.shape[0])}
-        for index in np.unique(label[label > 0]):  # padded, so that outlines close at the border
-            panel.contour(np.pad(label, 1) == index, colors=STRUCTURES[index % 7], **look)
+    labels = np.zeros(images.shape[:3], int) if labels is None else _array(labels)
+    labels = labels[:, labels.shape[1] // 2] if labels.ndim == 4 else labels
+    (count, height, width), inch = images.shape[:3], images.shape[2] / 1.35  # in pixels
+    columns, gap = min(count, 6, max(3, math.ceil(math.sqrt(count)))), math.ceil(0.05 * inch)
+    down, across = height + (math.ceil(0.2 * inch) if len(titles) else gap), width + gap  # from tile to tile
+    sides = math.ceil(count / columns) * down + gap, columns * across + gap
+    picture, outlined = np.ones((*sides, *images.shape[3:])), np.zeros(sides, int)
+    corners = [((n // columns + 1) * down - height, n % columns * across + gap) for n in range(count)]
+    for (y, x), image, label in zip(corners, images, labels, strict=True):
+        tile = slice(y, y + height), slice(x, x + width)
+        picture[tile], outlined[tile] = image, label
+    figure, (panel,) = _panels(1, 1, sides[1] / inch, sides[0] / inch)
+    panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    panel.set_axis_off()
+    for (y, x), name in zip(corners, titles, strict=False):
+        panel.text(x + width / 2, y - 1, name, fontsize=8, ha="center", va="bottom")
+    for index in np.unique(outlined[outlined > 0]):
+        panel.contour(outlined == index, colors=STRUCTURES[index % 7], levels=[0.5], linewidths=1)
     figure.suptitle(title)
     if class_names is not None:
         handles = [Line2D([], [], color=STRUCTURES[index % 7], label=name) for index, name in class_names.items()]
