@@ -6,7 +6,6 @@ mirrored in the plane, all slices alike, so that they keep their place in the vo
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -42,8 +41,8 @@ def plane_grid(theta: Tensor, image: Tensor) -> Tensor:
     along_x = theta[:, :, :1] * x + theta[:, :, 2:]  # [B, 2, W]
     grid = along_x[:, :, None] + (theta[:, :, 1:2] * y)[..., None]  # [B, 2, H, W]
     if image.ndim == 5:
-        shape = (len(theta), -1, len(z), len(y), len(x))
-        grid = torch.cat([grid[:, :, None].expand(shape), z[:, None, None].expand(*shape)[:, :1]], dim=1)
+        depth = z[:, None, None].expand(len(theta), 1, len(z), len(y), len(x))
+        grid = torch.cat([grid[:, :, None].expand(-1, -1, len(z), -1, -1), depth], dim=1)
     return grid.movedim(1, -1)
 
 

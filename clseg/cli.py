@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
 
     run.add_argument("study", metavar="STUDY", help="a YAML file, or a name under params/studies")
     run.add_argument("--dataset", help="a name under params/datasets, or a YAML file (default: the study's first)")
-    run.add_argument("--jobs", type=_positive, help="runs at a time (default: cores / threads of a run)")
+    run.add_argument("--jobs", type=_positive, help="most runs at a time (default: cores / threads of a run)")
     cluster = "address of a Dask scheduler whose workers do the runs, e.g. tcp://10.0.0.1:8786"
     run.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help=cluster)
     run.add_argument("--splits", metavar="FILE.json", help="write its draws there, as nnU-Net's splits_final.json")

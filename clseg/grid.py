@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -208,6 +209,28 @@ def _executor(jobs: int, scheduler: str) -> Iterator[tuple[Callable[[Run], Futur
         yield lambda run: executor.submit(_execute_remotely, run, roots, loop.CODE), jobs or math.inf
 
 
+class _Memory:
+    """How many runs the memory of this machine's GPU holds, beside what other programs have of it: as many as the
+    hungriest finished run allows, and one until there is a finished one. Without a GPU, or on a cluster, any number."""
+
+    def __init__(self, done: Iterable[Run], scheduler: str = "") -> None:
+        device = loop.device()
+        self.free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" and not scheduler else math.inf
+        self.need = 0
+        for run in done if self.free < math.inf else ():
+            self.learn(run)
+
+    def learn(self, run: Run) -> None:
+        """Take account of a finished run."""
+        self.need = max(self.need, json.loads((run.folder / "record.json").read_bytes()).get("gpu_bytes", 0))
+
+    @property
+    def room(self) -> float:
+        if self.free == math.inf:
+            return math.inf
+        return max(self.free // self.need, 1) if self.need else 1
+
+
 def _step_now(run: Run) -> int:
     try:
         return min(json.loads((run.folder / "progress.json").read_bytes())["step"], run.steps)
@@ -231,6 +254,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     running: dict[Future, Run] = {}
     if not todo:
         return
+    memory = _Memory((every[name] for name in done), scheduler)
     total, finished = sum(run.cost for run in todo), 0.0
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
     with _executor(jobs, scheduler) as (submit, room), tqdm(total=total, bar_format=layout, mininterval=1) as bar:
@@ -240,7 +264,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
                 if parent in failed:
                     failed[run.name] = f"its pre-training {parent} failed"
                     todo.remove(run)
-                elif len(running) < room and (parent is None or parent in done) and wrong is None:
+                elif len(running) < min(room, memory.room) and (parent is None or parent in done) and wrong is None:
                     running[submit(run)] = run
                     todo.remove(run)
             if not running:
@@ -255,6 +279,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
                 tries[run.name] = tries.get(run.name, 0) + (outcome == "died")
                 if outcome == "done":
                     done.add(run.name)
+                    memory.learn(run)
                     finished += run.cost
                 elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
                     todo.append(run)

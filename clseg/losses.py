@@ -5,6 +5,7 @@ also under autocast, whatever the type of the input; a vector of length 0 has si
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def _terms(similarity: Tensor, rivals: Tensor, weight: Tensor, pair: bool) -> Te
 
 
 def _exp(exponent: Tensor) -> Tensor:
-    """e^x of x ≤ 0, in its place, and 0 where that is next to nothing: on a processor underflow costs ten times more."""
+    """e^x of x ≤ 0, in its place, and 0 where that is next to nothing: on a CPU underflow costs ten times as much."""
     least = 4 * torch.finfo(exponent.dtype).tiny
     return F.threshold_(exponent.clamp_(min=math.log(least)).exp_(), 2 * least, 0.0)
 
@@ -224,8 +225,9 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
+def _full_precision(tensor: Tensor) -> AbstractContextManager:
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _directions(vector: Tensor, temperature: float) -> Tensor:
@@ -312,8 +314,8 @@ def region_embeddings(feature_map: Tensor, corners: Tensor, size: int) -> Tensor
     if size < 1 or ((corners < 0).any(dim=1) | (row > height - size) | (column > width - size)).any():
         raise ValueError(f"a region of size {size} is not inside the map of {height} x {width}")
     step = torch.arange(size, device=corners.device)
-    row = (row[:, None] + step)[:, :, None]  # [R, K, 1]
-    column = (column[:, None] + step)[:, None, :]  # [R, 1, K]
+    row, column = ((first[:, None] + step).to(feature_map.device) for first in (row, column))  # [R, K] each
+    row, column = row[:, :, None], column[:, None, :]  # [R, K, 1], [R, 1, K]
     return feature_map.permute(0, 2, 3, 1)[:, row, column].flatten(2)  # [B, R, K, K, D] -> [B, R, K K D]
 
 

@@ -44,6 +44,7 @@ TABLE_COLUMNS = [
 WORKER = "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, once its notebook is in place
 SEEN = " (transductive)"  # a method whose pre-training saw images of test subjects
 DECIDING = ("clseg", "params")  # numbers: folders of the project
+GPU_CONTEXT = 2**29  # bytes that a process takes of a GPU beside its tensors, about
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "nibabel")
 
 
@@ -338,6 +339,7 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "steps": run.steps,
         "best_step": result.best_step,
         "training_seconds": round(result.seconds, 1),
+        "gpu_bytes": torch.cuda.max_memory_reserved() + GPU_CONTEXT if torch.cuda.is_available() else 0,
         "provenance": provenance(),
         "data_files": store.files,
         "files": {name: (run.folder / name).stat().st_size for name in names},

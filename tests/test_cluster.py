@@ -280,7 +280,7 @@ def test_cluster_contrast_learns(store, rows, trained, positives):
     assert set(training.tables) == {"clusters"}
     optimiser = torch.optim.Adam([p for part in training.learning.values() for p in part.parameters()], 3e-3)
     losses = []
-    for step in range(120):
+    for step in range(180):
         loss = training.step_loss(step)
         optimiser.zero_grad()
         loss.backward()

@@ -1,8 +1,14 @@
 """Studies: what a grid holds, that it is done once whatever happens, and what it leaves. Kernels are real here."""
 
 import json
+import math
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from clseg import cli, config, grid, runs
 from clseg.config import RequestError
@@ -37,6 +43,56 @@ def test_an_ablation_varies_one_key_and_names_it():
 def test_an_override_that_no_method_can_take_is_refused():
     with pytest.raises(RequestError, match=r"stages.5.slices=4"):
         expand("quickstart", "phantom", overrides=["stages.5.slices=4"])
+
+
+def test_runs_at_a_time_fit_into_the_memory_of_a_gpu(tmp_path, monkeypatch):
+    """One until a finished run has recorded what it takes; never none."""
+    free = {"bytes": 10 * 2**30}
+    monkeypatch.setattr(grid.loop, "device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"], 2**40))
+
+    def finished(name, gigabytes):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps({"gpu_bytes": gigabytes * 2**30}))
+        return SimpleNamespace(folder=tmp_path / name)
+
+    memory = grid._Memory([])
+    assert memory.room == 1
+    memory.learn(finished("small", 1))
+    assert memory.room == 10
+    memory.learn(finished("large", 3))
+    assert memory.room == 3
+    memory.learn(finished("other", 2))
+    assert memory.room == 3
+    assert grid._Memory([finished("too large", 30)]).room == 1
+    assert grid._Memory([], "tcp://10.0.0.1:8786").room == math.inf
+    monkeypatch.setattr(grid.loop, "device", lambda: torch.device("cpu"))
+    assert grid._Memory([finished("anything", 1)]).room == math.inf
+
+
+def test_a_grid_starts_no_more_runs_than_the_memory_takes(tmp_path, monkeypatch):
+    """Of a device that holds two, runs that only wait: never more than two at once, and one before the first ended."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    plan = expand("quickstart", "phantom")
+    plan = replace(plan, pretrain=[], finetune=[run for run in plan.finetune if run.parent is None][:3])
+    active, seen, lock = [], [], threading.Lock()
+    monkeypatch.setattr(grid.loop, "device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 2**30, 2**40))
+
+    def execute_run(run):
+        with lock:
+            active.append(run.name)
+            seen.append(len(active))
+        time.sleep(0.3)
+        run.folder.mkdir(parents=True)
+        (run.folder / "record.json").write_text(json.dumps({"gpu_bytes": 2**30}))
+        with lock:
+            active.remove(run.name)
+        return "done", ""
+
+    monkeypatch.setattr(grid, "execute_run", execute_run)
+    grid.execute(plan, 8)
+    assert seen == [1, 1, 2]
 
 
 def test_dry_run_prints_the_grid_and_trains_nothing(small_grid, tmp_path, monkeypatch, capsys):

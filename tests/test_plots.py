@@ -333,7 +333,8 @@ def test_volume_grid_outlines_every_class_in_every_tile():
     for n in range(5):
         y, x = first[0] + n // 3 * down, first[1] + n % 3 * across
         np.testing.assert_allclose(picture[y : y + 12, x : x + 16], ((images[n] - low) / (high - low)).clip(0, 1))
-    assert (picture[:, 0] == 1).all() and (picture[:3] == 1).all()
+    assert (picture[:, 0] == 1).all()
+    assert (picture[:3] == 1).all()
     ventricle, atrium = axes.collections
     assert [to_hex(c.get_edgecolor()[0]) for c in (ventricle, atrium)] == [c.lower() for c in plots.STRUCTURES[1:3]]
     outlines = [outline for path in ventricle.get_paths() for outline in path.to_polygons()]

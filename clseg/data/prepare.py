@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ Device = torch.device | str
 
 @dataclass
 class SliceBatch:
-    """Slices, or in 3-D the blocks around them, and what is known of them."""
+    """Slices, or in 3-D the blocks around them, and what is known of them: on the CPU, whatever the images are on."""
 
     image: Tensor  # float32 [B, C, H, W] or [B, C, D, H, W]
     label: Tensor | None  # int64 [B, H, W] or [B, D, H, W]; None unless all slices have one
@@ -43,9 +43,6 @@ class SliceBatch:
     volume: Tensor  # int64 [B], numbers the volumes of the store
     subject: Tensor  # int64 [B], numbers its subjects
     position: Tensor  # float32 [B] in (0, 1], place along the volume: m / n for the m-th of n slices
-
-    def to(self, device: Device) -> "SliceBatch":
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.ndarray:
@@ -166,15 +163,26 @@ class _Guarded:
     subject: np.ndarray  # of each volume
     open: np.ndarray  # of each volume, bool
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def require(self, index: Any) -> None:
         volume = np.unique(self.volume[index[0] if isinstance(index, tuple) else index])
         if closed := sorted(set(self.subject[volume[~self.open[volume]]])):
             raise ValueError(f"{self.name} of {', '.join(closed)} must not be seen here")
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        self.require(index)
         return self.array[index]
 
 
+def resident_bytes(device: torch.device) -> int:
+    """How much of a store may be kept on a device: a quarter of what is free of a GPU, nothing on the CPU, where the
+    files are mapped."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return 0 if device.type == "cpu" else 2**63
+
+
 class Store:
-    """A prepared data set, memory-mapped.
+    """A prepared data set, memory-mapped, and kept on a GPU once it was read from there.
 
     `images` [N, C, H, W] float16, `labels` [N, H, W] uint8, H and W those of `plane`; `size` [H, W] or [D, H, W]: what
     the network sees at once; `volumes` and `slices` are tables, the row number of `slices` is the slice id; `subjects`
@@ -184,6 +192,7 @@ class Store:
 
     def __init__(self, folder: Path, files: str = ""):
         self.folder, self.files = folder, files
+        self._resident: dict[tuple[str, torch.device], Tensor | None] = {}  # copies on devices, of all views
         with self._reading("index.json") as path:
             index = json.loads(path.read_text(encoding="utf-8"))
         self.channels: int = index["channels"]
@@ -256,15 +265,27 @@ class Store:
         volume, position = self._volume[rows], self.slices["position"].to_numpy(np.float32)[rows]
         windows = [rows] if self.dimensions == 2 else [self._window(row, generator) for row in rows]
         known = self.volumes["labelled"].to_numpy()[volume].all()
-        image = [torch.from_numpy(np.array(self.images[window])) for window in windows]
-        label = [torch.from_numpy(np.array(self.labels[window])) for window in windows if known]
+        image = [self._read("images", window, device) for window in windows]
+        label = [self._read("labels", window, device) for window in windows if known]
         if self.dimensions == 3:
             image = [fit(block.movedim(0, 1), self.size)[None] for block in image]  # [1, C, D, H, W]
             label = [fit(block, self.size)[None] for block in label]
         image = torch.cat([block.float() for block in image])  # under autocast `cat` takes no float16
-        label = torch.cat(label).to(device).long() if known else None
-        numbers = map(torch.from_numpy, (rows, volume, self._subject[volume], position))
-        return SliceBatch(image, label, *numbers).to(device)
+        label = torch.cat(label).long() if known else None
+        return SliceBatch(image, label, *map(torch.from_numpy, (rows, volume, self._subject[volume], position)))
+
+    def _read(self, name: str, window: Any, device: Device) -> Tensor:
+        """This part of `images` or `labels` on the device: from a copy that stays there, where one fits."""
+        array, where = getattr(self, name), torch.device(device)
+        if (name, where) not in self._resident:
+            whole = getattr(array, "array", array)
+            fits = whole.nbytes <= resident_bytes(where)
+            self._resident[name, where] = torch.from_numpy(np.array(whole)).to(where) if fits else None
+        if (resident := self._resident[name, where]) is None:
+            return torch.from_numpy(np.array(array[window])).to(where)
+        if isinstance(array, _Guarded):
+            array.require(window)
+        return resident[window if isinstance(window, tuple) else torch.from_numpy(window).to(where)]
 
     def _window(self, row: int, generator: torch.Generator | None) -> tuple:
         """The index of a slice's block in `images` and `labels`."""

@@ -30,22 +30,22 @@ VIEWS = {"gd-": (False, True, True), "gd": (False, True)}
 
 
 def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | None = None) -> tuple[Tensor, Pairs]:
-    """The batch of one step: images [V n, C, ...], view after view, and who is alike among them.
+    """The batch of one step: images [V n, C, ...], view after view, and who is alike among them, which the CPU tells.
 
     cluster: pseudo-class of every row of the store [N] int64, for `cluster` pairs.
     """
-    generator, store, device = work.generator("contrast", step), work.store, work.device
+    generator, store = work.generator("contrast", step), work.store
     views, partition = VIEWS.get(stage.answer, (True, True)), None
     if stage.answer in VIEWS:
         chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
     else:
         chosen = random_slices(work.rows, work.slices, generator)
-    batch = store.batch(chosen, device, generator)
+    batch = store.batch(chosen, work.device, generator)
     view_of = CONTRAST_VIEWS[stage.views]
     image = torch.cat([view_of(batch.image, generator) if augmented else batch.image for augmented in views])
 
     def every(values: Tensor) -> Tensor:
-        return values.to(device).repeat(len(views))  # [n] -> [V n]
+        return values.repeat(len(views))  # [n] -> [V n]
 
     slice_id = every(batch.row)
     if stage.pairs == "instance":
@@ -53,7 +53,7 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
     if stage.pairs == "position":
         return image, position_pairs(every(batch.position), stage.threshold)
     if stage.answer in VIEWS:
-        view = torch.arange(len(views), device=device).repeat_interleave(len(chosen))
+        view = torch.arange(len(views)).repeat_interleave(len(chosen))
         return image, partition_pairs(slice_id, every(partition), stage.strategy, view)
     cluster = equal_partitions(store, chosen, stage.partitions) if stage.pairs == "partition" else cluster[chosen]
     pairs = cluster_pairs(slice_id, every(cluster))

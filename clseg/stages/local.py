@@ -35,7 +35,7 @@ def local(work: Work, stage: LocalStage) -> Training:
     if count > len(blocks):
         raise RequestError(f"stages: decoder_blocks is {count}, the network has {len(blocks)}")
     map_size = tuple(side // 2 ** (len(blocks) - count) for side in store.size)
-    corners, neighbours = (indices.to(device) for indices in regions(stage, map_size))
+    corners, neighbours = regions(stage, map_size)
     head = LocalHead(network.config, count, stage.size).to(device)
 
     def step_loss(step: int) -> Tensor:
@@ -45,7 +45,7 @@ def local(work: Work, stage: LocalStage) -> Training:
             chosen = random_slices(work.rows, work.slices, generator)
         else:
             chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
-            image_pairs = (partition[:, None] == partition[None, :]).fill_diagonal_(False).to(device)
+            image_pairs = (partition[:, None] == partition[None, :]).fill_diagonal_(False)
         image = store.batch(chosen, device).image
         views = torch.cat([intensity(image, generator), intensity(image, generator)])
         with torch.no_grad():

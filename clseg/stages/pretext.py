@@ -61,7 +61,7 @@ def _restoring(work: Work, spoil: Callable[[Tensor, Generator], tuple[Tensor, Te
         image, generator = random_batch(work, "restoring", step)
         spoilt, counts = spoil(image, generator)
         restored = head(network.decoder(network.encoder(spoilt))).float()
-        return (restored - image).square()[counts.expand_as(image)].mean()
+        return (restored - image).square().mul(counts).sum() / counts.expand_as(image).sum()
 
     return Training({"encoder": network.encoder, "decoder": network.decoder, "head": head}, step_loss)
 

@@ -204,8 +204,6 @@ def test_batch(dataset):
     mixed = store.batch([0, 12])
     assert mixed.label is None
     assert mixed.volume.tolist() == mixed.subject.tolist() == [0, 2]
-    assert mixed.to("meta").image.device.type == "meta"
-    assert mixed.to("meta").label is None
 
 
 def test_several_volumes_per_subject(roots, describe, write_h5, xyz):
@@ -402,6 +400,25 @@ def test_blocks_at_drawn_corners_differ_and_repeat(dataset):
     assert len(found) > 30
     assert {0, 16} & {y for y, _ in found} or max(y for y, _ in found) > 12
     assert torch.equal(first.label > 0, again.label > 0)
+
+
+@pytest.mark.parametrize("geometry", [NATIVE, BLOCKS])
+def test_what_stays_on_a_device_is_what_the_files_hold(dataset, geometry, monkeypatch):
+    files, kept = prepare(dataset, geometry, progress=False), prepare(dataset, geometry, progress=False)
+    rows = files.rows(files.labelled_subjects)[[4, 0, 2]]
+    expected = files.batch(rows, generator=torch.Generator().manual_seed(0))
+    assert set(files._resident.values()) == {None}
+    monkeypatch.setattr(module, "resident_bytes", lambda _: 2**63)
+    one, other, hidden = (kept.rows([subject])[:1] for subject in kept.subjects)
+    seen = kept.only(kept.subjects[:1], kept.subjects[1:2])
+    found = kept.batch(rows, generator=torch.Generator().manual_seed(0))
+    assert all(isinstance(tensor, torch.Tensor) for tensor in kept._resident.values())
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"images of .* must not be seen here"):
+        seen.batch(hidden)
+    assert torch.equal(seen.batch(one).label, files.batch(one).label)
+    assert seen.batch(other).label is None
 
 
 def test_short_volume_is_padded_around(dataset):
