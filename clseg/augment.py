@@ -33,16 +33,40 @@ def warp(image: Tensor, grid: Tensor, mode: str = "bilinear") -> Tensor:
     return F.grid_sample(image, grid.to(image), mode=mode, padding_mode="zeros", align_corners=False)
 
 
-def plane_grid(theta: Tensor, image: Tensor) -> Tensor:
-    """Sampling grid of one affine map [B, 2, 3] of the plane (output to input, (x, y) in [-1, 1]) per image, where the
-    images are."""
-    theta = theta.to(image.device)
-    z, y, x = ((2 * torch.arange(n, device=image.device) + 1) / n - 1 for n in (1, *image.shape[2:])[-3:])  # centres
-    along_x = theta[:, :, :1] * x + theta[:, :, 2:]  # [B, 2, W]
-    grid = along_x[:, :, None] + (theta[:, :, 1:2] * y)[..., None]  # [B, 2, H, W]
-    if image.ndim == 5:
-        depth = z[:, None, None].expand(len(theta), 1, len(z), len(y), len(x))
-        grid = torch.cat([grid[:, :, None].expand(-1, -1, len(z), -1, -1), depth], dim=1)
+@lru_cache
+def _basis(nodes: int, side: int, mode: str) -> Tensor:
+    """Rows of what makes a grid along a side of so many pixels [nodes + 2, side]: what each of `nodes` equally spaced
+    nodes is worth there, the first and last at the ends; 1; the places of the pixels' centres in [-1, 1]."""
+    rows = [torch.ones(1, side), ((2 * torch.arange(side) + 1) / side - 1)[None]]
+    if nodes:
+        unit = torch.eye(nodes)[None, :, None] if mode == "bicubic" else torch.eye(nodes)[None]  # [1, n, (1,) n]
+        size = (1, side) if mode == "bicubic" else side
+        rows.insert(0, F.interpolate(unit, size=size, mode=mode, align_corners=True).reshape(nodes, side))
+    return torch.cat(rows)
+
+
+def sampling_grid(image: Tensor, theta: Tensor, field: Tensor | None = None) -> Tensor:
+    """Where each pixel of the images is taken from, [B, *sides, dimensions] in [-1, 1], (x, y) or (x, y, z).
+
+    theta: an affine map of the plane per image [B, 2, 3], output to input; field: displacements [B, dimensions, n, n]
+    or [B, dimensions, n, n, n] at nodes that span the image, bicubic (in 3-D linear) between them. Both are products
+    of values along the sides, so that one product of small matrices makes the grid, where the images are.
+    """
+    dimensions, sides = image.ndim - 2, image.shape[2:]
+    nodes = 0 if field is None else field.shape[-1]
+    one, place = nodes, nodes + 1  # the rows of `_basis` that are no nodes
+    core = torch.zeros(len(image), dimensions, *[nodes + 2] * dimensions)
+    if field is not None:
+        core[(..., *[slice(nodes)] * dimensions)] = field
+    plane = core if dimensions == 2 else core[:, :, one]  # [B, dimensions, n + 2, n + 2]
+    plane[:, :2, one, place], plane[:, :2, place, one], plane[:, :2, one, one] = theta.unbind(dim=2)
+    if dimensions == 3:
+        core[:, 2, place, one, one] = 1
+    mode = "bicubic" if dimensions == 2 else "linear"
+    *z, y, x = (_basis(nodes, side, mode).to(image.device) for side in sides)
+    grid = y.T @ (core.to(image.device) @ x)  # [B, dimensions, (n + 2,) H, W]
+    if dimensions == 3:
+        grid = (z[0].T @ grid.flatten(3)).unflatten(3, sides[1:])
     return grid.movedim(1, -1)
 
 
@@ -55,7 +79,7 @@ def crop_resize(image: Tensor, generator: Generator) -> Tensor:
     theta = torch.zeros(len(image), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = CROP
     theta[:, :, 2] = centre.flip(1)
-    return warp(image, plane_grid(theta, image))
+    return warp(image, sampling_grid(image, theta))
 
 
 def intensity(image: Tensor, generator: Generator) -> Tensor:
@@ -66,9 +90,8 @@ def intensity(image: Tensor, generator: Generator) -> Tensor:
     """
     each = (len(image), *[1] * (image.ndim - 1))
     shift, factor = (uniform(*bounds, each, generator).to(image) for bounds in (BRIGHTNESS, CONTRAST))
-    changed = image + shift
-    mean = changed.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
-    return changed.sub_(mean).mul_(factor).add_(mean).clamp_(*CLIP)  # one image in memory, not five
+    mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
+    return (image * factor).add_(mean * (1 - factor) + shift).clamp_(*CLIP)
 
 
 def contrast_view(image: Tensor, generator: Generator) -> Tensor:
@@ -76,30 +99,16 @@ def contrast_view(image: Tensor, generator: Generator) -> Tensor:
     return intensity(crop_resize(image, generator), generator)
 
 
-@lru_cache
-def _spline(nodes: int, side: int, mode: str) -> Tensor:
-    """What each of `nodes` equally spaced nodes, the first and last at the ends, is worth at each of `side` places."""
-    shape = {"bicubic": (nodes, side), "linear": side}[mode]
-    unit = torch.eye(nodes)[None, None] if mode == "bicubic" else torch.eye(nodes)[None]
-    return F.interpolate(unit, size=shape, mode=mode, align_corners=True).reshape(nodes, side)
-
-
-def elastic_field(
+def elastic_nodes(
     image: Tensor, generator: Generator, nodes: int = ELASTIC_NODES, sd: Tensor | float = ELASTIC_SD
 ) -> Tensor:
-    """Smooth displacements [B, *sides, dimensions] where the images are: N(0, sd) on `nodes` nodes per side, upsampled
-    bicubically (in 3-D trilinearly), one axis after the other; sd: one number or one per image.
+    """Random displacements N(0, sd) for `sampling_grid`; sd: one number or one per image.
 
-    Source: Chaitanya et al., released code: 3 x 3, 5 pixels of 192.
+    Source: Chaitanya et al., released code: 3 x 3 nodes, 5 pixels of 192, upsampled bicubically.
     """
     dimensions = image.ndim - 2
     sd = sd if isinstance(sd, float) else sd.reshape(-1, *[1] * (dimensions + 1))
-    field = torch.randn((len(image), dimensions, *[nodes] * dimensions), generator=generator) * sd
-    field = field.to(image.device)
-    for axis, side in enumerate(image.shape[2:], start=2):
-        weights = _spline(nodes, side, "bicubic" if dimensions == 2 else "linear").to(image.device)
-        field = (field.movedim(axis, -1) @ weights).movedim(-1, axis)
-    return field.movedim(1, -1)
+    return torch.randn((len(image), dimensions, *[nodes] * dimensions), generator=generator) * sd
 
 
 def _turned(angle: Tensor, scale: Tensor, mirror: Tensor, image: Tensor) -> Tensor:
@@ -133,11 +142,10 @@ def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[
     angle = torch.where(choice == 0, small, torch.where(choice == 3, eighth, torch.zeros(batch)))
     scale = torch.where(choice == 1, uniform(0.95, 1.05, (batch,), generator), torch.ones(batch))
     mirror = torch.where((choice == 2) & (torch.rand(batch, generator=generator) < 0.5), -1.0, 1.0)
-    grid = plane_grid(_turned(angle, scale, mirror, image), image)
     first = int(torch.randint(1, max(batch - 1, 2), (1,), generator=generator))
-    field = elastic_field(image, generator)
+    field = elastic_nodes(image, generator)
     field[:first] = 0
-    return _warp_both(image, label, grid + field)
+    return _warp_both(image, label, sampling_grid(image, _turned(angle, scale, mirror, image), field))
 
 
 def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
@@ -158,7 +166,7 @@ def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
     theta[:, 1] *= flips[1, :, None]
     alpha, sigma = uniform(*PCL_ALPHA, (batch,), generator), uniform(*PCL_SIGMA_PX, (batch,), generator)
     deviation = alpha / math.sqrt(3) / (2 * math.sqrt(math.pi) * sigma) * moved * (2 / PCL_REFERENCE_PX)
-    return plane_grid(theta, image).add_(elastic_field(image, generator, PCL_GRID, deviation))
+    return sampling_grid(image, theta, elastic_nodes(image, generator, PCL_GRID, deviation))
 
 
 def spatial_view(image: Tensor, generator: Generator) -> Tensor:

@@ -1,6 +1,8 @@
 """Augmentation: what moves, by how much, and that image and label move together."""
 
+import pytest
 import torch
+from torch.nn import functional as F
 
 from clseg import augment
 
@@ -96,10 +98,26 @@ def test_rotation_keeps_angles_in_images_that_are_not_square():
         assert abs(extent[0] - extent[1]) <= 3
 
 
-def test_elastic_field_has_the_published_standard_deviation():
-    field = augment.elastic_field(torch.empty(4000, 1, 9, 9), generator())
+def test_elastic_fields_have_the_published_standard_deviation():
+    image = torch.empty(4000, 1, 9, 9)
+    still, nodes = torch.eye(2, 3).expand(4000, -1, -1), augment.elastic_nodes(image, generator())
+    field = augment.sampling_grid(image, still, nodes) - augment.sampling_grid(image, still)
     corner_px = field[:, 0, 0] * 192 / 2
     torch.testing.assert_close(corner_px.std(), torch.tensor(5.0), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(12, 20), (5, 12, 20)])
+def test_the_grid_is_the_one_that_pytorch_makes(sides):
+    """An affine grid plus a field that was upsampled, here with the functions of the library."""
+    image, dimensions = torch.empty(3, 2, *sides), len(sides)
+    theta, nodes = torch.randn(3, 2, 3), torch.randn(3, dimensions, *[4] * dimensions)
+    whole = theta if dimensions == 2 else F.pad(theta, (0, 1, 0, 1))
+    if dimensions == 3:
+        whole[:, :2, 2], whole[:, :2, 3], whole[:, 2, 2] = 0, theta[:, :, 2], 1
+    affine = F.affine_grid(whole, [3, 1, *sides], align_corners=False)
+    torch.testing.assert_close(augment.sampling_grid(image, theta), affine)
+    field = F.interpolate(nodes, size=sides, mode="bicubic" if dimensions == 2 else "trilinear", align_corners=True)
+    torch.testing.assert_close(augment.sampling_grid(image, theta, nodes), affine + field.movedim(1, -1))
 
 
 def test_the_views_of_zeng_et_al_move_pixels_and_change_no_intensity():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clseg.augment import REFERENCE_PX, plane_grid, warp
+from clseg.augment import REFERENCE_PX, sampling_grid, warp
 from clseg.config import GanAugmentationRecipe, NetworkConfig
 from clseg.loop import Training, Work
 from clseg.models import CONV, initialise
@@ -45,7 +45,7 @@ class Change(nn.Module):
 def deform(image: Tensor, label: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
     """Image [B, C, ...] and label, float [B, K, ...], moved alike by [B, dimensions, ...] in 1/192 of the side, first
     along the last axis, as in `warp`; what comes from outside is 0 and background."""
-    grid = plane_grid(torch.eye(2, 3).expand(len(image), -1, -1), image)
+    grid = sampling_grid(image, torch.eye(2, 3).expand(len(image), -1, -1))
     grid = grid + 2 / REFERENCE_PX * displacement.movedim(1, -1)
     organs = warp(label[:, 1:], grid)
     return warp(image, grid), torch.cat([1 - organs.sum(dim=1, keepdim=True), organs], dim=1)
