@@ -81,7 +81,7 @@ def predict_image(
     values = np.array(adaptation.label_values, np.result_type(*map(np.min_scalar_type, adaptation.label_values)))
     label, probability = [], []
     for plane in native:  # [K, Y, X]
-        label.append(values[plane.argmax(0).numpy()])
+        label.append(values[plane.max(0).indices.numpy()])
         probability += [plane.half().numpy()] * keep
     flipped = [axis - 3 for axis in range(3) if volume.flips[axis]]
 

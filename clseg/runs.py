@@ -301,7 +301,7 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     tested = store.only(split.test)  # now that training has ended
     last = scored()
     network.load_state_dict(result.best_state)
-    tables = {"metrics": scored(), "metrics_last": last} | training.tables
+    tables = {"metrics": last if result.best_step == run.steps else scored(), "metrics_last": last} | training.tables
     _keep(run, store, result, network.state_dict(), tables)
 
 

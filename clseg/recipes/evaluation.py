@@ -55,7 +55,7 @@ def validation_dice(network: nn.Module, store: Store, subjects: Iterable[str]) -
     """Mean foreground Dice over volumes on the network's grid; chooses checkpoints, is never reported as a result."""
     dice = []
     for volume in labelled_volumes(store, subjects):
-        prediction = probabilities(network, store, volume).argmax(dim=1).numpy()
+        prediction = probabilities(network, store, volume).max(dim=1).indices.numpy()
         dice.append(volume_dice(prediction, store.labels[store.volume_rows(volume)], store.class_names))
     return float(np.mean(dice))
 

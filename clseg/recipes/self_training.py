@@ -25,7 +25,7 @@ def self_training(work: Work, recipe: SelfTrainingRecipe) -> Training:
     renewals = {first + (steps - first) * k // recipe.rounds for k in range(recipe.rounds)}
 
     def predict(image: Tensor) -> Tensor:
-        return copy.eval()(image).argmax(dim=1)
+        return copy.eval()(image).max(dim=1).indices
 
     def step_loss(step: int) -> Tensor:
         generator = work.generator("self_training", step)
