@@ -3,12 +3,15 @@
 The device `meta` computes shapes only, so such a question is an error there.
 """
 
+import json
 from importlib import import_module
 
 import pytest
 import torch
+import yaml
 
-from clseg import config
+from clseg import config, paths, runs
+from clseg.config import FinetuneParameters
 from clseg.data.prepare import prepare
 from clseg.loop import Work, optimiser_for
 from clseg.models import UNet
@@ -70,3 +73,18 @@ def test_rows_of_a_store_stay_on_the_device(store):
     assert store.only(store.subjects[1:2]).batch(store.rows(store.subjects[1:2]), META).image.device == META
     assert store._resident["images", META] is images
     assert first.row.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_on_a_gpu(tmp_path, monkeypatch, precision):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    profile = yaml.safe_load((paths.PARAMS / "profiles" / "smoke.yaml").read_text()) | {"precision": precision}
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(profile))
+    run = runs.finetune_run(FinetuneParameters(dataset="phantom", profile=str(tmp_path / "gpu.yaml"), method="gd+lr"))
+    runs.train(run)
+    record = json.loads((run.folder / "record.json").read_bytes())
+    assert record["gpu_bytes"] > runs.GPU_CONTEXT
+    assert run.read("log")["loss"].notna().all()
+    assert run.read("metrics")["dice"].between(0, 1).any()
