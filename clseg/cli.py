@@ -97,6 +97,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         runs.train(run)
         if not ranks.number():
             print(run.folder / "weights.safetensors")
+    ranks.leave()
     return 0
 
 
