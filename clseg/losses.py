@@ -73,7 +73,7 @@ def _exp(exponent: Tensor) -> Tensor:
 def _terms_and_slope(similarity: Tensor, rivals: Tensor, weight: Tensor, pair: bool) -> tuple[Tensor, Tensor]:
     """`_terms`, and its derivative by the similarities, where rivals are similarities or `LOG_ZERO`; in their place.
 
-    Without `pair` positives are among the rivals.
+    Without `pair` positives are among the rivals, and the similarities are not looked at.
     """
     largest = rivals.amax(dim=-1, keepdim=True)
     share = rivals.sub_(largest)
@@ -89,9 +89,9 @@ def _terms_and_slope(similarity: Tensor, rivals: Tensor, weight: Tensor, pair: b
     return value, share.mul_(repelled / total).sub_(weight)
 
 
-def _rivals(similarity: Tensor, positive: Tensor, negative: Tensor, pair: bool) -> Tensor:
-    """The similarities of those in the denominator beside the positive itself."""
-    return similarity.masked_fill(~negative if pair else positive == negative, LOG_ZERO)  # no row is both
+def _no_rivals(positive: Tensor, negative: Tensor, pair: bool) -> Tensor:
+    """What is not in the denominator beside the positive itself."""
+    return ~negative if pair else positive == negative  # no row is both
 
 
 class _Contrast(torch.autograd.Function):
@@ -103,7 +103,8 @@ class _Contrast(torch.autograd.Function):
         blocks = (tensor.split(max(BLOCK // len(direction), 1)) for tensor in (direction, positive, negative, weight))
         for anchors, alike, unlike, each in zip(*blocks, strict=True):  # [b, D], [b, B], [b, B], [b, 1]
             similarity = anchors @ direction.T  # [b, B]
-            rivals = _rivals(similarity, alike, unlike, pair)
+            rivals = similarity.clone() if pair else similarity
+            rivals.masked_fill_(_no_rivals(alike, unlike, pair), LOG_ZERO)
             terms, slope = _terms_and_slope(similarity, rivals, alike * each, pair)
             value = value + terms
             if len(anchors) == len(direction):  # a single block
@@ -120,7 +121,7 @@ class _Contrast(torch.autograd.Function):
         direction, positive, negative, weight, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # it will be differentiated again: by autograd
             similarity = direction @ direction.T
-            rivals = _rivals(similarity, positive, negative, ctx.pair)
+            rivals = similarity.masked_fill(_no_rivals(positive, negative, ctx.pair), LOG_ZERO)
             again = _terms(similarity, rivals, positive * weight, ctx.pair)
             (gradient,) = torch.autograd.grad(again, direction, create_graph=True)
         return gradient * outer, None, None, None, None

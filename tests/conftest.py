@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clseg import config
 from clseg.config import Geometry, NetworkConfig, Normalisation
+from clseg.data.prepare import prepare
 from clseg.models import UNet
 
 
@@ -21,6 +23,15 @@ def data_root() -> Path:
     if not Path(root).is_dir():
         pytest.skip(f"no real data: CLSEG_DATA={root} is not a folder")
     return Path(root).absolute()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Eight phantoms, prepared at the smallest size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
+        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
+        return prepare(about, about.geometry["smoke"], progress=False)
 
 
 class SmallGrid:

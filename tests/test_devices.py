@@ -12,7 +12,6 @@ import yaml
 
 from clseg import config, paths, runs
 from clseg.config import FinetuneParameters
-from clseg.data.prepare import prepare
 from clseg.loop import Work, optimiser_for
 from clseg.models import UNet
 from clseg.recipes import RECIPES
@@ -20,14 +19,6 @@ from clseg.stages import STAGES
 
 META = torch.device("meta")
 METHODS = config.read_methods()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
-        return prepare(about, about.geometry["smoke"], progress=False)
 
 
 def take_steps(training, settings, at):

@@ -7,9 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from clseg import config
 from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
-from clseg.data.prepare import prepare
 from clseg.loop import Work, step_generator
 from clseg.models import UNet
 from clseg.recipes import supervised
@@ -21,14 +19,6 @@ from clseg.stages.sampling import equal_partitions, partition_slices, random_sli
 
 SMALL = NetworkConfig(filters=[8, 16, 16, 32, 32, 32], norm_momentum=0.3)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
-        return prepare(about, about.geometry["smoke"], progress=False)
 
 
 def generator(seed=0):
