@@ -21,7 +21,9 @@ from jupyter_client.provisioning import LocalProvisioner
 
 from clseg import plots, runs  # noqa: F401 - so that a forked kernel has them
 
-torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimiser imports a thousand modules
+# what the first of a kind imports and reads: an optimiser a thousand modules, a picture the fonts
+torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+plots.volume_grid(torch.eye(4)[None], torch.eye(4)[None].long(), "title")._repr_png_()
 
 
 def _forked() -> BaseContext:
