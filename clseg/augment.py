@@ -12,6 +12,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from clseg.losses import full_precision
+
 REFERENCE_PX = 192
 CROP, CORNERS = 100 / REFERENCE_PX, (10 / REFERENCE_PX, 70 / REFERENCE_PX)
 BRIGHTNESS, CONTRAST, CLIP = (-0.3, 0.3), (0.7, 1.3), (0.0, 1.5)
@@ -64,9 +66,10 @@ def sampling_grid(image: Tensor, theta: Tensor, field: Tensor | None = None) -> 
         core[:, 2, place, one, one] = 1
     mode = "bicubic" if dimensions == 2 else "linear"
     *z, y, x = (_basis(nodes, side, mode).to(image.device) for side in sides)
-    grid = y.T @ (core.to(image.device) @ x)  # [B, dimensions, (n + 2,) H, W]
-    if dimensions == 3:
-        grid = (z[0].T @ grid.flatten(3)).unflatten(3, sides[1:])
+    with full_precision(image):
+        grid = y.T @ (core.to(image.device) @ x)  # [B, dimensions, (n + 2,) H, W]
+        if dimensions == 3:
+            grid = (z[0].T @ grid.flatten(3)).unflatten(3, sides[1:])
     return grid.movedim(1, -1)
 
 

@@ -44,7 +44,7 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     count, pair = pairs.positive.sum(dim=1, keepdim=True), denominator == "pair"  # [B, 1]
     if not count.any():
         raise ValueError("no anchor has a positive")
-    with _full_precision(embedding):
+    with full_precision(embedding):
         direction = _directions(embedding, temperature)
         weight = (count.sum().expand_as(count) if pair else count.clamp(min=1) * count.count_nonzero()).to(direction)
         about = (pairs.positive, pairs.negative, weight.reciprocal_())
@@ -159,7 +159,7 @@ def local_contrastive_loss(
             raise ValueError(f"image_pairs must be bool [{images}, {images}], not {given}")
         if image_pairs.diagonal().any():
             raise ValueError("image_pairs pairs an image with itself")
-    with _full_precision(first):
+    with full_precision(first):
         a, b = _directions(first, temperature), _directions(second, temperature)  # [B, R', D]
         # rows and columns below are the regions of a map, then those of the map that it is compared with
         near = torch.zeros(regions, regions, dtype=a.dtype, device=neighbours.device)
@@ -226,7 +226,8 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _full_precision(tensor: Tensor) -> AbstractContextManager:
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Where products are computed in the type of what is multiplied, also under autocast."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 

@@ -120,6 +120,15 @@ def test_the_grid_is_the_one_that_pytorch_makes(sides):
     torch.testing.assert_close(augment.sampling_grid(image, theta, nodes), affine + field.movedim(1, -1))
 
 
+@pytest.mark.parametrize("name", ["contrast_view", "spatial_view"])
+@pytest.mark.parametrize("sides", [(24, 24), (6, 24, 24)])
+def test_views_are_the_same_under_autocast(name, sides):
+    image = torch.rand(4, 1, *sides)
+    view = getattr(augment, name)(image, generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(getattr(augment, name)(image, generator()), view)
+
+
 def test_the_views_of_zeng_et_al_move_pixels_and_change_no_intensity():
     image = torch.ones(400, 1, 16, 16)
     view = augment.spatial_view(image, generator())
