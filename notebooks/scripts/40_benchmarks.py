@@ -81,7 +81,7 @@ reasons = {
     "of the time",
     "iteration": "what is left is the drawing of two views, the log and the checkpoint",
     "preparing": "normalising needs percentiles of every volume, and resampling a pass over it",
-    "grid_cost": "what is left is the worker notebook itself, its pictures above all, and the start of the warm process",
+    "grid_cost": "what is left is papermill with a kernel of its own, the pictures of the worker notebook, and the start of the warm process",
     "scanning": "the resolved parameters of every run are validated again",
     "memory": "a worker has the kernel and the plotting library loaded besides",
     "study": "most of it is training",
