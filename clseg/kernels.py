@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ipykernel.kernelapp
-import torch
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
-
-from clseg import plots, runs  # noqa: F401 - so that a forked kernel has them
-
-# what the first of a kind imports and reads: an optimiser a thousand modules, a picture the fonts
-torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-plots.volume_grid(torch.eye(4)[None], torch.eye(4)[None].long(), "title")._repr_png_()
 
 
 def _forked() -> BaseContext:
@@ -31,7 +24,7 @@ def _forked() -> BaseContext:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["clseg.warm", __name__])
     return context
 
 

@@ -44,10 +44,15 @@ def alone() -> Iterator[None]:
         _alone = False
 
 
+def _launched() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the other processes that `torchrun` started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _launched():
         yield
         return
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -63,7 +68,7 @@ def leave() -> None:
     Threads of gloo may still let go of tensors then, which now and then aborts the process
     (https://github.com/pytorch/pytorch/pull/179291).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

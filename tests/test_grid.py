@@ -47,9 +47,8 @@ def test_an_override_that_no_method_can_take_is_refused():
 
 def test_runs_at_a_time_fit_into_the_memory_of_a_gpu(tmp_path, monkeypatch):
     """One until a finished run has recorded what it takes; never none."""
-    free = {"bytes": 10 * 2**30}
     monkeypatch.setattr(grid.loop, "device", lambda: torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"], 2**40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 2**40))
 
     def finished(name, gigabytes):
         (tmp_path / name).mkdir()

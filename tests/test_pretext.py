@@ -15,7 +15,6 @@ from clseg.config import (
     RequestError,
     RotationStage,
 )
-from clseg.data.prepare import prepare
 from clseg.loop import Work, fit
 from clseg.models import UNet
 from clseg.stages import STAGES, pirl
@@ -29,14 +28,6 @@ SETTINGS = {
     "context_restoration": ContextRestorationStage(stage="context_restoration"),
     "pirl": PirlStage(stage="pirl"),
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 4}})
-        return prepare(about, about.geometry["smoke"], progress=False)
 
 
 def generator(seed=0):
