@@ -141,7 +141,7 @@ def local_contrastive_loss(
     first, second: [B, R', D], regions of two views of B images that correspond by place; neighbours: integers [R, M],
     region indices below R'. Where R < R' the anchors are the first R regions and the others serve as negatives only.
     image_pairs: bool [B, B], diagonal False, not necessarily symmetric. Returns a scalar ≥ 0, float32 or float64.
-    Memory: O(B R R'), with `image_pairs` O(B² R R').
+    Memory: O(T R'²) for T = B, and with `image_pairs` as many more as it has pairs.
     Raises `ValueError` for wrong shapes, a neighbour that is no region, an image paired with itself, a temperature ≤ 0.
     Source: released code of Chaitanya et al., `local_loss_exp_no` 0 (L^R) and 1 (L^D).
     *Deviation*: the released L^D leaves out t(second_i, first_i, r) and divides the sum by regions and maps.
