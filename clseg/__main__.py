@@ -2,7 +2,7 @@
 
 import sys
 
-from clseg.cli import main
+from clseg.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,9 +13,10 @@ from scipy.spatial.distance import cdist
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
-from clseg.config import ContrastStage, RequestError
+from clseg.errors import RequestError
 from clseg.loop import Work, step_generator
 from clseg.models import BetaVAE
+from clseg.settings import ContrastStage
 
 PREFIX = "autoencoder."  # of its weights
 BATCH = 64

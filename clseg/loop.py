@@ -1,21 +1,16 @@
-"""The one training loop: optimiser steps, precision, log, checkpoint, resume. It knows no method.
+"""The one training loop: steps, schedule, precision, log. It knows no method and writes no file.
 
-What a step does depends only on (seed, step): batches and augmentations are drawn from `step_generator`, so a run that
-was killed goes on from its last checkpoint to the same numbers as one that was not.
+What a step does depends only on (seed, step): batches and augmentations are drawn from `step_generator`. So a training
+that was interrupted goes on from a saved `State` to the same numbers as one that was not.
 """
 
-import hashlib
-import io
-import json
 import math
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,13 +19,11 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from clseg import ranks
-from clseg.config import Budget, Optimisation
+from clseg.settings import Optimisation
 
 if TYPE_CHECKING:
-    from clseg.data.prepare import Store
+    from clseg.data.store import Store
     from clseg.models import UNet
-
-PROGRESS_SECONDS = 2.0
 
 
 def seed_of(*parts: int | str) -> int:
@@ -49,16 +42,6 @@ def device() -> torch.device:
     otherwise."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(os.environ.get("CLSEG_DEVICE") or (gpu if torch.cuda.is_available() else "cpu"))
-
-
-def _code_digest() -> str:
-    package, code = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return code.hexdigest()[:12]
-
-
-CODE = _code_digest()  # changes with the package's code; of what was imported, should the files change now
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,7 @@ class Training:
     """What a stage or a recipe gives the loop.
 
     `learning`: modules the optimiser changes, by the prefix of their weights; `step_loss`: the loss of a step; `state`:
-    what else must survive a kill; `tables`: to be written into the run's folder.
+    what else must survive an interruption; `tables`: what was found on the way, to be kept with the run.
     """
 
     learning: dict[str, nn.Module]
@@ -112,45 +95,62 @@ class Fit:
     seconds: float
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+@dataclass
+class State:
+    """Where a training stands after `step` steps: all that must survive an interruption."""
+
+    modules: nn.ModuleList
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)  # of every step so far, where the network is
+    scores: list[tuple[int, float]] = field(default_factory=list)  # step and validation
+    best_step: int | None = None
+    best_state: dict[str, Tensor] | None = None
+    seconds: float = 0.0
+
+    def losses_so_far(self) -> Tensor:
+        """The loss of every step [step], float32. Raises `FloatingPointError` when one is not finite."""
+        losses = torch.cat(self.losses)
+        self.losses = [losses]
+        if not torch.isfinite(losses).all():
+            bad = int((~torch.isfinite(losses)).nonzero()[0, 0]) + 1
+            raise FloatingPointError(f"the loss of step {bad} is not finite; lower the learning rate")
+        return losses
+
+    def tree(self) -> dict[str, Any]:
+        """What to save."""
+        kept = ("step", "scores", "best_step", "best_state", "seconds")
+        tree = {name: getattr(self, name) for name in kept} | {"losses": self.losses_so_far().cpu()}
+        return tree | {"modules": self.modules.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load(self, tree: Mapping[str, Any]) -> None:
+        """Go back to what `tree` once said."""
+        where = next(self.modules.parameters()).device
+        self.modules.load_state_dict(tree["modules"])
+        self.optimiser.load_state_dict(tree["optimiser"])
+        self.losses, self.scores = [tree["losses"].to(where)], [tuple(pair) for pair in tree["scores"]]
+        self.step, self.seconds = tree["step"], tree["seconds"]
+        self.best_step, self.best_state = tree["best_step"], tree["best_state"]
 
 
-def write_json(path: Path, content: object) -> None:
-    """Readable JSON, written atomically."""
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+class Keeper(Protocol):
+    """What survives an interruption is given to the loop: `clseg.study` has one that keeps files."""
 
+    def restore(self, state: State) -> None:
+        """Called before the first step: bring back an earlier sitting, if there was one."""
 
-def _resume(checkpoint: Path) -> dict | None:
-    """The last checkpoint, or None where there is none, it cannot be read or other code made it."""
-    if not checkpoint.is_file():
-        return None
-    try:
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        problem = "" if saved["code"] == CODE else "was made by other code"
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error, UnpicklingError) as error:
-        problem = f"cannot be read ({type(error).__name__})"
-    if problem:
-        print(f"{checkpoint.name} {problem}; training starts from the beginning")
-    return None if problem else saved
+    def after(self, state: State, last: bool) -> None:
+        """Called after every step."""
 
 
 def optimiser_for(modules: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
-    """Adam, or stochastic gradient descent with momentum 0.9, over every weight of these modules."""
+    """Adam, AdamW, or stochastic gradient descent with momentum 0.9, over every weight of these modules."""
     weights = [parameter for module in modules for parameter in module.parameters()]
     rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimiser == "adam":
-        return torch.optim.Adam(weights, lr=rate, weight_decay=decay)
-    return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay)
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser]
+    return adam(weights, lr=rate, weight_decay=decay)
 
 
 def learning_rate(settings: Optimisation, step: int, steps: int) -> float:
@@ -166,81 +166,48 @@ def fit(
     training: Training,
     settings: Optimisation,
     steps: int,
-    folder: Path,
-    budget: Budget,
+    precision: str = "float32",
     evaluate: Callable[[], float] | None = None,
     evaluate_every: int = 0,
+    keeper: Keeper | None = None,
     title: str = "training",
 ) -> Fit:
-    """Minimise `training.step_loss(step)` for `steps` steps, resuming from `folder/checkpoint.pt` if it is there.
+    """Minimise `training.step_loss(step)` for `steps` steps.
 
-    `evaluate()` (higher is better) runs every `evaluate_every` steps and after the last one; the network's weights of
-    its best value are kept (the earliest of equals). Raises `FloatingPointError` when a loss is not finite.
+    precision: "float32", or "bf16" (autocast). `evaluate()` (higher is better) runs every `evaluate_every` steps and
+    after the last one; the network's weights of its best value are kept (the earliest of equals).
+    Raises `FloatingPointError` when a loss is not finite.
     """
     where = next(network.parameters()).device
     modules = nn.ModuleList([network, *training.learning.values(), *training.state.values()])
-    optimiser = optimiser_for(training.learning.values(), settings)
-    checkpoint, progress = folder / "checkpoint.pt", folder / "progress.json"
-    losses: list[Tensor] = []
-    scores: list[tuple[int, float]] = []
-    best_step, best_state, start, before = None, None, 0, 0.0
-    if (saved := _resume(checkpoint)) is not None:
-        modules.load_state_dict(saved["modules"])
-        optimiser.load_state_dict(saved["optimiser"])
-        losses, scores = [saved["losses"].to(where)], [tuple(pair) for pair in saved["scores"]]
-        best_step, best_state, start, before = saved["best_step"], saved["best_state"], saved["step"], saved["seconds"]
+    state = State(modules, optimiser_for(training.learning.values(), settings))
+    if keeper:
+        keeper.restore(state)
     ranks.connect(modules)
-    began = reported = time.monotonic()
-
-    def save(step: int) -> None:
-        nonlocal losses
-        losses = [torch.cat(losses)]
-        if not torch.isfinite(losses[0]).all():
-            bad = int((~torch.isfinite(losses[0])).nonzero()[0, 0]) + 1
-            raise FloatingPointError(f"the loss of step {bad} is not finite; lower the learning rate")
-        if ranks.number():
-            return
-        state = {
-            "code": CODE,
-            "step": step,
-            "modules": modules.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "losses": losses[0].cpu(),
-            "scores": scores,
-            "best_step": best_step,
-            "best_state": best_state,
-            "seconds": before + time.monotonic() - began,
-        }
-        content = io.BytesIO()  # so that a full disk is an `OSError` as everywhere
-        torch.save(state, content)
-        write_atomically(checkpoint, lambda temporary: temporary.write_bytes(content.getbuffer()))
-
+    before, began = state.seconds, time.monotonic()
     bar = {"desc": title, "unit": "step", "mininterval": 1, "leave": False, "disable": ranks.number() > 0}
-    for step in tqdm(range(start, steps), initial=start, total=steps, **bar):
+    for step in tqdm(range(state.step, steps), initial=state.step, total=steps, **bar):
         modules.train()
-        for group in optimiser.param_groups:
+        for group in state.optimiser.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
-        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=budget.precision == "bf16"):
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             loss = training.step_loss(step)
-        optimiser.zero_grad(set_to_none=True)
+        state.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        ranks.average_gradients(optimiser)
-        optimiser.step()
-        losses.append(loss.detach().float().reshape(1))
-        done = step + 1
-        if evaluate is not None and (done % evaluate_every == 0 or done == steps):
+        ranks.average_gradients(state.optimiser)
+        state.optimiser.step()
+        state.losses.append(loss.detach().float().reshape(1))
+        state.step = done = step + 1
+        if evaluate and (done == steps or (evaluate_every and done % evaluate_every == 0)):
             score = evaluate()
-            scores.append((done, score))
-            if best_step is None or score > max(value for _, value in scores[:-1]):
-                best_step = done
-                best_state = {name: value.detach().clone() for name, value in network.state_dict().items()}
-        if done % budget.checkpoint_every == 0 or done == steps:
-            save(done)
-        if time.monotonic() - reported > PROGRESS_SECONDS and not ranks.number():
-            reported = time.monotonic()
-            write_json(progress, {"step": done, "steps": steps})
-
-    log = pd.DataFrame({"step": np.arange(1, steps + 1), "loss": torch.cat(losses).cpu().numpy()})
-    if evaluate is not None:
-        log["validation"] = log["step"].map(dict(scores))
-    return Fit(log, best_step, best_state, before + time.monotonic() - began)
+            if state.best_step is None or score > max(value for _, value in state.scores):
+                state.best_step = done
+                state.best_state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            state.scores.append((done, score))
+        state.seconds = before + time.monotonic() - began
+        if keeper:
+            keeper.after(state, last=done == steps)
+    log = pd.DataFrame({"step": np.arange(1, steps + 1), "loss": state.losses_so_far().cpu().numpy()})
+    if evaluate:
+        log["validation"] = log["step"].map(dict(state.scores))
+    return Fit(log, state.best_step, state.best_state, state.seconds)

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clseg.config import NetworkConfig, RequestError
-from clseg.losses import region_embeddings
+from clseg.errors import RequestError
+from clseg.regions import region_embeddings
+from clseg.settings import NetworkConfig
 
 EMBEDDING = {"flatten": 128, "pool": 512}
 SLOPE = 0.01  # of LeakyReLU in `pcl`
@@ -186,12 +187,13 @@ def initialise(module: nn.Module, config: NetworkConfig) -> nn.Module:
 def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> list[str]:
     """Copy pre-trained parameters of encoder and decoder into the network; returns their names.
 
-    All else (heads, the auto-encoder) stays behind and so do batch-norm running averages, which restart as in the
-    released code. Raises `RequestError` where a parameter is unknown, has another shape or values that are not finite,
-    or one of the encoder is missing.
+    Batch-norm running averages go along; all else (heads, the auto-encoder) stays behind. Raises `RequestError` where
+    one is unknown, has another shape or values that are not finite, or one of the encoder is missing.
+    Source: released code of Zeng et al. *Deviation*: in that of Chaitanya et al. running averages restart; after some
+    tens of steps nothing is left of where they started.
     """
-    own, averages = dict(network.named_parameters()), dict(network.named_buffers())
-    names = [name for name in weights if name.startswith(("encoder.", "decoder.")) and name not in averages]
+    own = network.state_dict()
+    names = [name for name in weights if name.startswith(("encoder.", "decoder."))]
     for name in names:
         about, shape = f"{source}: parameter {name}", tuple(weights[name].shape)
         if name not in own:

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from scipy.cluster import hierarchy
 
 from clseg import paths, stats
-from clseg.config import RequestError
+from clseg.errors import RequestError
 
 GREY, ORANGE, SKY, GREEN, YELLOW = "#767676", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, RED, PINK, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"

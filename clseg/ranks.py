@@ -1,7 +1,7 @@
 """Several processes that pre-train one network together, as `torchrun` starts them; alone, all of this does nothing.
 
 All draw the same batch, which depends only on seed and step, and each computes its part: embeddings are gathered
-(`losses.gather`), batch norm sees the rows of all, gradients are averaged. So they take the steps of one process with
+(`gather`), batch norm sees the rows of all, gradients are averaged. So they take the steps of one process with
 the whole batch. *Deviation* from one data loader a process: every process augments the whole batch, for exactly this.
 """
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clseg.config import RequestError
-from clseg.losses import gather
+from clseg.errors import RequestError
 
 PATIENCE = timedelta(days=7)  # the first process does alone what cannot be shared, and others wait for it
 _alone = False
@@ -107,6 +106,35 @@ def average_gradients(optimiser: torch.optim.Optimizer) -> None:
     dist.all_reduce(flat)
     for weight, gradient in zip(weights, (flat / count()).split([w.numel() for w in weights]), strict=True):
         weight.grad.copy_(gradient.view_as(weight))
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, rank after rank, [W B, ...], with gradient; the tensor itself where there is one process.
+
+    With embeddings and all that `clseg.pairs` needs gathered, every rank has the loss of one process. Backward sums
+    what the W equal losses say about a rank's rows: W times their gradient, so that the mean over ranks that
+    DistributedDataParallel takes is the gradient of one process. tensor: [B, ...], as many rows on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    return _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    """`torch.distributed.nn.functional.all_gather`, which is deprecated, and whose successor is private."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class _Norm(_BatchNorm):

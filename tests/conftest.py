@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clseg import config
-from clseg.config import Geometry, NetworkConfig, Normalisation
 from clseg.data.prepare import prepare
 from clseg.models import UNet
+from clseg.settings import Geometry, NetworkConfig, Normalisation
+from clseg.study.files import read_dataset
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def store(tmp_path_factory):
     """Eight phantoms, prepared at the smallest size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
+        about = read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
         return prepare(about, about.geometry["smoke"], progress=False)
 
 
@@ -64,7 +64,7 @@ class SmallGrid:
     @staticmethod
     def tables(root: Path) -> list[bytes]:
         folder = root / "paper_figures/smoke/phantom/quickstart"
-        return [(folder / f"{name}.csv").read_bytes() for name in ("table", "table_last", "summary", "pretraining")]
+        return [(folder / f"{name}.csv").read_bytes() for name in ("table", "summary", "pretraining")]
 
 
 @pytest.fixture(scope="session")

@@ -32,13 +32,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import clseg
-from clseg import cli, config, grid, paths, runs
-from clseg.check import check
-from clseg.config import DatasetConfig, RequestError
-from clseg.data.formats import VolumeRef, class_names, nifti_volume, photograph, read, scan
+from clseg import paths
+from clseg.data.formats import class_names, nifti_volume, photograph, read, scan
 from clseg.data.prepare import normalise, prepare, resampled_size, to_network
-from clseg.export import read_weights
-from clseg.predict import predict
+from clseg.data.volume import VolumeRef
+from clseg.errors import RequestError
+from clseg.settings import DatasetConfig
+from clseg.study import archive, grid
+from clseg.study.files import read_dataset, read_profile, read_study
+from clseg.study.parameters import resolve
+from clseg.tools import cli
+from clseg.tools.check import check
+from clseg.tools.export import read_weights
+from clseg.tools.predict import predict
 
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
 DATASET = {
@@ -319,13 +325,13 @@ def finished_run(**changes):
     def build(world):
         folder = world.root / "runs" / "finetune-random"
         folder.mkdir(parents=True)
-        table = ",".join(runs.TABLE_COLUMNS[1:]) + "\n" + ",".join(["1"] * (len(runs.TABLE_COLUMNS) - 1)) + "\n"
+        table = ",".join(archive.TABLE_COLUMNS[1:]) + "\n" + ",".join(["1"] * (len(archive.TABLE_COLUMNS) - 1)) + "\n"
         files = {"metrics.csv": table, "parameters.json": json.dumps({"parameters": {"study": "tiny"}})}
         for name, text in files.items():
             (folder / name).write_text(text)
         record = {"files": {name: len(text) for name, text in files.items()}}
         (folder / "record.json").write_text(json.dumps(record))
-        runs.seal(folder)
+        archive.seal(folder)
         for name, change in changes.items():
             path = folder / name.replace("__", ".")
             path.write_bytes(change(path.read_bytes()))
@@ -921,7 +927,7 @@ def test_names_with_spaces_and_of_any_language_are_taken(name, world, capfd):
     target = world.root / f"{name}.yaml"
     assert cli.main(["check", str(world.task), f"--write={target}"]) == 0
     assert capfd.readouterr().err == ""
-    dataset = config.read_dataset(str(target))
+    dataset = read_dataset(str(target))
     assert name in prepare(dataset, dataset.geometry["smoke"], progress=False).subjects
     assert cli.main(["run", str(world.study), f"--dataset={target}", "--dry-run"]) == 0
     image = world.task / "imagesTr" / f"{name}.nii.gz"
@@ -932,7 +938,7 @@ def test_names_with_spaces_and_of_any_language_are_taken(name, world, capfd):
 def test_known_twins_are_prepared(world):
     copied(world, A, "imagesTr/b.nii.gz")
     world.describe(twins=[["a", "b"]])
-    dataset = config.read_dataset(str(world.dataset))
+    dataset = read_dataset(str(world.dataset))
     assert len(prepare(dataset, dataset.geometry["smoke"], progress=False).subjects) == 5
 
 
@@ -1077,9 +1083,9 @@ def test_any_bytes_as_weights(data, open_world, save_weights):
 
 
 FILES = {  # kind: what reads it, a valid tree
-    "dataset": (config.read_dataset, DATASET),
-    "profile": (config.read_profile, yaml.safe_load((paths.PARAMS / "profiles" / "smoke.yaml").read_text())),
-    "study": (config.read_study, STUDY | {"axes": [{"name": "a", "key": "k", "values": [1], "methods": ["gd"]}]}),
+    "dataset": (read_dataset, DATASET),
+    "profile": (read_profile, yaml.safe_load((paths.PARAMS / "profiles" / "smoke.yaml").read_text())),
+    "study": (read_study, STUDY | {"axes": [{"name": "a", "key": "k", "values": [1], "methods": ["gd"]}]}),
 }
 NUMBERED = itertools.count()  # a file is read again only where its time has changed
 
@@ -1125,7 +1131,7 @@ def test_any_value_of_a_parameter(kind, data, open_world):
     names = {"dataset": str(open_world.dataset), "profile": "smoke", "study": str(open_world.study)} | {kind: str(path)}
 
     def prepared():
-        plan = grid.expand(config.read_study(names["study"]), names["dataset"], names["profile"])
+        plan = grid.expand(read_study(names["study"]), names["dataset"], names["profile"])
         experiment = plan.finetune[0].experiment
         assert plan.finetune[0].folder.resolve().is_relative_to(paths.runs_root().resolve())
         results = paths.results_dir(plan.profile, plan.place, plan.study.name)
@@ -1138,7 +1144,7 @@ def test_any_value_of_a_parameter(kind, data, open_world):
         accepted(prepared)
 
 
-RESOLVED = config.resolve("phantom", "smoke", "gd+lr").model_dump()
+RESOLVED = resolve("phantom", "smoke", "gd+lr").model_dump()
 
 
 @some
@@ -1147,7 +1153,7 @@ RESOLVED = config.resolve("phantom", "smoke", "gd+lr").model_dump()
     value=YAML_VALUES.map(lambda value: yaml.safe_dump(value, default_flow_style=True)) | st.text(max_size=10),
 )
 def test_any_override(key, value):
-    accepted(lambda: config.resolve("phantom", "smoke", "gd+lr", overrides=[f"{key}={value}"]))
+    accepted(lambda: resolve("phantom", "smoke", "gd+lr", overrides=[f"{key}={value}"]))
 
 
 @some

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseg import cli, config, grid, paths, runs
-from clseg.check import check, expect, write
-from clseg.config import RequestError
+from clseg import paths
 from clseg.data.formats import scan
 from clseg.data.prepare import prepare
+from clseg.errors import RequestError
+from clseg.study import archive, grid, runs
+from clseg.study.files import read_dataset, read_study
+from clseg.tools import cli
+from clseg.tools.check import check, expect, write
 
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
 
@@ -189,7 +192,7 @@ def test_a_study_takes_what_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = medical(tmp_path / "scans", "nnunet", labelled=5)
     assert cli.main(["check", str(folder), "--write", "My scans.yaml"]) == 0
-    dataset = config.read_dataset("My scans.yaml")
+    dataset = read_dataset("My scans.yaml")
     assert dataset == check(folder, "my_scans").dataset
     assert len(scan(dataset)) == 8
     capsys.readouterr()
@@ -212,7 +215,7 @@ def test_folds_of_nnunet_are_a_protocol_of_the_data_set(tmp_path, monkeypatch, c
         assert cli.main([*words, "--set", f"study.protocol={protocol}"]) == 0
         names.append([line.split()[-1] for line in capsys.readouterr().out.splitlines() if "pretrain-" in line])
     assert len(names[1]) == 2 * len(names[0])  # each fold has its own pre-trainings
-    study = config.read_study("quickstart").model_copy(update={"protocol": "nnunet", "labelled": [2], "draws": [1, 2]})
+    study = read_study("quickstart").model_copy(update={"protocol": "nnunet", "labelled": [2], "draws": [1, 2]})
     for run in grid.expand(study, "mine.yaml", "smoke").all:
         split = runs.split_of(run, prepare(run.experiment.dataset, run.experiment.geometry, progress=False))
         assert list(split.test) == folds[run.parameters.draw - 1]["val"]
@@ -304,4 +307,4 @@ def test_the_notebook_for_own_data_then_predict_and_export(kind, data_root, tmp_
         assert set(np.unique(case.dataobj)) <= {0, 1, 2}
     copy = tmp_path / "copy.safetensors"
     assert cli.main(["export", "--weights", str(weights), "--format", "safetensors", "--output", str(copy)]) == 0
-    assert runs.adaptation(copy)["classes"] == runs.adaptation(weights)["classes"]
+    assert archive.adaptation(copy)["classes"] == archive.adaptation(weights)["classes"]

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from clseg import cli, config
+from clseg.study.files import known_names, read_dataset, read_methods, read_study
+from clseg.tools import cli
 
 
 def clseg(*words, out, data=None):
@@ -21,12 +22,12 @@ def clseg(*words, out, data=None):
 
 def test_methods_and_data_sets_are_listed_a_line_each(capsys):
     assert cli.main(["methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(config.read_methods())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(read_methods())
     assert cli.main(["datasets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[::2]] == config.names("datasets")
-    for name, about in zip(config.names("datasets"), lines[1::2], strict=True):  # indented, where to get it
-        dataset = config.read_dataset(name)
+    assert [line.split()[0] for line in lines[::2]] == known_names("datasets")
+    for name, about in zip(known_names("datasets"), lines[1::2], strict=True):  # indented, where to get it
+        dataset = read_dataset(name)
         assert about.startswith("    ")
         assert all(text in about for text in (dataset.source, dataset.licence, dataset.tree, dataset.download_size))
 
@@ -71,6 +72,6 @@ def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch):
     words = ["run", "quickstart", "--dry-run", "--splits", str(tmp_path / "splits_final.json")]
     assert cli.main([*words, "--set", "study.labelled=[2]"]) == 0
     folds = json.loads((tmp_path / "splits_final.json").read_text())
-    draws = len(config.read_study("quickstart").draws)
+    draws = len(read_study("quickstart").draws)
     assert len(folds) == draws
     assert all(len(fold["train"]) == 2 and not set(fold["train"]) & set(fold["val"]) for fold in folds)

@@ -10,15 +10,18 @@ from sklearn.metrics import adjusted_rand_score
 from torch.distributions import Normal, kl_divergence
 
 from clseg import cluster as clustering
-from clseg import config, runs
 from clseg.cluster import clusters_of, features, linkage_matrix, pseudo_classes, purity
-from clseg.config import AutoencoderStage, ContrastStage, NetworkConfig, PretrainParameters, RequestError
 from clseg.data.prepare import prepare
+from clseg.errors import RequestError
 from clseg.loop import Work
 from clseg.models import BetaVAE, UNet, transfer
+from clseg.settings import AutoencoderStage, ContrastStage, NetworkConfig
 from clseg.stages import autoencoder, contrast
 from clseg.stages.autoencoder import beta_vae_loss
 from clseg.stages.contrast import draw_batch
+from clseg.study import runs
+from clseg.study.files import read_dataset
+from clseg.study.parameters import PretrainParameters
 
 SMALL = NetworkConfig(filters=[8, 8, 16, 16], norm_momentum=0.3)
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ VOLUME = [8, 32, 32]
 def prepared(out, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEG_OUT", str(out))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
+        about = read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
         return prepare(about, about.geometry["smoke"].model_copy(update={"size": size}), progress=False)
 
 
@@ -322,7 +325,7 @@ def test_a_run_records_the_pseudo_classes_of_its_subjects(tmp_path, monkeypatch)
     small = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=2"]
     overrides = [*small, "pretrain.steps=3", "stages.1.clusters=5"]
     fields = {"dataset": "phantom", "profile": "smoke", "method": "ufc", "overrides": overrides}
-    run = runs.train(runs.pretrain_run(PretrainParameters(**fields, stage=1)))
+    run = runs.do(runs.pretrain_run(PretrainParameters(**fields, stage=1)))
     store = runs.open_store(run.experiment)
     split, table = runs.split_of(run, store), run.read("clusters")
     assert set(table["subject"]) == {*split.pretrain}

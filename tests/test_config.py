@@ -5,18 +5,20 @@ import re
 
 import pytest
 
-from clseg import config, paths
-from clseg.config import FinetuneParameters, RequestError
+from clseg import paths
+from clseg.errors import RequestError
+from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
+from clseg.study.parameters import FinetuneParameters, applicable, override_study, read_parameters, resolve
 
 
 def test_every_yaml_file_of_the_project_is_valid():
-    assert config.read_methods()
+    assert read_methods()
     for kind, read in (
-        ("datasets", config.read_dataset),
-        ("profiles", config.read_profile),
-        ("studies", config.read_study),
+        ("datasets", read_dataset),
+        ("profiles", read_profile),
+        ("studies", read_study),
     ):
-        names = config.names(kind)
+        names = known_names(kind)
         assert names, kind
         for name in names:
             assert read(name).name == name
@@ -24,22 +26,22 @@ def test_every_yaml_file_of_the_project_is_valid():
 
 def test_every_method_resolves_on_every_data_set_and_profile():
     """But where slices have no positions, methods that contrast positions are refused in one sentence."""
-    methods, refused = config.read_methods(), set()
-    for dataset in map(config.read_dataset, config.names("datasets")):
-        for profile, method in itertools.product(config.names("profiles"), methods):
+    methods, refused = read_methods(), set()
+    for dataset in map(read_dataset, known_names("datasets")):
+        for profile, method in itertools.product(known_names("profiles"), methods):
             if dataset.threshold is None and "position" in [getattr(s, "pairs", "") for s in methods[method].stages]:
                 message = f"method {method} contrasts positions, and data set {dataset.name} has no `threshold`; "
                 with pytest.raises(RequestError, match=f"^{re.escape(message)}choose [^;]*$"):
-                    config.resolve(dataset.name, profile, method)
+                    resolve(dataset.name, profile, method)
                 refused.add((dataset.name, method))
             else:
-                assert config.resolve(dataset.name, profile, method).geometry == dataset.geometry[profile]
+                assert resolve(dataset.name, profile, method).geometry == dataset.geometry[profile]
     assert {("hvsmr", "pcl"), ("isic2018", "pcl"), ("ph2", "pcl")} <= refused
-    assert config.resolve("ph2", "smoke", "pcl", overrides=["stages.0.threshold=0.2"]).stages[0].threshold == 0.2
+    assert resolve("ph2", "smoke", "pcl", overrides=["stages.0.threshold=0.2"]).stages[0].threshold == 0.2
 
 
 def test_published_settings_are_the_paper_profile_s():
-    experiment = config.resolve("acdc", "paper", "gd+lr")
+    experiment = resolve("acdc", "paper", "gd+lr")
     assert experiment.network.filters == [16, 32, 64, 128, 128, 128]
     assert experiment.geometry.size == [192, 192]
     assert (experiment.pretrain.steps, experiment.finetune.steps, experiment.finetune.batch) == (10001, 10001, 20)
@@ -69,18 +71,16 @@ def test_published_settings_are_the_paper_profile_s():
 )
 def test_a_wrong_override_names_itself_and_the_remedy(override, message):
     with pytest.raises(RequestError, match="(?s)" + message.replace("[", r"\[")) as caught:
-        config.resolve("phantom", "smoke", "gd", overrides=[override])
+        resolve("phantom", "smoke", "gd", overrides=[override])
     assert "\n" not in str(caught.value)
 
 
 def test_numbers_may_be_written_with_an_exponent():
-    assert (
-        config.resolve("phantom", "smoke", "gd", overrides=["recipe.learning_rate=1e-4"]).recipe.learning_rate == 1e-4
-    )
+    assert resolve("phantom", "smoke", "gd", overrides=["recipe.learning_rate=1e-4"]).recipe.learning_rate == 1e-4
 
 
 def test_an_override_changes_only_what_it_names():
-    base, changed = (config.resolve("phantom", "smoke", "gd", overrides=o) for o in ([], ["stages.0.temperature=0.5"]))
+    base, changed = (resolve("phantom", "smoke", "gd", overrides=o) for o in ([], ["stages.0.temperature=0.5"]))
     assert changed.stages[0].temperature == 0.5
     assert changed.model_copy(update={"stages": base.stages}) == base
 
@@ -98,7 +98,7 @@ def test_an_override_changes_only_what_it_names():
 )
 def test_names_that_do_not_fit_are_told_what_does(names, message):
     with pytest.raises(RequestError, match=message.replace("+", r"\+")):
-        config.resolve(*names)
+        resolve(*names)
 
 
 def notebook(*cells):
@@ -116,11 +116,11 @@ CELLS = [
 
 
 def test_notebook_parameters_are_those_of_the_parameter_cells():
-    assert config.read_parameters(notebook(*CELLS), FinetuneParameters).labelled == 2
-    assert config.read_parameters(notebook(*CELLS, "# Parameters\nlabelled = 4"), FinetuneParameters).labelled == 4
+    assert read_parameters(notebook(*CELLS), FinetuneParameters).labelled == 2
+    assert read_parameters(notebook(*CELLS, "# Parameters\nlabelled = 4"), FinetuneParameters).labelled == 4
     again = notebook(*CELLS, "for left_over in range(3):\n    pass", CELLS[1].replace("2", "8"))
-    assert config.read_parameters({**notebook(CELLS[1]), "In": []}, FinetuneParameters).labelled == 2  # as under nbval
-    assert config.read_parameters(again, FinetuneParameters).labelled == 8  # changed and run again in a live kernel
+    assert read_parameters({**notebook(CELLS[1]), "In": []}, FinetuneParameters).labelled == 2  # as under nbval
+    assert read_parameters(again, FinetuneParameters).labelled == 8  # changed and run again in a live kernel
 
 
 @pytest.mark.parametrize(
@@ -129,22 +129,22 @@ def test_notebook_parameters_are_those_of_the_parameter_cells():
 )
 def test_a_misspelt_or_mistyped_notebook_parameter_is_refused(wrong):
     with pytest.raises(RequestError, match=wrong.split()[0]):
-        config.read_parameters(notebook(*CELLS, wrong), FinetuneParameters)
+        read_parameters(notebook(*CELLS, wrong), FinetuneParameters)
 
 
 def test_overrides_of_a_stage_concern_only_methods_that_have_it():
-    methods = config.read_methods()
+    methods = read_methods()
     overrides = ["stages.1.size=1", "pretrain.steps=3"]
-    assert config.applicable(overrides, methods["gd"]) == ["pretrain.steps=3"]
-    assert config.applicable(overrides, methods["gd+lr"]) == overrides
+    assert applicable(overrides, methods["gd"]) == ["pretrain.steps=3"]
+    assert applicable(overrides, methods["gd+lr"]) == overrides
 
 
 def test_study_overrides_are_split_from_those_of_its_experiments():
-    study, others = config.override_study(config.read_study("quickstart"), ["study.labelled=[3]", "pretrain.steps=2"])
+    study, others = override_study(read_study("quickstart"), ["study.labelled=[3]", "pretrain.steps=2"])
     assert study.labelled == [3]
     assert others == ["pretrain.steps=2"]
     with pytest.raises(RequestError, match="did you mean 'labelled'"):
-        config.override_study(study, ["study.labeled=[3]"])
+        override_study(study, ["study.labeled=[3]"])
 
 
 def test_roots_follow_the_environment(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import time
 
 from distributed import LocalCluster
 
-from clseg import cli
+from clseg.tools import cli
 
 QUIET = {"dashboard_address": None, "threads_per_worker": 1, "processes": True}
 
@@ -43,7 +43,7 @@ def test_the_run_of_a_lost_worker_is_done_again(small_grid, whole, tmp_path, mon
 
 
 def test_a_scheduler_that_is_not_there_is_a_wrong_request(small_grid, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clseg.grid.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("clseg.study.grid.CONNECT_SECONDS", 1)
     assert run(small_grid, tmp_path, "tcp://127.0.0.1:9", monkeypatch) == 2
     assert "--scheduler tcp://127.0.0.1:9: no Dask scheduler answers there" in capsys.readouterr().err
     assert run(small_grid, tmp_path, "nonsense://x", monkeypatch) == 2
@@ -51,7 +51,7 @@ def test_a_scheduler_that_is_not_there_is_a_wrong_request(small_grid, tmp_path, 
 
 
 def test_workers_with_other_code_are_refused(small_grid, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clseg.loop.CODE", "another")
+    monkeypatch.setattr("clseg.study.grid.CODE", "another")
     with LocalCluster(n_workers=1, **QUIET) as cluster:
         assert run(small_grid, tmp_path, cluster.scheduler_address, monkeypatch) == 2
     assert "has other code of clseg; give all workers the same" in capsys.readouterr().err

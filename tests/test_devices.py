@@ -10,15 +10,17 @@ import pytest
 import torch
 import yaml
 
-from clseg import config, paths, runs
-from clseg.config import FinetuneParameters
+from clseg import paths
 from clseg.loop import Work, optimiser_for
 from clseg.models import UNet
 from clseg.recipes import RECIPES
 from clseg.stages import STAGES
+from clseg.study import runs
+from clseg.study.files import read_methods
+from clseg.study.parameters import FinetuneParameters, resolve
 
 META = torch.device("meta")
-METHODS = config.read_methods()
+METHODS = read_methods()
 
 
 def take_steps(training, settings, at):
@@ -37,7 +39,7 @@ def take_steps(training, settings, at):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_device(store, method, monkeypatch):
-    experiment = config.resolve("phantom", "smoke", method, overrides=["dataset.options.subjects=8"])
+    experiment = resolve("phantom", "smoke", method, overrides=["dataset.options.subjects=8"])
     network = UNet(store.channels, store.num_classes, experiment.network).placed(META).train()
     rows, unlabelled = store.rows(store.subjects[:2]), store.rows(store.subjects[2:4])
     classes = None, torch.arange(len(store.slices)) % 5  # of features that have values
@@ -74,7 +76,7 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch, precision):
     profile = yaml.safe_load((paths.PARAMS / "profiles" / "smoke.yaml").read_text()) | {"precision": precision}
     (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(profile))
     run = runs.finetune_run(FinetuneParameters(dataset="phantom", profile=str(tmp_path / "gpu.yaml"), method="gd+lr"))
-    runs.train(run)
+    runs.do(run)
     record = json.loads((run.folder / "record.json").read_bytes())
     assert record["gpu_bytes"] > runs.GPU_CONTEXT
     assert run.read("log")["loss"].notna().all()

@@ -9,10 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from clseg import cli, runs
-from clseg.config import NetworkConfig, PretrainParameters, RequestError
-from clseg.export import export, read_weights, segments
-from clseg.predict import predict
+from clseg.errors import RequestError
+from clseg.settings import NetworkConfig
+from clseg.study import runs
+from clseg.study.parameters import PretrainParameters
+from clseg.tools import cli
+from clseg.tools.export import export, read_weights, segments
+from clseg.tools.predict import predict
 
 PCL = NetworkConfig(architecture="pcl", filters=[4, 8, 16, 32, 64])
 GLCL = NetworkConfig(architecture="glcl", filters=[4, 8, 8, 16, 16, 16])
@@ -135,7 +138,7 @@ def test_weights_of_every_stage_can_be_exported(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     small = ["dataset.options.subjects=6", "dataset.protocols.seeded.test=1", "dataset.protocols.seeded.validation=1"]
     fields = {"dataset": "phantom", "profile": "smoke", "method": "gd+lr", "stage": 1}
-    run = runs.train(runs.pretrain_run(PretrainParameters(**fields, overrides=[*small, "pretrain.steps=2"])))
+    run = runs.do(runs.pretrain_run(PretrainParameters(**fields, overrides=[*small, "pretrain.steps=2"])))
     for stage, parts in ((run.parent, {"encoder"}), (run, {"encoder", "decoder"})):
         export(stage.folder / "weights.safetensors", "safetensors", tmp_path / "copy.safetensors")
         assert {name.partition(".")[0] for name in load_file(tmp_path / "copy.safetensors")} == parts

@@ -15,7 +15,9 @@ import time
 import psutil
 import pytest
 
-from clseg import cli, loop, runs
+from clseg import loop
+from clseg.study import archive
+from clseg.tools import cli
 
 KILLS = int(os.environ.get("CLSEG_KILLS", "3"))
 
@@ -124,7 +126,7 @@ def test_a_finished_run_that_was_damaged_is_made_again(small_grid, whole, tmp_pa
     assert "2 of them done" in output
     assert errors.count("it is made again") == 1
     assert f"clseg: {folder}: {said}" in errors
-    assert runs.is_done(folder)
+    assert archive.is_done(folder)
     assert {path: (path / "status.json").stat().st_mtime_ns for path in others} == others
     assert small_grid.tables(root) == small_grid.tables(whole[0])
 

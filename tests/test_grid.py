@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clseg import cli, config, grid, runs
-from clseg.config import RequestError
+from clseg.errors import RequestError
+from clseg.study import archive, grid
+from clseg.study.files import read_study
+from clseg.tools import cli
 
 
 def expand(name, dataset, profile="smoke", overrides=()):
-    return grid.expand(config.read_study(name), dataset, profile, overrides)
+    return grid.expand(read_study(name), dataset, profile, overrides)
 
 
 def test_the_papers_grid_on_acdc():
@@ -32,7 +34,7 @@ def test_the_papers_grid_on_acdc():
 
 def test_an_ablation_varies_one_key_and_names_it():
     plan = expand("glcl_ablation", "phantom")
-    axes = config.read_study("glcl_ablation").axes
+    axes = read_study("glcl_ablation").axes
     varied = [run for run in plan.finetune if run.parameters.variant]
     assert len(varied) == 3 * sum(len(axis.values) * len(axis.methods) for axis in axes)
     run = next(run for run in varied if run.method == "gd [stages.0.temperature=0.5]")
@@ -113,8 +115,8 @@ def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
     assert all((path.parent / "notebook.ipynb").is_file() for path in done)
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["runs"] == {"done": 3, "expected": 3}
-    frame = runs.read_table(folder / "table.csv")
-    assert list(frame.columns) == runs.TABLE_COLUMNS
+    frame = archive.read_table(folder / "table.csv")
+    assert list(frame.columns) == archive.TABLE_COLUMNS
     assert set(frame["method"]) == {"random", "gd"}
     assert frame["subject"].nunique() == 3
 

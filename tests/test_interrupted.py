@@ -7,15 +7,17 @@ import nbformat
 import pytest
 import torch
 
-from clseg import config, grid, paths, runs
+from clseg import paths
+from clseg.study import archive, grid, runs
+from clseg.study.parameters import FinetuneParameters, PretrainParameters
 
 STEPS = 150
 OVERRIDES = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=2"]
 OVERRIDES += [f"pretrain.steps={STEPS}", f"finetune.steps={STEPS}"]
 FIELDS = {"dataset": "phantom", "profile": "smoke", "overrides": OVERRIDES}
 RUNS = {
-    "pretrain": lambda: runs.pretrain_run(config.PretrainParameters(**FIELDS, method="gd")),
-    "finetune": lambda: runs.finetune_run(config.FinetuneParameters(**FIELDS, method="random")),
+    "pretrain": lambda: runs.pretrain_run(PretrainParameters(**FIELDS, method="gd")),
+    "finetune": lambda: runs.finetune_run(FinetuneParameters(**FIELDS, method="random")),
 }
 
 
@@ -38,7 +40,7 @@ def answer(client, request):
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_interrupted_notebook_leaves_what_a_study_goes_on_from(kind, kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "whole"))
-    whole = runs.train(RUNS[kind]()).folder
+    whole = runs.do(RUNS[kind]()).folder
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
     run, (manager, client) = RUNS[kind](), kernel
     checkpoint = run.folder / "checkpoint.pt"
@@ -47,7 +49,7 @@ def test_an_interrupted_notebook_leaves_what_a_study_goes_on_from(kind, kernel, 
     cells = [c for c in nbformat.read(paths.NOTEBOOKS / grid.NOTEBOOK[kind], 4).cells if c.cell_type == "code"]
     tagged = next(k for k, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
     mine = "\n".join(f"{name} = {value!r}" for name, value in run.parameters.model_dump().items())
-    first = next(k for k, cell in enumerate(cells) if "runs.train(run)\n" in cell.source)
+    first = next(k for k, cell in enumerate(cells) if "runs.do(run)\n" in cell.source)
     environment = {"CLSEG_OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
     before = [f"import os; os.environ.update({environment!r})", *(c.source for c in cells[: tagged + 1]), mine]
     for source in [*before, *(c.source for c in cells[tagged + 1 : first])]:
@@ -63,7 +65,7 @@ def test_an_interrupted_notebook_leaves_what_a_study_goes_on_from(kind, kernel, 
     # the notebook stays open; whoever goes on must not wait for it, nor begin anew
     assert manager.is_alive()
     assert not run.is_done()
-    with runs.locked(run.folder / ".lock", wait=False) as free:
+    with archive.locked(run.folder / ".lock", wait=False) as free:
         assert free
     saved = torch.load(checkpoint, weights_only=True)
     assert 0 < saved["step"] < STEPS
@@ -73,7 +75,7 @@ def test_an_interrupted_notebook_leaves_what_a_study_goes_on_from(kind, kernel, 
     assert run.is_done()
     assert run.read("log")["loss"][0] == 1234.0
     assert manager.is_alive()
-    names = ["weights.safetensors", *(["metrics.csv", "metrics_last.csv"] if kind == "finetune" else [])]
+    names = ["weights.safetensors", *(["metrics.csv"] if kind == "finetune" else [])]
     assert all((run.folder / name).read_bytes() == (whole / name).read_bytes() for name in names)
     log = [(folder / "log.csv").read_bytes().split(b"\n")[2:] for folder in (run.folder, whole)]
     assert log[0] == log[1]

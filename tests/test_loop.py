@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from clseg import config, loop
-from clseg.config import Optimisation
-from clseg.loop import Training, fit, learning_rate, seed_of, step_generator, write_atomically
+from clseg import loop
+from clseg.loop import Training, fit, learning_rate, seed_of, step_generator
+from clseg.settings import Optimisation
+from clseg.study.archive import write_atomically
+from clseg.study.files import read_profile
 
 
 class Killed(Exception):
@@ -15,7 +17,7 @@ class Killed(Exception):
 
 
 def budget(checkpoint_every):
-    return config.read_profile("smoke").model_copy(update={"checkpoint_every": checkpoint_every})
+    return read_profile("smoke").model_copy(update={"checkpoint_every": checkpoint_every})
 
 
 def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **settings):

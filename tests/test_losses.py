@@ -17,20 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clseg import losses
-from clseg.config import SupervisedRecipe
 from clseg.losses import (
     SEGMENTATION_LOSSES,
     contrastive_loss,
     cross_entropy,
     dice_cross_entropy,
     dice_loss,
-    gather,
     local_contrastive_loss,
-    nearest_neighbours,
-    region_embeddings,
-    region_grid,
 )
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.ranks import gather
+from clseg.regions import nearest_neighbours, region_embeddings, region_grid
+from clseg.settings import SupervisedRecipe
 
 DENOMINATORS = ["all", "pair"]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from clseg.config import NetworkConfig, RequestError
+from clseg.errors import RequestError
 from clseg.models import GlobalHead, LocalHead, UNet, transfer
+from clseg.settings import NetworkConfig
 
 PUBLISHED = NetworkConfig()
 SMALL = NetworkConfig(filters=[2, 3, 4, 5, 6, 7])

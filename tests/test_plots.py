@@ -11,8 +11,9 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from scipy.cluster import hierarchy
 
-from clseg import config, paths, plots, stats
-from clseg.config import RequestError
+from clseg import paths, plots, stats
+from clseg.errors import RequestError
+from clseg.study.files import read_methods
 
 GAINS = {"random": 0.0, "gr": 0.02, "gd": 0.03, "gd+lr": 0.06}
 
@@ -182,7 +183,7 @@ def test_styles_are_fixed_and_tell_methods_apart():
     assert plots.style("gd") == plots.style("gd [stages.0.temperature=0.5]")
     assert plots.style("gd")[0] == plots.style("gr")[0] != plots.style("gd+lr")[0]
     assert plots.style("my_method") == plots.UNKNOWN
-    assert set(config.read_methods()) <= set(plots.STYLES)
+    assert set(read_methods()) <= set(plots.STYLES)
 
 
 def test_families_differ_for_colour_blind_readers():

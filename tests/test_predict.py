@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseg import cli, config, runs
-from clseg.config import FinetuneParameters, RequestError
 from clseg.data.formats import class_names, scan
 from clseg.data.phantom import phantom_volume
+from clseg.errors import RequestError
 from clseg.metrics import dice
-from clseg.predict import cases, predict
+from clseg.study import runs
+from clseg.study.files import read_dataset
+from clseg.study.parameters import FinetuneParameters
+from clseg.tools import cli
+from clseg.tools.predict import cases, predict
 
 SMALL = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=1"]
 FEW = ["finetune.steps=30", "finetune.validate_every=10"]
@@ -29,7 +32,7 @@ def trained(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("trained")))
         fields = {"dataset": "phantom", "profile": "smoke", "method": "random", "dimensions": request.param}
-        run = runs.train(runs.finetune_run(FinetuneParameters(**fields, overrides=[*SMALL, *FEW])))
+        run = runs.do(runs.finetune_run(FinetuneParameters(**fields, overrides=[*SMALL, *FEW])))
         yield run.folder / "weights.safetensors", run.read("metrics").set_index(["subject", "class_name"])["dice"]
 
 
@@ -213,9 +216,9 @@ def test_real_images_get_the_prediction_that_was_scored(dataset, dimensions, dat
     monkeypatch.setenv("CLSEG_DATA", str(data_root))
     fields = {"dataset": dataset, "profile": "smoke", "method": "random", "labelled": 4, "dimensions": dimensions}
     overrides = ["dataset.protocols.seeded.test=6", "finetune.steps=40"]
-    run = runs.train(runs.finetune_run(FinetuneParameters(**fields, overrides=overrides)))
+    run = runs.do(runs.finetune_run(FinetuneParameters(**fields, overrides=overrides)))
     scores = run.read("metrics").set_index(["subject", "class_name"])["dice"]
-    about = config.read_dataset(dataset)
+    about = read_dataset(dataset)
     references = {ref.subject: ref for ref in scan(about)}
     values = {name: value for value, name in class_names(about, data_root / about.folder).items()}
     for subject in sorted(scores.index.get_level_values("subject").unique())[:3]:

@@ -5,23 +5,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clseg import config
-from clseg.config import (
+from clseg.errors import RequestError
+from clseg.loop import Work, fit
+from clseg.models import UNet
+from clseg.settings import (
     ContextRestorationStage,
     InpaintingStage,
     NetworkConfig,
     Optimisation,
     PirlStage,
-    RequestError,
     RotationStage,
 )
-from clseg.loop import Work, fit
-from clseg.models import UNet
 from clseg.stages import STAGES, pirl
 from clseg.stages.pretext import Memory, box_mask, jigsaw, patch_swaps, rearrange, turns
+from clseg.study.files import read_profile
 
 SMALL = NetworkConfig(filters=[8, 16, 16, 32, 32, 32], norm_momentum=0.3)
-BUDGET = config.read_profile("smoke").model_copy(update={"checkpoint_every": 2})
+BUDGET = read_profile("smoke").model_copy(update={"checkpoint_every": 2})
 SETTINGS = {
     "rotation": RotationStage(stage="rotation"),
     "inpainting": InpaintingStage(stage="inpainting"),

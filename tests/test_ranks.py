@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clseg import cli, config, ranks
-from clseg.config import RequestError
+from clseg import ranks
 from clseg.data.prepare import prepare
+from clseg.errors import RequestError
 from clseg.loop import Work
 from clseg.models import UNet
 from clseg.stages import STAGES
+from clseg.study.parameters import resolve
+from clseg.tools import cli
 
 STEPS = {"gr": 0, "gd-": 0, "gd": 0, "pcl": 0, "gr+lr": 1, "gd+ld": 1}  # a stage of each, by its place in the method
 SMALL = [
@@ -26,7 +28,7 @@ SMALL = [
 
 def gradients(method):
     """The loss of a step in float64, the gradient and the running averages that it leaves."""
-    experiment = config.resolve("phantom", "smoke", method, overrides=SMALL[:1])
+    experiment = resolve("phantom", "smoke", method, overrides=SMALL[:1])
     store = prepare(experiment.dataset, experiment.geometry, progress=False)
     torch.manual_seed(0)
     network = UNet(store.channels, store.num_classes, experiment.network).double().train()

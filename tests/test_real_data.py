@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from clseg import config, runs
 from clseg.metrics import dice
+from clseg.study import archive, runs
+from clseg.study.files import read_dataset
+from clseg.study.parameters import resolve
 
 pytestmark = pytest.mark.real_data
 CELLS = ["--set=study.labelled=[2]", "--set=study.draws=[1]"]
@@ -30,13 +32,13 @@ def study(root, data_root, dataset, methods="random, gd+lr"):
         [sys.executable, "-m", "clseg", *words], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return runs.read_table(root / f"paper_figures/smoke/{dataset}/glcl_strategies/table.csv")
+    return archive.read_table(root / f"paper_figures/smoke/{dataset}/glcl_strategies/table.csv")
 
 
 def test_acdc_end_to_end_with_the_paper_s_own_subjects(tmp_path, data_root):
     table = study(tmp_path, data_root, "acdc")
     assert set(table["method"]) == {"random", "gd+lr"}
-    protocol = config.read_dataset("acdc").protocols["chaitanya"]
+    protocol = read_dataset("acdc").protocols["chaitanya"]
     assert set(table["subject"]) == set(protocol.test)
     assert set(table["phase"]) == {"ED"}
     assert set(table["hd95_unit"]) == {"px"}
@@ -75,7 +77,7 @@ def test_the_way_back_to_the_native_grid_keeps_the_reference(data_root, tmp_path
 
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     monkeypatch.setenv("CLSEG_DATA", str(data_root))
-    experiment = config.resolve("acdc", "laptop", "random")
+    experiment = resolve("acdc", "laptop", "random")
     store = runs.open_store(experiment, progress=False)
     for volume in range(0, 100, 20):
         known = torch.from_numpy(store.labels[store.volume_rows(volume)].astype("int64"))

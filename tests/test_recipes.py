@@ -10,9 +10,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from clseg import config, runs
-from clseg.config import FinetuneParameters, Geometry, NetworkConfig, RequestError
 from clseg.data.prepare import prepare
+from clseg.errors import RequestError
 from clseg.loop import Work, fit, optimiser_for
 from clseg.losses import SEGMENTATION_LOSSES, dice_loss
 from clseg.models import UNet
@@ -22,9 +21,14 @@ from clseg.recipes.evaluation import validation_dice
 from clseg.recipes.gan_augmentation import Change, deform
 from clseg.recipes.mean_teacher import NOISE
 from clseg.recipes.supervised import mixup, one_hot
+from clseg.settings import Geometry, NetworkConfig, Optimisation
+from clseg.study import runs
+from clseg.study.files import read_dataset, read_methods, read_profile
+from clseg.study.parameters import FinetuneParameters
+from clseg.study.schema import MethodConfig
 
 TINY = NetworkConfig(filters=[4, 8], norm_momentum=0.3)
-BUDGET = config.read_profile("smoke").model_copy(update={"checkpoint_every": 3})
+BUDGET = read_profile("smoke").model_copy(update={"checkpoint_every": 3})
 SEMI = [name for name in RECIPES if name != "supervised"]
 BATCH = 3
 
@@ -42,12 +46,12 @@ def store_3d(tmp_path_factory):
 def prepared(tmp_path_factory, geometry):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("store")))
-        about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
+        about = read_dataset("phantom").model_copy(update={"options": {"subjects": 8}})
         return prepare(about, geometry, progress=False)
 
 
 def recipe_of(name, **fields):
-    return config.MethodConfig(title="", recipe={"recipe": name, **fields}).recipe
+    return MethodConfig(title="", recipe={"recipe": name, **fields}).recipe
 
 
 def start(store, name, network=None, steps=10, batch=BATCH, **fields):
@@ -59,7 +63,7 @@ def start(store, name, network=None, steps=10, batch=BATCH, **fields):
 
 
 def train(network, training, steps, **settings):
-    optimiser = optimiser_for(training.learning.values(), config.Optimisation(**settings))
+    optimiser = optimiser_for(training.learning.values(), Optimisation(**settings))
     losses = []
     for step in range(steps):
         for module in (network, *training.learning.values(), *training.state.values()):
@@ -92,10 +96,10 @@ def nothing(logits, _label):
 
 
 def test_every_recipe_of_the_parameters_is_there():
-    union = config.MethodConfig.model_fields["recipe"].annotation.__args__
+    union = MethodConfig.model_fields["recipe"].annotation.__args__
     assert set(RECIPES) == {kind.model_fields["recipe"].annotation.__args__[0] for kind in union}
     for name in ("mixup", *SEMI, "gd+lr+mixup", "gd+lr+self_training"):
-        recipe = config.read_methods()[name].recipe
+        recipe = read_methods()[name].recipe
         assert recipe.recipe == (name if name in SEMI else "self_training" if "self" in name else "supervised")
         assert (recipe.mixup > 0) == ("mixup" in name)
 
@@ -166,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(store, tmp_path, name):
             return whole(step)
 
         training.step_loss = step_loss
-        result = fit(network, training, config.Optimisation(), 7, folder, BUDGET)
+        result = fit(network, training, Optimisation(), 7, folder, BUDGET)
         return result.log, network.state_dict()
 
     expected, weights = go(tmp_path / "whole")
@@ -278,7 +282,7 @@ def test_test_and_validation_subjects_are_never_seen(tmp_path, monkeypatch):
     for protocol in ("seeded", "folds"):
         run = runs.finetune_run(FinetuneParameters(**common, protocol=protocol, overrides=sizes))
         with pytest.raises(Killed):
-            runs.train(run)
+            runs.do(run)
         split = runs.split_of(run, runs.open_store(run.experiment, progress=False))
         assert len(split.test) == 3
         assert seen["labelled"] == set(split.labelled)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clseg import paths, runs
-from clseg.config import FinetuneParameters, PretrainParameters, RequestError
+from clseg import paths
+from clseg.errors import RequestError
+from clseg.study import archive, runs
+from clseg.study.parameters import FinetuneParameters, PretrainParameters
 
 SMALL = ["dataset.options.subjects=12", "dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=2"]
 FILES = {
@@ -22,7 +24,6 @@ FILES = {
     "subjects.json",
     "log.csv",
     "metrics.csv",
-    "metrics_last.csv",
     "weights.safetensors",
     "record.json",
     "status.json",
@@ -40,7 +41,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEG_OUT", str(root))
-        runs.train(finetuning())
+        runs.do(finetuning())
     return root
 
 
@@ -91,14 +92,14 @@ def test_a_finished_run_holds_everything_that_is_known_of_it(out):
     assert len(subjects["validation"]) == 2
     assert not set(subjects["test"]) & {*subjects["pretrain"], *subjects["labelled"], *subjects["validation"]}
     metrics = run.read("metrics")
-    assert list(metrics.columns) == [c for c in runs.TABLE_COLUMNS if c != "study"]
+    assert list(metrics.columns) == [c for c in archive.TABLE_COLUMNS if c != "study"]
     assert len(metrics) == 3 * 3
     assert set(metrics["run"]) == {run.name}
     assert metrics["dice"].dropna().between(0, 1).all()
     record = json.loads((run.folder / "record.json").read_text())
     assert record["best_step"] in (20, 40, 60)
     assert record["provenance"]["packages"]["torch"] == torch.__version__.partition("+")[0]
-    adaptation = runs.adaptation(run.folder / "weights.safetensors")
+    adaptation = archive.adaptation(run.folder / "weights.safetensors")
     assert adaptation["network"] == run.experiment.network.model_dump()
     assert adaptation["classes"]["3"] == "left ventricle"
 
@@ -127,9 +128,9 @@ def test_stages_train_what_they_should_and_hand_it_on(out):
 
 
 def test_repeated_under_smoke_it_gives_the_same_bytes(out, tmp_path, monkeypatch):
-    first = {name: (finetuning().folder / name).read_bytes() for name in ("metrics.csv", "metrics_last.csv", "log.csv")}
+    first = {name: (finetuning().folder / name).read_bytes() for name in ("metrics.csv", "log.csv")}
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    run = runs.train(finetuning())
+    run = runs.do(finetuning())
     assert str(run.folder).startswith(str(tmp_path))
     assert {name: (run.folder / name).read_bytes() for name in first} == first
 
@@ -139,13 +140,13 @@ def test_what_is_done_is_not_done_again(out, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(runs, "_finetune", never)
-    runs.train(finetuning())
+    runs.do(finetuning())
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "record", "status"])
 def test_a_damaged_run_is_not_taken_for_done_and_is_mended(out, damage):
     run = finetuning("random")
-    runs.train(run)
+    runs.do(run)
     metrics = (run.folder / "metrics.csv").read_bytes()
     weights = run.folder / "weights.safetensors"
     if damage == "truncate":
@@ -157,7 +158,7 @@ def test_a_damaged_run_is_not_taken_for_done_and_is_mended(out, damage):
     else:
         (run.folder / "status.json").write_text('{"status": "done"')
     assert not run.is_done()
-    runs.train(run)
+    runs.do(run)
     assert run.is_done()
     assert (run.folder / "metrics.csv").read_bytes() == metrics
 
@@ -171,7 +172,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_runs import finetuning
 from clseg import runs
 print("ready", flush=True)
-runs.train(finetuning(overrides={slow!r}))
+runs.do(finetuning(overrides={slow!r}))
 """
 
     def start(root):
@@ -199,45 +200,45 @@ runs.train(finetuning(overrides={slow!r}))
 
 def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path):
     path = tmp_path / "lock"
-    with runs.locked(path) as first, runs.locked(path, wait=False) as second:
+    with archive.locked(path) as first, archive.locked(path, wait=False) as second:
         assert first
         assert not second
-    with runs.locked(path, wait=False) as again:
+    with archive.locked(path, wait=False) as again:
         assert again
 
 
 def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     run = finetuning()
     other = finetuning("gd", draw=2)
-    runs.train(other)
+    runs.do(other)
     (other.folder / "status.json").unlink()
-    table = runs.table(path.parent for path in paths.runs_root().rglob("parameters.json"))
-    assert list(table.columns) == runs.TABLE_COLUMNS
+    table = archive.table(path.parent for path in paths.runs_root().rglob("parameters.json"))
+    assert list(table.columns) == archive.TABLE_COLUMNS
     assert run.name in set(table["run"])
     assert other.name not in set(table["run"])
-    assert set(runs.table([run.folder], "mine")["study"]) == {"mine"}
-    assert runs.table([]).empty
+    assert set(archive.table([run.folder], "mine")["study"]) == {"mine"}
+    assert archive.table([]).empty
 
 
 def test_a_table_survives_its_file(tmp_path):
     table = pd.DataFrame({"subject": ["001", "NA"], "phase": ["", "ED"], "dice": [0.5, None], "missed": [0, 1]})
-    runs.write_table(tmp_path / "t.csv", table)
-    pd.testing.assert_frame_equal(runs.read_table(tmp_path / "t.csv"), table, check_dtype=False)
+    archive.write_table(tmp_path / "t.csv", table)
+    pd.testing.assert_frame_equal(archive.read_table(tmp_path / "t.csv"), table, check_dtype=False)
 
 
 def test_a_run_made_from_other_files_is_not_taken_for_one_of_these(out):
     """More masks or volumes in the folder: the run stays as it is, and what is wrong is said."""
     run = finetuning()
     store = runs.open_store(run.experiment, progress=False)
-    runs.require_same_files(run, store)
+    runs.require_same_data(run, store)
     record = run.folder / "record.json"
     before = record.read_bytes()
-    changed = json.loads(before) | {"data_files": "0" * 10}
+    changed = json.loads(before) | {"content": "0" * 10}
     record.write_text(json.dumps(changed))
-    runs.seal(run.folder)
+    archive.seal(run.folder)
     assert run.is_done()
     with pytest.raises(RequestError, match=r"other files than data set phantom has now; move it away"):
-        runs.train(run)
+        runs.do(run)
     record.write_bytes(before)
-    runs.seal(run.folder)
-    assert runs.train(run).is_done()
+    archive.seal(run.folder)
+    assert runs.do(run).is_done()

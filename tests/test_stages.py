@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from clseg.config import ContrastStage, LocalStage, NetworkConfig, RequestError, SupervisedRecipe
+from clseg.errors import RequestError
 from clseg.loop import Work, step_generator
 from clseg.models import UNet
 from clseg.recipes import supervised
 from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
+from clseg.settings import ContrastStage, LocalStage, NetworkConfig, SupervisedRecipe
 from clseg.stages import contrast, local
 from clseg.stages.contrast import draw_batch
 from clseg.stages.local import regions

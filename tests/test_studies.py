@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from clseg import config, grid, paths, runs
-from clseg.config import FinetuneParameters
+from clseg import paths
+from clseg.errors import RequestError
+from clseg.study import grid, runs
+from clseg.study.files import known_names, read_methods, read_study
+from clseg.study.parameters import FinetuneParameters, applicable
 
-STUDIES = config.names("studies")
+STUDIES = known_names("studies")
 ROWS = {  # those that must exist
     "none": ["random"],
     "global": ["gr", "gd-", "gd"],
@@ -23,7 +26,7 @@ FEW = ["finetune.steps=20", "finetune.validate_every=10", "pretrain.steps=6"]
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
-    about = config.read_study(study)
+    about = read_study(study)
     assert (paths.NOTEBOOKS / "scripts" / f"{about.notebook}.py").is_file()
     for dataset in about.datasets:
         for profile in ("smoke", "laptop", "paper"):
@@ -36,11 +39,11 @@ def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
 
 
 def test_every_row_of_the_design_is_there():
-    assert {row for rows in ROWS.values() for row in rows} <= set(config.read_methods())
+    assert {row for rows in ROWS.values() for row in rows} <= set(read_methods())
 
 
 def train(method, dimensions=2):
-    few = config.applicable(FEW, config.read_methods()[method])
+    few = applicable(FEW, read_methods()[method])
     run = runs.finetune_run(
         FinetuneParameters(
             dataset="phantom",
@@ -51,7 +54,7 @@ def train(method, dimensions=2):
             overrides=few,
         )
     )
-    return runs.train(run)
+    return runs.do(run)
 
 
 def check(run):
@@ -64,7 +67,7 @@ def check(run):
         assert np.isfinite(run.read("log")["loss"]).all()
 
 
-@pytest.mark.parametrize("method", sorted(config.read_methods()))
+@pytest.mark.parametrize("method", sorted(read_methods()))
 def test_every_method_runs_on_the_phantom(method):
     check(train(method))
 
@@ -77,5 +80,5 @@ def test_in_3d(method):
 
 
 def test_what_is_for_slices_only_says_so_in_3d():
-    with pytest.raises(config.RequestError, match="local works on 2-D slices only"):
+    with pytest.raises(RequestError, match="local works on 2-D slices only"):
         train("gd+lr", dimensions=3)

@@ -10,8 +10,9 @@ import sys
 import torch
 from torch import distributed, nn
 
-from clseg.losses import contrastive_loss, gather, local_contrastive_loss
+from clseg.losses import contrastive_loss, local_contrastive_loss
 from clseg.pairs import cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.ranks import gather
 
 NEIGHBOURS = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 4]])
 

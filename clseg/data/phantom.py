@@ -11,14 +11,22 @@ import hashlib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from clseg.data import formats
+from clseg.data.volume import Volume
+from clseg.settings import DatasetConfig
 
 VERSION = 1  # part of the key of the prepared store: raise it with every change of a voxel
 ANGLES = 720  # samples of a contour around the heart
 LUNG, FAT, BLOOD = 0.07, 1.05, 1.0  # signal relative to blood; that of muscle depends on the scanner
 
 
-def phantom_volume(subject: str, phase: str = "ED") -> "formats.Volume":
+def phantom_dataset(subjects: int = 44) -> DatasetConfig:
+    """The description of a data set of so many phantom subjects, as `prepare` takes it."""
+    classes = {1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
+    about = {"name": "phantom", "adapter": "phantom", "options": {"subjects": subjects}}
+    return DatasetConfig(**about, classes=classes, phases=["ED"], threshold=0.35)
+
+
+def phantom_volume(subject: str, phase: str = "ED") -> Volume:
     """Compute a subject's phantom: image float32 [1, Z, Y, X] in whole scanner units, label uint8 [Z, Y, X].
 
     Classes as in ACDC: 0 background, 1 right ventricle, 2 myocardium, 3 left ventricle with its papillary muscles. 8 to
@@ -46,7 +54,7 @@ def phantom_volume(subject: str, phase: str = "ED") -> "formats.Volume":
     image = np.hypot(signal + noise[0], noise[1]) * (310, 720, 1900)[scanner] * draw(0.7, 1.4)  # Rician; stored unit
     image = np.rint(image).astype(np.float32)  # as scanners store it; and processors differ in the last bits
     spacing_mm = (canvas.slice_mm, canvas.pixel_mm, canvas.pixel_mm)
-    return formats.Volume(image[None], label, spacing_mm, subject, phase, np.diag([*spacing_mm[::-1], 1.0]))
+    return Volume(image[None], label, spacing_mm, subject, phase, np.diag([*spacing_mm[::-1], 1.0]))
 
 
 def _slice_mean(values: np.ndarray) -> np.ndarray:

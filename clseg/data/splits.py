@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from clseg import config
-from clseg.config import CrossValidation, Fold, FoldsProtocol, ListProtocol, Protocol, RequestError, SeededProtocol
+from clseg.errors import RequestError, writing
+from clseg.settings import CrossValidation, Fold, FoldsProtocol, ListProtocol, Protocol, SeededProtocol
 
 Count = int | Literal["all"]  # of subjects with labels
 Sets = tuple[list[str], list[str], list[str], list[str]]  # those of `Split`
@@ -150,5 +150,5 @@ def write_splits(path: Path, splits: Iterable[Split]) -> None:
     """
     sets = {"train": "labelled", "val": "test", "validation": "validation", "pretrain": "pretrain"}
     folds = [{name: getattr(split, own) for name, own in sets.items()} for split in dict.fromkeys(splits)]
-    with config.writing(path, "choose another place"):
+    with writing(path, "choose another place"):
         path.write_text(json.dumps(folds, indent=4) + "\n", encoding="utf-8")

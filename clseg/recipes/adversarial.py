@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clseg.config import AdversarialRecipe, NetworkConfig
 from clseg.loop import Training, Work
 from clseg.models import CONV, MEAN, initialise
 from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
+from clseg.settings import AdversarialRecipe, NetworkConfig
 
 
 class _Reversal(torch.autograd.Function):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clseg.data.prepare import Store, fit
+from clseg.data.store import Store, fit
 from clseg.metrics import score, volume_dice
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clseg.augment import REFERENCE_PX, sampling_grid, warp
-from clseg.config import GanAugmentationRecipe, NetworkConfig
 from clseg.loop import Training, Work
 from clseg.models import CONV, initialise
 from clseg.recipes.adversarial import Discriminator, discriminator_loss, reverse
 from clseg.recipes.supervised import background, drawn_batch, one_hot, semi_supervised_loss
+from clseg.settings import GanAugmentationRecipe, NetworkConfig
 
 RANDOM = 100  # length of the random vector
 NODES = 6  # per side, of the map that is made of it: 192 / 32

@@ -10,9 +10,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from clseg.config import MeanTeacherRecipe
 from clseg.loop import Training, Work
 from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
+from clseg.settings import MeanTeacherRecipe
 
 NOISE = 0.05  # standard deviation of the noise on images of about 0..1
 

@@ -8,9 +8,9 @@ from copy import deepcopy
 
 from torch import Tensor
 
-from clseg.config import SelfTrainingRecipe
 from clseg.loop import Training, Work
 from clseg.recipes.supervised import drawn_batch, semi_supervised_loss
+from clseg.settings import SelfTrainingRecipe
 
 
 def self_training(work: Work, recipe: SelfTrainingRecipe) -> Training:

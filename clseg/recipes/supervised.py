@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from clseg.augment import FINETUNE_VIEWS
-from clseg.config import RequestError, SupervisedRecipe
+from clseg.errors import RequestError
 from clseg.loop import Training, Work
 from clseg.losses import SEGMENTATION_LOSSES
+from clseg.settings import SupervisedRecipe
 
 Annotate = Callable[[Tensor], Tensor]
 

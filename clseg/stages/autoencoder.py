@@ -6,9 +6,9 @@ An interpretation: that Zhang et al. extract features with a beta-VAE is all tha
 import torch
 from torch import Tensor
 
-from clseg.config import AutoencoderStage
 from clseg.loop import Training, Work
 from clseg.models import BetaVAE
+from clseg.settings import AutoencoderStage
 from clseg.stages.sampling import random_batch
 
 

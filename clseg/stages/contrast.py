@@ -18,11 +18,13 @@ from torch import Tensor
 from clseg import ranks
 from clseg.augment import CONTRAST_VIEWS
 from clseg.cluster import pseudo_classes
-from clseg.config import ContrastStage, RequestError
+from clseg.errors import RequestError
 from clseg.loop import Training, Work
-from clseg.losses import contrastive_loss, gather
+from clseg.losses import contrastive_loss
 from clseg.models import GlobalHead
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.ranks import gather
+from clseg.settings import ContrastStage
 from clseg.stages.sampling import equal_partitions, partition_slices, random_slices
 
 # which views of each slice enter the batch: False the slice itself, True an augmented copy

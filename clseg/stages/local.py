@@ -9,10 +9,13 @@ from torch import Tensor
 
 from clseg import ranks
 from clseg.augment import intensity
-from clseg.config import LocalStage, RequestError
+from clseg.errors import RequestError
 from clseg.loop import Training, Work
-from clseg.losses import gather, local_contrastive_loss, nearest_neighbours, region_grid
+from clseg.losses import local_contrastive_loss
 from clseg.models import LocalHead
+from clseg.ranks import gather
+from clseg.regions import nearest_neighbours, region_grid
+from clseg.settings import LocalStage
 from clseg.stages.sampling import partition_slices, random_slices
 
 

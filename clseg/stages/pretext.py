@@ -12,10 +12,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from clseg.augment import intensity
-from clseg.config import ContextRestorationStage, InpaintingStage, NetworkConfig, PirlStage, RequestError, RotationStage
-from clseg.data.prepare import fit
+from clseg.data.store import fit
+from clseg.errors import RequestError
 from clseg.loop import Training, Work
 from clseg.models import EMBEDDING, initialise, output_layers
+from clseg.settings import ContextRestorationStage, InpaintingStage, NetworkConfig, PirlStage, RotationStage
 from clseg.stages.sampling import random_batch, random_slices
 
 

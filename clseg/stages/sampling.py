@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from clseg.config import RequestError
-from clseg.data.prepare import Store
+from clseg.data.store import Store
+from clseg.errors import RequestError
 from clseg.loop import Work
 
 

@@ -8,7 +8,9 @@
 # real cardiac MRI.
 
 # %%
-from clseg import config, grid, plots
+from clseg import plots
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import read_results
 
 # %% tags=["parameters"]
 study: str = "quickstart"  # a name under params/studies
@@ -16,8 +18,8 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "laptop"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(f"{results.shown}\nmade by: {results.provenance['command']}")
 print(
     f"{results.provenance['runs']['done']} runs, {results.provenance['training_seconds'] / 60:.0f} minutes of training"

@@ -12,9 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from clseg import config, metrics, plots
+from clseg import metrics, plots
 from clseg.data.prepare import prepare
 from clseg.data.splits import make_split
+from clseg.study.files import read_dataset, read_profile
+from clseg.study.parameters import DataParameters, read_parameters
 
 # %% tags=["parameters"]
 dataset: str = "phantom"  # a name under params/datasets
@@ -23,9 +25,9 @@ labelled: int = 2  # subjects with labels, for the sets shown
 draws: int = 3  # how many draws of them to show
 
 # %%
-parameters = config.read_parameters(globals(), config.DataParameters)
-about = config.read_dataset(dataset)
-geometry = about.geometry[config.read_profile(profile).name]
+parameters = read_parameters(globals(), DataParameters)
+about = read_dataset(dataset)
+geometry = about.geometry[read_profile(profile).name]
 print(about.title)
 print(about.description)
 print(

@@ -19,9 +19,14 @@ import nibabel as nib
 import numpy as np
 import yaml
 
-from clseg import check, config, paths, plots, runs
+from clseg import paths, plots
 from clseg.data.phantom import phantom_volume
-from clseg.predict import predict
+from clseg.errors import RequestError
+from clseg.study import runs
+from clseg.study.files import read_dataset
+from clseg.study.parameters import FinetuneParameters, OwnDataParameters, read_parameters
+from clseg.tools import check
+from clseg.tools.predict import predict
 
 # %% tags=["parameters"]
 folder: str = ""  # your folder; "" makes a small one in nnU-Net v2 layout from the phantom
@@ -30,7 +35,7 @@ labelled: int = 2  # subjects whose masks are used for training
 method: str = ""  # a name in params/methods.yaml; "" is gd, or gr where slices have no known positions
 
 # %%
-parameters = config.read_parameters(globals(), config.OwnDataParameters)
+parameters = read_parameters(globals(), OwnDataParameters)
 print(parameters)
 
 
@@ -77,13 +82,13 @@ print("problems:", *(report.problems or ["none"]), sep="\n  ")
 
 # %%
 if report.dataset is None:
-    raise config.RequestError(report.problems[0])
+    raise RequestError(report.problems[0])
 dataset = report.dataset
 file = paths.runs_root() / "datasets" / f"{dataset.name}.yaml"
 file.parent.mkdir(parents=True, exist_ok=True)
-if not (file.exists() and config.read_dataset(str(file)).folder == dataset.folder):  # what you changed is kept
+if not (file.exists() and read_dataset(str(file)).folder == dataset.folder):  # what you changed is kept
     check.write(dataset, file)
-shown = config.read_dataset(str(file)).model_dump(exclude_defaults=True, exclude={"folder", "description"})
+shown = read_dataset(str(file)).model_dump(exclude_defaults=True, exclude={"folder", "description"})
 print(f"runs/datasets/{file.name}\n\n{yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)}")
 
 # %% [markdown]
@@ -93,7 +98,7 @@ print(f"runs/datasets/{file.name}\n\n{yaml.safe_dump(shown, sort_keys=False, def
 # %%
 chosen = method or ("gd" if dataset.positions == "known" else "gr")
 cell = {"dataset": str(file), "profile": profile, "labelled": labelled}
-own_run = runs.finetune_run(config.FinetuneParameters(**cell, method=chosen))
+own_run = runs.finetune_run(FinetuneParameters(**cell, method=chosen))
 store = runs.open_store(own_run.experiment, progress=False)
 volume = int(np.flatnonzero(store.volumes["labelled"])[0])
 rows = store.volume_rows(volume) if len(store.volume_rows(volume)) > 1 else store.rows(store.labelled_subjects)
@@ -116,7 +121,7 @@ print("test subjects in pre-training:", len(set(split.pretrain) & set(split.test
 # %%
 found = {}
 for name in ("random", chosen):
-    run = runs.train(runs.finetune_run(config.FinetuneParameters(**cell, method=name)))
+    run = runs.do(runs.finetune_run(FinetuneParameters(**cell, method=name)))
     found[name] = run.read("metrics")
     print(f"{name}: {run.name}")
 plots.training_curves(run.parent.read("log") if run.parent else run.read("log"))

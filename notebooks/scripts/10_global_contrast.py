@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from IPython.display import display
 
-from clseg import augment, config, plots
+from clseg import augment, plots
 from clseg.data.prepare import prepare
 from clseg.loop import Work, step_generator
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import instance_pairs, partition_pairs
+from clseg.settings import ContrastStage, NetworkConfig
 from clseg.stages.contrast import contrast, draw_batch
 from clseg.stages.sampling import partition_slices, random_slices
+from clseg.study.files import read_dataset
+from clseg.study.parameters import read_parameters
 
 # %% tags=["parameters"]
 stage: str = "contrast"  # the kind of stage: this notebook is about this one
@@ -35,7 +38,7 @@ temperature: float = 0.1  # tau
 denominator: str = "pair"  # pair (Chaitanya et al.) or all (the positives are in the denominator, too)
 
 # %%
-parameters = config.read_parameters(globals(), config.ContrastStage)
+parameters = read_parameters(globals(), ContrastStage)
 print(parameters.model_dump_json(indent=1))
 
 # %% [markdown]
@@ -44,7 +47,7 @@ print(parameters.model_dump_json(indent=1))
 # every subject. So cut every volume into S equal parts, the *partitions*, and take one slice of each.
 
 # %%
-about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
+about = read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
 store = prepare(about, about.geometry["laptop"], progress=False)
 training, held_out = store.subjects[:16], store.subjects[16:]
 rows = store.rows(training)
@@ -100,7 +103,7 @@ def between_volumes(setting, batches=50):
     return pd.concat(tables, ignore_index=True)
 
 
-published = config.ContrastStage(stage="contrast", pairs="partition")
+published = ContrastStage(stage="contrast", pairs="partition")
 seen = between_volumes(published)
 for apart, of_both in seen.groupby("partitions_apart"):
     print(f"{apart} partitions apart: overlap {of_both['overlap'].mean():.2f}")
@@ -296,7 +299,7 @@ settings = {
     "gd-": published.model_copy(update={"strategy": "gd-"}),
     "gd": published,
 }
-work = Work(UNet(1, store.num_classes, config.NetworkConfig()), store, rows, 12, seed=0)
+work = Work(UNet(1, store.num_classes, NetworkConfig()), store, rows, 12, seed=0)
 drawn = {name: draw_batch(work, setting, 0)[1] for name, setting in settings.items()}
 for name, of_batch in drawn.items():
     count = len(of_batch.positive)  # rows come view after view, and in each volume after volume
@@ -377,7 +380,7 @@ pd.DataFrame(table).set_index("S").round(2)
 
 # %%
 small = prepare(about, about.geometry["smoke"], progress=False)
-width = config.NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
+width = NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 torch.manual_seed(0)
 network = UNet(small.channels, small.num_classes, width)
 pretraining = contrast(Work(network, small, small.rows(training), parameters.slices, seed=0), parameters)

@@ -18,16 +18,20 @@ import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
-from clseg import config, plots
+from clseg import plots
 from clseg.augment import intensity
 from clseg.data.prepare import prepare
 from clseg.loop import Work, step_generator
-from clseg.losses import local_contrastive_loss, nearest_neighbours, region_grid
+from clseg.losses import local_contrastive_loss
 from clseg.models import LocalHead, UNet
 from clseg.pairs import Pairs
+from clseg.regions import nearest_neighbours, region_grid
+from clseg.settings import LocalStage, NetworkConfig
 from clseg.stages.local import local
 from clseg.stages.local import regions as regions_of
 from clseg.stages.sampling import partition_slices, random_slices
+from clseg.study.files import read_dataset
+from clseg.study.parameters import read_parameters
 
 # %% tags=["parameters"]
 stage: str = "local"  # the kind of stage: this notebook is about this one
@@ -41,7 +45,7 @@ slices: int = 10  # slices in a batch, before they are augmented
 temperature: float = 0.1  # tau
 
 # %%
-parameters = config.read_parameters(globals(), config.LocalStage)
+parameters = read_parameters(globals(), LocalStage)
 print(parameters.model_dump_json(indent=1))
 
 # %% [markdown]
@@ -51,7 +55,7 @@ print(parameters.model_dump_json(indent=1))
 # place in the other. The blue region of view 1 shall be like the blue region of view 2, and unlike the orange ones of both.
 
 # %%
-about = config.read_dataset("phantom")
+about = read_dataset("phantom")
 large = prepare(about.model_copy(update={"options": {"subjects": 1}}), about.geometry["paper"], progress=False)
 image = large.batch(large.volume_rows(0)[3:4]).image
 scale = 2 ** (5 - parameters.decoder_blocks)  # image pixels per map pixel, along a side
@@ -289,7 +293,7 @@ pd.concat(agreement).groupby(["volume", "partition"]).mean().round(2)
 
 # %%
 corners, near = regions_of(parameters, tuple(side // scale for side in medium.size))
-width = config.NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
+width = NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 
 
 def two_views(kind, rows, step):

@@ -16,15 +16,18 @@ import torch
 import torch.nn.functional as F
 from IPython.display import display
 
-from clseg import config, plots
+from clseg import plots
 from clseg.data.prepare import prepare
 from clseg.loop import Work, optimiser_for
 from clseg.loop import learning_rate as rate_at
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, position_pairs
+from clseg.settings import ContrastStage, NetworkConfig
 from clseg.stages.contrast import contrast, draw_batch
 from clseg.stages.sampling import random_slices
+from clseg.study.files import read_dataset
+from clseg.study.parameters import read_parameters
 
 # %% tags=["parameters"]
 stage: str = "contrast"  # the kind of stage: this notebook is about this one
@@ -41,7 +44,7 @@ schedule: str = "cosine"
 weight_decay: float = 1e-5
 
 # %%
-parameters = config.read_parameters(globals(), config.ContrastStage)
+parameters = read_parameters(globals(), ContrastStage)
 print(parameters.model_dump_json(indent=1))
 
 # %% [markdown]
@@ -51,7 +54,7 @@ print(parameters.model_dump_json(indent=1))
 # (orange). Here are the patients with the fewest and the most slices.
 
 # %%
-about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
+about = read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
 store = prepare(about, about.geometry["laptop"], progress=False)
 shortest, longest = store.volumes["slices"].idxmin(), store.volumes["slices"].idxmax()
 shown = store.batch([*store.volume_rows(shortest), *store.volume_rows(longest)])
@@ -244,7 +247,7 @@ print(f"t = inf, all embeddings equal: {nothing:.4f}, the least there is: log(7)
 
 # %%
 ask = {"position": parameters, "pcl-partition": parameters.model_copy(update={"pairs": "partition", "strategy": "gcl"})}
-width = config.NetworkConfig(architecture="pcl", filters=[8, 16, 32, 64, 128], norm_momentum=0.1)
+width = NetworkConfig(architecture="pcl", filters=[8, 16, 32, 64, 128], norm_momentum=0.1)
 network = UNet(store.channels, store.num_classes, width)
 work = Work(network, store, rows, parameters.slices, seed=0)
 chosen = random_slices(rows, work.slices, work.generator("contrast", 0))  # of step 0, whoever is alike

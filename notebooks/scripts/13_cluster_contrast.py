@@ -19,16 +19,19 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from clseg import config, plots
+from clseg import plots
 from clseg.cluster import clusters_of, features, linkage_matrix, pseudo_classes, purity
 from clseg.data.prepare import prepare
 from clseg.loop import Work
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs
+from clseg.settings import AutoencoderStage, ContrastStage, NetworkConfig
 from clseg.stages.autoencoder import autoencoder
 from clseg.stages.contrast import draw_batch
 from clseg.stages.sampling import equal_partitions
+from clseg.study.files import read_dataset
+from clseg.study.parameters import read_parameters
 
 # %% tags=["parameters"]
 stage: str = "contrast"  # the kind of stage: this notebook is about this one
@@ -41,7 +44,7 @@ temperature: float = 0.1  # tau
 denominator: str = "all"  # all (the positives are in the denominator, too) or pair
 
 # %%
-parameters = config.read_parameters(globals(), config.ContrastStage)
+parameters = read_parameters(globals(), ContrastStage)
 print(parameters.model_dump_json(indent=1))
 
 # %% [markdown]
@@ -50,13 +53,13 @@ print(parameters.model_dump_json(indent=1))
 # tells it what a heart is. Here it learns from 16 subjects in 600 steps.
 
 # %%
-about = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 16}})
+about = read_dataset("phantom").model_copy(update={"options": {"subjects": 16}})
 store = prepare(about, about.geometry["laptop"], progress=False)
 rows = store.rows(store.subjects)
 
 torch.manual_seed(0)
-network = UNet(store.channels, store.num_classes, config.NetworkConfig())
-settings = config.AutoencoderStage(stage="autoencoder", slices=parameters.slices)
+network = UNet(store.channels, store.num_classes, NetworkConfig())
+settings = AutoencoderStage(stage="autoencoder", slices=parameters.slices)
 training = autoencoder(Work(network, store, rows, settings.slices, seed=0), settings)
 vae, losses = training.learning["autoencoder"], []
 optimiser = torch.optim.Adam(vae.parameters(), settings.learning_rate)

@@ -14,9 +14,11 @@ from dataclasses import replace
 import yaml
 from IPython.display import display
 
-from clseg import config, plots, runs
+from clseg import plots
 from clseg.cluster import pseudo_classes
 from clseg.stages.contrast import draw_batch
+from clseg.study import archive, runs
+from clseg.study.parameters import PretrainParameters, read_parameters
 
 # %% tags=["parameters"]
 dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
@@ -32,7 +34,7 @@ variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 
 # %%
-parameters = config.read_parameters(globals(), config.PretrainParameters)
+parameters = read_parameters(globals(), PretrainParameters)
 run = runs.pretrain_run(parameters)
 print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
 print(yaml.safe_dump({key: run.key[key] for key in ("steps", "stage", "network")}, sort_keys=False))
@@ -52,10 +54,8 @@ print(f"{len(split.pretrain)} subjects, {len(rows)} slices for pre-training; ima
 stage_config = run.experiment.stages[run.parameters.stage]
 if stage_config.stage == "contrast":
     if run.parent:
-        runs.train(run.parent)
-    work = replace(
-        runs.stage_work(run, store, split, runs.build_network(run, store)), slices=min(stage_config.slices, 8)
-    )
+        runs.do(run.parent)
+    work = replace(runs.stage_work(run, store, split), slices=min(stage_config.slices, 8))
     cluster = pseudo_classes(work, stage_config)[1] if stage_config.pairs == "cluster" else None
     images, pairs = draw_batch(work, stage_config, 0, cluster)
     display(plots.pairs_matrix(pairs))
@@ -69,7 +69,7 @@ if stage_config.stage == "contrast":
 # Resumes from the last checkpoint if it was interrupted; does nothing if this run is done already.
 
 # %%
-runs.train(run)
+runs.do(run)
 log = run.read("log")
 plots.training_curves(log)
 
@@ -78,7 +78,7 @@ print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[
 
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"
-for key, value in runs.adaptation(weights).items():
+for key, value in archive.adaptation(weights).items():
     if key in ("network", "channels", "dataset", "method"):
         print(f"{key}: {value}")
 

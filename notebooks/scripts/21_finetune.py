@@ -12,8 +12,10 @@
 # %%
 import yaml
 
-from clseg import config, plots, runs
+from clseg import plots
 from clseg.recipes.evaluation import labelled_volumes, probabilities
+from clseg.study import runs
+from clseg.study.parameters import FinetuneParameters, read_parameters
 
 # %% tags=["parameters"]
 dataset: str = "phantom"  # a name under params/datasets, or the path of such a YAML file
@@ -30,7 +32,7 @@ variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 
 # %%
-parameters = config.read_parameters(globals(), config.FinetuneParameters)
+parameters = read_parameters(globals(), FinetuneParameters)
 run = runs.finetune_run(parameters)
 print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
 print(yaml.safe_dump({key: run.key[key] for key in ("recipe", "budget", "network")}, sort_keys=False))
@@ -55,7 +57,7 @@ plots.volume_grid(batch.image, batch.label, title="labelled slices (at most 16)"
 # Resumes from the last checkpoint if it was interrupted; does nothing if this run is done already.
 
 # %%
-runs.train(run)
+runs.do(run)
 log = run.read("log")
 plots.training_curves(log)
 

@@ -8,7 +8,9 @@
 # far smaller than the published setting, so it does not reproduce the paper: it asks the same question on two CPU cores.
 
 # %%
-from clseg import config, grid, plots
+from clseg import plots
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import read_results
 
 # %% tags=["parameters"]
 study: str = "glcl_strategies"  # a name under params/studies
@@ -16,8 +18,8 @@ dataset: str = "acdc"  # a name under params/datasets
 profile: str = "laptop"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(results.about)
 
 # %% [markdown]

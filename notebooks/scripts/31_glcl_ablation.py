@@ -8,7 +8,9 @@
 # CPU. The paper's own ablation figures are not verified, so no published number is shown.
 
 # %%
-from clseg import config, grid, plots
+from clseg import plots
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import ablation_axes, read_results
 
 # %% tags=["parameters"]
 study: str = "glcl_ablation"  # a name under params/studies
@@ -16,8 +18,8 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(f"{results.shown}\nmade by: {results.provenance['command']}")
 print(
     f"{results.provenance['runs']['done']} runs, {results.provenance['training_seconds'] / 60:.0f} minutes of training"
@@ -35,7 +37,7 @@ print(results.gaps)
 # The ringed value is the method's own, as published unless the study overrides it; the dashed line is `random`. Bars are 95 % bootstrap intervals over test subjects.
 
 # %%
-axes = grid.ablation_axes(study, dataset, profile, results.summary)
+axes = ablation_axes(study, dataset, profile, results.summary)
 figure = plots.ablation(axes, results.summary[results.summary["method"] == "random"])
 results.save(figure, "ablation")
 figure

@@ -12,7 +12,9 @@
 # row runs on one footing, its numbers mean little. For numbers, run the command with `--profile laptop` or `paper`.
 
 # %%
-from clseg import config, grid, plots
+from clseg import plots
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import read_results
 
 # %% tags=["parameters"]
 study: str = "pcl_semi"  # a name under params/studies
@@ -20,8 +22,8 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(results.about)
 
 # %% [markdown]

@@ -10,8 +10,11 @@
 # %%
 import torch
 
-from clseg import config, grid, plots, runs
+from clseg import plots
 from clseg.pairs import position_pairs
+from clseg.study import runs
+from clseg.study.parameters import FigureParameters, read_parameters, resolve
+from clseg.study.results import ablation_axes, read_results
 
 # %% tags=["parameters"]
 study: str = "pcl_threshold"  # a name under params/studies
@@ -19,8 +22,8 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(results.about)
 print(results.gaps)
 
@@ -29,8 +32,8 @@ print(results.gaps)
 # Of all pairs of different slices of the data set, how many lie nearer than t? It depends on nothing but the positions.
 
 # %%
-axes = grid.ablation_axes(study, dataset, profile, results.summary)
-store = runs.open_store(config.resolve(dataset, profile, "pcl"), progress=False)
+axes = ablation_axes(study, dataset, profile, results.summary)
+store = runs.open_store(resolve(dataset, profile, "pcl"), progress=False)
 position = torch.from_numpy(store.slices["position"].to_numpy())
 
 

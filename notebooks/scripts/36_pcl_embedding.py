@@ -14,7 +14,10 @@ import pandas as pd
 import torch
 from sklearn.manifold import TSNE
 
-from clseg import config, grid, loop, plots, runs
+from clseg import loop, plots
+from clseg.study import grid, runs
+from clseg.study.files import read_study
+from clseg.study.parameters import FigureParameters, read_parameters
 
 # %% tags=["parameters"]
 study: str = "pcl_embedding"  # a name under params/studies
@@ -22,9 +25,9 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-plan = grid.expand(config.read_study(study), dataset, profile)
-pretrained = {run.method: runs.train(run.parent) for run in plan.finetune}
+parameters = read_parameters(globals(), FigureParameters)
+plan = grid.expand(read_study(study), dataset, profile)
+pretrained = {run.method: runs.do(run.parent) for run in plan.finetune}
 first = plan.finetune[0]
 store = runs.open_store(first.experiment, progress=False)
 split = runs.split_of(first, store)

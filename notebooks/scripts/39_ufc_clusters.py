@@ -13,7 +13,11 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from clseg import cluster, config, grid, plots, runs
+from clseg import cluster, plots
+from clseg.study import grid, runs
+from clseg.study.files import read_study
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import ablation_axes, read_results
 
 # %% tags=["parameters"]
 study: str = "ufc_clusters"  # a name under params/studies
@@ -21,14 +25,14 @@ dataset: str = "phantom"  # a name under params/datasets
 profile: str = "smoke"  # smoke, laptop or paper
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(results.about)
 print(results.gaps)
 
 # %%
-run = next(r for r in grid.expand(config.read_study(study), dataset, profile).finetune if r.method == "ufc").parent
-runs.train(run)
+run = next(r for r in grid.expand(read_study(study), dataset, profile).finetune if r.method == "ufc").parent
+runs.do(run)
 store = runs.open_store(run.experiment, progress=False)
 stage = run.experiment.stages[run.parameters.stage]
 found = run.read("clusters")
@@ -41,7 +45,7 @@ found.groupby("cluster").agg(
 # ## The hierarchy and its cut
 
 # %%
-work = runs.stage_work(run, store, runs.split_of(run, store), runs.build_network(run, store))
+work = runs.stage_work(run, store, runs.split_of(run, store))
 features = cluster.features(work)
 linkage = cluster.linkage_matrix(features, stage.linkage)
 clusters = found["cluster"].nunique()
@@ -94,7 +98,7 @@ print(pd.DataFrame(table).round(2).to_string(index=False))
 # ## Dice against the number of clusters, and against the linkage
 
 # %%
-axes = grid.ablation_axes(study, dataset, profile, results.summary)
+axes = ablation_axes(study, dataset, profile, results.summary)
 figure = plots.ablation(axes, results.summary[results.summary["method"].isin(["random", "gr"])])
 results.save(figure, "ablation")
 display(figure)

@@ -15,8 +15,10 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from clseg import config, grid, plots, stats
+from clseg import plots, stats
 from clseg.pairs import cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import read_results
 
 # %% tags=["parameters"]
 study: str = "four_answers"  # a name under params/studies
@@ -24,8 +26,8 @@ dataset: str = "acdc"  # a name under params/datasets
 profile: str = "laptop"  # smoke, laptop or paper: which of the study's results
 
 # %%
-parameters = config.read_parameters(globals(), config.FigureParameters)
-results = grid.read_results(study, dataset, profile)
+parameters = read_parameters(globals(), FigureParameters)
+results = read_results(study, dataset, profile)
 print(results.about)
 
 # %% [markdown]

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from clseg import paths, runs
-from clseg.loop import CODE, write_json
+from clseg import paths
+from clseg.study import archive
+from clseg.study.archive import write_json
+from clseg.study.grid import CODE
 
 THREADS = 1  # of every contender, as a run has by default: as many runs as cores go on at once
 ROUNDS = 7
@@ -165,7 +167,13 @@ def report(name: str, quick: bool) -> None:
     peers, missing = versions(benchmark.PEERS)
     notes = getattr(benchmark, "NOTES", [])
     about = {"benchmark": name, "title": benchmark.TITLE, "goal": benchmark.GOAL, "quick": quick, "threads": THREADS}
-    about |= {"peers": peers, "missing_peers": missing, "notes": notes, "rows": rows, "provenance": runs.provenance()}
+    about |= {
+        "peers": peers,
+        "missing_peers": missing,
+        "notes": notes,
+        "rows": rows,
+        "provenance": archive.provenance(),
+    }
     about |= {"seconds": round(time.monotonic() - began, 1), "code": code_of(name)}
     print(f"{benchmark.TITLE} ({about['seconds']:.0f} s{', quick: says nothing about speed' if quick else ''})")
     for row in rows:

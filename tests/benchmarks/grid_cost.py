@@ -19,8 +19,11 @@ from tempfile import TemporaryDirectory
 import papermill
 from common import Row, absolute, against, temporary_root
 
-from clseg import config, grid, paths, runs
-from clseg.runs import Run
+from clseg import paths
+from clseg.study import grid, runs
+from clseg.study.files import read_study
+from clseg.study.parameters import override_study
+from clseg.study.runs import Run
 
 TITLE = "cost of a run beyond its training, grid of 32 runs"
 GOAL = "at most a tenth of stock papermill with one kernel per notebook, results identical"
@@ -31,8 +34,8 @@ JOBS, RUNS, BLOCK = 2, 32, 4
 def plan(count: int) -> grid.Grid:
     """As many fine-tunings of two steps."""
     changes = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", f"study.seeds={list(range(count))}"]
-    study, others = config.override_study(
-        config.read_study("quickstart"), [*changes, "finetune.steps=2", "finetune.validate_every=2"]
+    study, others = override_study(
+        read_study("quickstart"), [*changes, "finetune.steps=2", "finetune.validate_every=2"]
     )
     return grid.expand(study, "phantom", "smoke", others)
 
@@ -59,7 +62,7 @@ def measure(quick: bool) -> list[Row]:
 
     def training(part: list[Run]) -> None:
         for run in part:
-            runs.train(run)
+            runs.do(run)
 
     ways: dict[str, tuple[Callable[[list[Run]], None], int]] = {
         "ours": (ours, JOBS),

@@ -20,11 +20,14 @@ import torch
 from common import Row, absolute, exponent, peak_mb, temporary_root
 from scanning import expand, finish
 
-from clseg import config, paths, runs
-from clseg.config import PretrainParameters
-from clseg.data.prepare import Store, prepare
+from clseg import paths
+from clseg.data.prepare import prepare
+from clseg.data.store import Store
 from clseg.loop import optimiser_for
+from clseg.settings import DatasetConfig
 from clseg.stages import STAGES
+from clseg.study import runs
+from clseg.study.parameters import PretrainParameters, resolve
 
 TITLE = "how cost grows"
 GOAL = "no goal: the measured exponents"
@@ -50,8 +53,7 @@ def step_of(slices: int, side: int) -> Callable[[], None]:
     parameters = PretrainParameters(dataset="phantom", profile="laptop", method="gd", overrides=overrides)
     run = runs.pretrain_run(parameters)
     store = runs.open_store(run.experiment, progress=False)
-    network = runs.build_network(run, store)
-    work = runs.stage_work(run, store, runs.split_of(run, store), network)
+    work = runs.stage_work(run, store, runs.split_of(run, store))
     training = STAGES[run.stage.stage](work, run.stage)
     optimiser = optimiser_for(training.learning.values(), run.stage)
 
@@ -124,11 +126,11 @@ def batches(quick: bool, rounds: int) -> list[Row]:
 
 def volumes(quick: bool, rounds: int) -> list[Row]:
     growth = Growth("volumes in the store")
-    experiment = config.resolve("phantom", "smoke", "random")
+    experiment = resolve("phantom", "smoke", "random")
     for size in (2, 4) if quick else (10, 40, 160):
         dataset = experiment.dataset.model_copy(update={"options": {"subjects": size}})
 
-        def build(dataset: config.DatasetConfig = dataset) -> Store:
+        def build(dataset: DatasetConfig = dataset) -> Store:
             shutil.rmtree(paths.prepared_root(), ignore_errors=True)
             return prepare(dataset, experiment.geometry, progress=False)
 

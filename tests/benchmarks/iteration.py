@@ -11,12 +11,12 @@ from pathlib import Path
 
 from common import Row, against, in_turn, temporary_root
 
-from clseg import runs
-from clseg.config import PretrainParameters
 from clseg.loop import fit, optimiser_for
 from clseg.losses import contrastive_loss
 from clseg.stages import STAGES
 from clseg.stages.contrast import draw_batch
+from clseg.study import runs
+from clseg.study.parameters import PretrainParameters
 
 TITLE = "pre-training iteration, end to end"
 GOAL = "at most 1.15 of the same forward and backward on a batch already in memory"
@@ -27,7 +27,7 @@ def contenders(method: str, profile: str, steps: int, with_step: bool) -> dict[s
     run = runs.pretrain_run(PretrainParameters(dataset="phantom", profile=profile, method=method))
     store = runs.open_store(run.experiment, progress=False)
     network = runs.build_network(run, store)
-    work = runs.stage_work(run, store, runs.split_of(run, store), network)
+    work = runs.stage_work(run, store, runs.split_of(run, store))
     stage, training = run.stage, STAGES[run.stage.stage](work, run.stage)
     encoder, head = training.learning["encoder"], training.learning["head"]
     image, pairs = draw_batch(work, stage, 0)

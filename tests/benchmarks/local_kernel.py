@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from common import ROUNDS, Row, against, fastest, in_turn, peak_mb, same
 from torch import Tensor
 
-from clseg.losses import local_contrastive_loss, region_grid
+from clseg.losses import local_contrastive_loss
+from clseg.regions import region_grid
 
 TITLE = "local kernel, forward and backward, 24 images x 13 regions x 2 views, D = 128"
 GOAL = "at most 0.7 of the time of a plain vectorised form"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 import psutil
 from common import Row, against, temporary_root
 
-from clseg import config, runs
+from clseg.study import runs
+from clseg.study.parameters import resolve
 
 TITLE = "memory of a grid worker"
 GOAL = "at most 1.3 times that of the single run"
@@ -25,7 +26,7 @@ changes = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", "s
 study, others = config.override_study(config.read_study("quickstart"), [*changes, "finetune.steps=5"])
 plan = grid.expand(study, "phantom", "PROFILE", others)
 """
-SINGLE, WORKER = PLAN + "runs.train(plan.finetune[0])", PLAN + "grid.execute(plan, 1)"
+SINGLE, WORKER = PLAN + "runs.do(plan.finetune[0])", PLAN + "grid.execute(plan, 1)"
 
 
 def peaks(program: str, look_at: Callable[[psutil.Process], Iterable[psutil.Process]]) -> dict[str, float]:
@@ -55,7 +56,7 @@ def measure(quick: bool) -> list[Row]:
     found: dict[str, dict[str, list[float]]] = {"resident": {}, "proportional": {}}
     profile, rounds = ("smoke", 1) if quick else ("laptop", 5)
     with temporary_root():
-        runs.open_store(config.resolve("phantom", profile, "random"), progress=False)  # it is no part of a run
+        runs.open_store(resolve("phantom", profile, "random"), progress=False)  # it is no part of a run
         for seed in range(rounds):
             for name, program, look_at in (("plain process", SINGLE, lambda p: [p]), ("ours", WORKER, kernels)):
                 # other seeds: the run of another name is not there yet

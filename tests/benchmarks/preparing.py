@@ -13,8 +13,10 @@ import h5py
 import numpy as np
 from common import Row, absolute, against, in_turn, temporary_root
 
-from clseg import config, paths
+from clseg import paths
 from clseg.data.prepare import prepare
+from clseg.settings import Geometry
+from clseg.study.files import read_dataset
 
 TITLE = "preparing ACDC's 200 volumes, and opening the prepared store again"
 GOAL = "preparing at most 3 times reading the files with h5py; opening again under 0.5 s"
@@ -44,7 +46,7 @@ def measure(quick: bool) -> list[Row]:
             write_files(root / "data" / "acdc" / "data", subjects)
             os.environ["CLSEG_DATA"] = str(root / "data")
             NOTES.append(f"files of {2 * subjects} volumes were written for this, in the layout of ACDC")
-        dataset = config.read_dataset("acdc").model_copy(update={"phases": ["ED", "ES"]})
+        dataset = read_dataset("acdc").model_copy(update={"phases": ["ED", "ES"]})
         files = sorted((paths.data_root() / "acdc" / "data").rglob("*.h5"))
         # slices of volumes that are there whole are not read
         whole = {file.stem for file in files if "slice" not in file.stem}
@@ -60,7 +62,7 @@ def measure(quick: bool) -> list[Row]:
         for profile in ("laptop",) if quick else ("laptop", "paper"):
             geometry = dataset.geometry[profile]
 
-            def build(geometry: config.Geometry = geometry) -> None:
+            def build(geometry: Geometry = geometry) -> None:
                 shutil.rmtree(paths.prepared_root(), ignore_errors=True)
                 prepare(dataset, geometry, progress=False)
 

@@ -12,8 +12,11 @@ from unittest.mock import patch
 
 from common import Row, absolute, temporary_root
 
-from clseg import cli, config, grid, runs
-from clseg.runs import Run
+from clseg.study import grid, runs
+from clseg.study.files import read_study
+from clseg.study.parameters import override_study
+from clseg.study.runs import Run
+from clseg.tools import cli
 
 TITLE = "scanning finished runs before a resume"
 GOAL = "2,000 runs in under 2 s"
@@ -30,7 +33,7 @@ def changes(seeds: int) -> list[str]:
 
 
 def expand(seeds: int) -> grid.Grid:
-    study, others = config.override_study(config.read_study("quickstart"), changes(seeds))
+    study, others = override_study(read_study("quickstart"), changes(seeds))
     return grid.expand(study, "phantom", "smoke", others)
 
 
@@ -39,7 +42,7 @@ def finish(whole: grid.Grid) -> None:
     done: dict[str, Run] = {}
     for run in whole.all:
         if run.kind not in done:
-            done[run.kind] = runs.train(run)
+            done[run.kind] = runs.do(run)
         source = done[run.kind].folder
         if run.folder != source:
             run.folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from clseg.config import DatasetConfig, Geometry, SeededProtocol
+from clseg.settings import DatasetConfig, Geometry, SeededProtocol
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseg import config
-from clseg.config import RequestError
 from clseg.data.formats import class_indices, class_names, read, scan
 from clseg.data.prepare import prepare
+from clseg.errors import RequestError
+from clseg.study.files import known_names, read_dataset
 
 # ---------------------------------------------------------------------------------------------------------------- ACDC
 
@@ -234,7 +234,7 @@ def published(roots, write_nifti, xyz):
     """Write a small copy of a data set in its published layout, subjects numbered from the first on; its volumes."""
 
     def write(name, count=1):
-        dataset, written = config.read_dataset(name), []
+        dataset, written = read_dataset(name), []
         image_name, label_name, values, _ = PAIRS[name]
         first = re.findall(r"\d+", image_name.rpartition("/")[2])[0]
         for number in range(count):
@@ -303,7 +303,7 @@ def test_prostate_as_published(roots, write_nifti, xyz):
         "test": ["./imagesTs/prostate_01.nii.gz"],
     }
     (folder / "dataset.json").write_text(json.dumps(info))
-    dataset = config.read_dataset("msd_prostate")
+    dataset = read_dataset("msd_prostate")
     refs = scan(dataset)
     assert [ref.subject for ref in refs] == ["prostate_00", "prostate_01"]
     np.testing.assert_array_equal(read(refs[0], dataset).image, xyz(0)[0].T[None])
@@ -312,12 +312,12 @@ def test_prostate_as_published(roots, write_nifti, xyz):
 
 
 def test_every_data_set_is_tested_in_its_layout():
-    assert {*PAIRS, "msd_prostate", "acdc", "hippocampus", "phantom"} == set(config.names("datasets"))
+    assert {*PAIRS, "msd_prostate", "acdc", "hippocampus", "phantom"} == set(known_names("datasets"))
 
 
 def test_absent_folder_is_answered_with_source_terms_and_tree(roots):
     with pytest.raises(RequestError) as error:
-        scan(config.read_dataset("hippocampus"))
+        scan(read_dataset("hippocampus"))
     told = (roots / "Task04_Hippocampus", "medicaldecathlon.com", "CC BY-SA 4.0", "imagesTr/hippocampus_001")
     assert all(str(part) in str(error.value) for part in told)
 
@@ -342,7 +342,7 @@ def test_h5_without_label_is_unlabelled(acdc, roots, write_h5):
 
 @pytest.mark.real_data
 def test_real_acdc(data_root):
-    dataset = config.read_dataset("acdc").model_copy(update={"phases": []})
+    dataset = read_dataset("acdc").model_copy(update={"phases": []})
     refs = scan(dataset)
     assert len(refs) == 200
     blood = {}
@@ -357,7 +357,7 @@ def test_real_acdc(data_root):
 
 @pytest.mark.real_data
 def test_real_hippocampus(data_root):
-    dataset = config.read_dataset("hippocampus")
+    dataset = read_dataset("hippocampus")
     refs = scan(dataset)
     assert len(refs) == 260
     volume = read(refs[0], dataset)
@@ -371,7 +371,7 @@ def test_real_hippocampus(data_root):
 @pytest.mark.real_data
 def test_real_mscmr(data_root):
     """The apex comes first in every volume, whatever the affine says."""
-    dataset = config.read_dataset("mscmr")
+    dataset = read_dataset("mscmr")
     refs = scan(dataset)
     assert len(refs) == 35
     for ref in refs[::6]:
@@ -387,7 +387,7 @@ def test_real_mscmr(data_root):
 
 @pytest.mark.real_data
 def test_real_ph2(data_root):
-    dataset = config.read_dataset("ph2")
+    dataset = read_dataset("ph2")
     refs = scan(dataset)
     assert len(refs) == 200
     volume = read(refs[0], dataset)

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clseg import config, paths
-from clseg.config import Geometry, Normalisation, RequestError
+from clseg import paths
 from clseg.data import prepare as module
-from clseg.data.formats import Volume
-from clseg.data.prepare import Store, normalise, prepare, resampled_size, to_native, to_network
+from clseg.data.prepare import normalise, prepare, resampled_size, to_network
 from clseg.data.splits import make_split
+from clseg.data.store import Store, to_native
+from clseg.data.volume import Volume
+from clseg.errors import RequestError
+from clseg.settings import Geometry, Normalisation
+from clseg.study.files import read_dataset
 
 NATIVE = Geometry(size=[32, 64])
 
@@ -439,7 +442,7 @@ def test_photographs_are_resized_whole(dataset):
 
 
 def test_phantom(roots):
-    dataset = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 2}})
+    dataset = read_dataset("phantom").model_copy(update={"options": {"subjects": 2}})
     store = prepare(dataset, dataset.geometry["laptop"], progress=False)
     assert store.positions_known
     assert store.labelled_subjects == ("phantom000", "phantom001")
@@ -455,7 +458,7 @@ def test_phantom(roots):
 )
 def test_real_data_at_smoke_size(data_root, tmp_path, monkeypatch, name, volumes, lowest):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    dataset = config.read_dataset(name)
+    dataset = read_dataset(name)
     store = prepare(dataset, dataset.geometry["smoke"], progress=False)
     assert len(store.volumes) == volumes
     assert store.positions_known == (name != "ph2")
@@ -471,7 +474,7 @@ def test_real_data_at_smoke_size(data_root, tmp_path, monkeypatch, name, volumes
 @pytest.mark.real_data
 def test_real_volumes_in_blocks(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    dataset = config.read_dataset("hippocampus")
+    dataset = read_dataset("hippocampus")
     store = prepare(dataset, dataset.geometry_3d["smoke"], progress=False)
     slices, depth = store.volumes["slices"], store.size[0]
     assert slices.min() > depth  # blocks of one volume differ
@@ -484,7 +487,7 @@ def test_real_volumes_in_blocks(data_root, tmp_path, monkeypatch):
 @pytest.mark.real_data
 def test_real_acdc_at_its_native_grid_keeps_the_labels(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    dataset = config.read_dataset("acdc")
+    dataset = read_dataset("acdc")
     store = prepare(dataset, dataset.geometry["paper"], progress=False)
     kept = sum((store.labels[store.volume_rows(v)] > 0).sum() for v in range(100))
     assert kept / sum((store.native_label(v) > 0).sum() for v in range(100)) > 0.999

@@ -7,18 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from clseg import config
-from clseg.config import (
-    Fold,
-    FoldsProtocol,
-    ListProtocol,
-    PretrainParameters,
-    RequestError,
-    SeededProtocol,
-    SplitsFileProtocol,
-)
 from clseg.data.splits import Split, available_draws, make_split, unlabelled, write_splits
-from clseg.runs import finetune_run, pretrain_run
+from clseg.errors import RequestError
+from clseg.settings import Fold, FoldsProtocol, ListProtocol, SeededProtocol, SplitsFileProtocol
+from clseg.study.files import known_names, read_dataset
+from clseg.study.parameters import FinetuneParameters, PretrainParameters, resolve
+from clseg.study.runs import finetune_run, pretrain_run
 
 
 def ids(*numbers):
@@ -39,7 +33,7 @@ OTHER_VALIDATION = {(1, 2), (2, 1), (2, 3), (8, 2)}
 
 @pytest.fixture(scope="module")
 def published():
-    return config.read_dataset("acdc").protocols["chaitanya"]
+    return read_dataset("acdc").protocols["chaitanya"]
 
 
 @pytest.mark.parametrize(("labelled", "draw", "own"), DRAWS)
@@ -330,7 +324,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 def cases(nnunet, monkeypatch):
     """Parameters of runs on twelve labelled cases whose folder holds the folds of nnU-Net."""
     monkeypatch.setenv("CLSEG_DATA", str(nnunet.parent))
-    about = config.read_dataset("hippocampus").model_dump(exclude_defaults=True)
+    about = read_dataset("hippocampus").model_dump(exclude_defaults=True)
     about |= {"name": "cases", "folder": ".", "protocols": {"nnunet": {"kind": "splits_file"}}}
     (nnunet.parent / "cases.yaml").write_text(json.dumps(about))  # JSON is YAML
     return {"dataset": str(nnunet.parent / "cases.yaml"), "profile": "smoke", "method": "gd+lr"}
@@ -338,7 +332,7 @@ def cases(nnunet, monkeypatch):
 
 def test_a_study_reads_the_file_and_its_runs_are_named_by_what_it_holds(cases, nnunet):
     def run(**changes):
-        return finetune_run(config.FinetuneParameters(**cases | changes))
+        return finetune_run(FinetuneParameters(**cases | changes))
 
     first, second = run(), run(draw=2)
     assert first.experiment.division.folds == from_file(nnunet).folds
@@ -375,7 +369,7 @@ def test_a_study_reads_the_file_and_its_runs_are_named_by_what_it_holds(cases, n
 def test_a_file_that_holds_no_folds_is_refused_by_name(cases, nnunet, text, message):
     nnunet.unlink() if text is None else nnunet.write_text(text)
     with pytest.raises(RequestError, match=f"splits_final.json: .*{message}"):
-        config.resolve(cases["dataset"], "smoke", "random")
+        resolve(cases["dataset"], "smoke", "random")
 
 
 def test_cases_that_are_not_there_are_named(nnunet):
@@ -397,9 +391,9 @@ def test_counting_starts_at_one(published, labelled, draw):
         make_split(published, ALL, ALL, labelled, draw)
 
 
-@pytest.mark.parametrize("name", config.names("datasets"))
+@pytest.mark.parametrize("name", known_names("datasets"))
 def test_data_sets_have_every_profile(name):
-    dataset = config.read_dataset(name)
+    dataset = read_dataset(name)
     assert set(dataset.geometry) == {"smoke", "laptop", "paper"}
     assert all(
         (dataset.title, dataset.description, dataset.source, dataset.licence, dataset.citation or name == "phantom")
@@ -407,7 +401,7 @@ def test_data_sets_have_every_profile(name):
     assert (dataset.threshold is None) == (dataset.positions == "unknown")
     for profile in dataset.geometry:
         for dimensions in (2, 3) if dataset.geometry_3d else (2,):
-            geometry = config.resolve(name, profile, "random", dimensions=dimensions).geometry  # sizes fit the network
+            geometry = resolve(name, profile, "random", dimensions=dimensions).geometry  # sizes fit the network
             assert geometry.resize == (dataset.channels == 3)
     assert any(isinstance(protocol, SeededProtocol) for protocol in dataset.protocols.values())
     assert all(p.transductive for p in dataset.protocols.values() if isinstance(p, FoldsProtocol))
@@ -423,7 +417,7 @@ LISTS = {  # by protocol: subjects from and to; pre-training, test and benchmark
 @pytest.mark.parametrize(("name", "protocol"), LISTS)
 def test_published_lists(name, protocol):
     pattern, first, last, pretrain, test, draws = LISTS[name, protocol]
-    lists, subjects = config.read_dataset(name).protocols[protocol], [pattern.format(n) for n in range(first, last + 1)]
+    lists, subjects = read_dataset(name).protocols[protocol], [pattern.format(n) for n in range(first, last + 1)]
     assert {n: len(available_draws(lists, n)) for n in lists.labelled} == draws
     for n, count in draws.items():
         for draw in range(1, count + 1):

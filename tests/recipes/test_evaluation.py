@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from clseg import config
-from clseg.config import Geometry
 from clseg.data.prepare import prepare
 from clseg.recipes.evaluation import probabilities, scores
+from clseg.settings import Geometry
+from clseg.study.files import read_dataset
 
 
 class Pointwise(nn.Module):
@@ -29,7 +29,7 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
 
     def make(**geometry):
-        dataset = config.read_dataset("phantom").model_copy(update={"options": {"subjects": 2}})
+        dataset = read_dataset("phantom").model_copy(update={"options": {"subjects": 2}})
         return prepare(dataset, Geometry(spacing_mm=6.5, **geometry), progress=False)
 
     return make

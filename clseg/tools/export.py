@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clseg.config import Count, Geometry, LabelValue, Natural, NetworkConfig, Normalisation, RequestError, Strict
-from clseg.loop import write_atomically
+from clseg.errors import RequestError
 from clseg.models import SLOPE, UNet
+from clseg.settings import Count, Geometry, LabelValue, Natural, NetworkConfig, Normalisation, Strict
+from clseg.study.archive import write_atomically
 
 PARTS = ("encoder.", "decoder.", "output.")  # of a network; all else served its training
 LEVELS = 5  # of BasicUNet

@@ -1,51 +1,53 @@
 """Runs: one pre-training stage or one fine-tuning each, with a folder that holds all that is known about it.
 
-The folder is named by readable fields and a hash of everything that decides the run's numbers. Files are complete or
-absent; `status.json` comes last and names the hash of `record.json`, which names the size of every other file. A run
-counts as done only while all of that agrees.
+The folder is named by readable fields and a hash of everything that decides the run's numbers, the code among it.
+Files are complete or absent; `status.json` comes last and names the hash of `record.json`, which names the size of
+every other file. A run counts as done only while all of that agrees.
 """
 
-import hashlib
 import json
 import os
-import platform
-import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from clseg import __version__, config, paths, ranks
-from clseg.config import Experiment, FinetuneBudget, FinetuneParameters, PretrainParameters, RequestError, Stage
-from clseg.data.formats import class_names
-from clseg.data.prepare import Store, prepare
+from clseg import paths, ranks, train
+from clseg.data.formats import Subjects, listed
+from clseg.data.prepare import prepare
 from clseg.data.splits import Split, make_split, unlabelled
-from clseg.loop import CODE, Fit, Work, device, fit, seed_of, write_atomically, write_json
-from clseg.models import UNet, transfer
+from clseg.data.store import Store
+from clseg.digest import code_digest, digest
+from clseg.errors import RequestError, reading
+from clseg.loop import Fit, Work
+from clseg.models import UNet
 from clseg.recipes import RECIPES
-from clseg.recipes.evaluation import scores, validation_dice
+from clseg.settings import Stage
 from clseg.stages import SHARED, STAGES
+from clseg.study.archive import (
+    TABLE_COLUMNS,
+    Checkpoints,
+    is_done,
+    locked,
+    provenance,
+    read_table,
+    seal,
+    write_atomically,
+    write_json,
+    write_table,
+)
+from clseg.study.parameters import FinetuneParameters, PretrainParameters
+from clseg.study.schema import Experiment, FinetuneBudget
 
-TABLE_COLUMNS = [
-    *("study", "dataset", "profile", "method", "labelled", "draw", "seed"),
-    *("subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed", "run"),
-]
 WORKER = "CLSEG_WORKER"  # set in kernels of a grid: there the worker seals the run, once its notebook is in place
 SEEN = " (transductive)"  # a method whose pre-training saw images of test subjects
-DECIDING = ("clseg", "params")  # numbers: folders of the project
 GPU_CONTEXT = 2**29  # bytes that a process takes of a GPU beside its tensors, about
-PACKAGES = ("torch", "numpy", "pandas", "scipy", "nibabel")
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ class Run:
 
     @property
     def stage(self) -> Stage:
-        """The stage of a pre-training."""
-        return self.experiment.stages[self.parameters.stage]
+        """The stage of a pre-training, with no more slices per batch than the profile allows."""
+        stage, most = self.experiment.stages[self.parameters.stage], self.experiment.pretrain.max_slices
+        return stage.model_copy(update={"slices": min(stage.slices, most)}) if most else stage
 
     @cached_property
     def data(self) -> str:
         """The same for all runs that read the same data in the same way."""
-        return config.digest(self.experiment.data_key())
+        return digest(self.experiment.data_key())
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -81,13 +84,18 @@ class Run:
         common |= {"threads": experiment.threads, "precision": experiment.precision, "seed": parameters.seed}
         common["parent"] = self.parent.name if self.parent else ""
         if self.kind == "pretrain":
-            limit = experiment.pretrain.max_slices
             common |= {"draw": parameters.draw} if experiment.pretrained_by_draw else {}
-            return common | {"stage": self.stage.model_dump(), "steps": self.steps, "max_slices": limit}
+            return common | {"stage": self.stage.model_dump(), "steps": self.steps}
         draws = experiment.cross_validated or not experiment.all_labels
         cell = {"labelled": "all" if experiment.all_labels else parameters.labelled}
         cell["draw"] = parameters.draw if draws else 1
         return common | cell | {"recipe": experiment.recipe.model_dump(), "budget": experiment.finetune.model_dump()}
+
+    @cached_property
+    def code(self) -> str:
+        """The digest of the code that decides the numbers of this run; that of its parents is in their names."""
+        does = STAGES[self.stage.stage] if self.kind == "pretrain" else RECIPES[self.experiment.recipe.recipe]
+        return code_digest(("clseg.train", "clseg.data.splits", does.__module__))
 
     @cached_property
     def name(self) -> str:
@@ -99,7 +107,7 @@ class Run:
             variant = parameters.variant.rpartition(".")[2].replace("/", "_").replace(" ", "")
             fields = [parameters.method, variant, Path(parameters.pretrain_dataset).stem]
             fields += [f"labelled{self.key['labelled']}", f"draw{self.key['draw']}"]
-        return "-".join(filter(None, [self.kind, *fields, f"seed{parameters.seed}", config.digest(self.key)]))
+        return "-".join(filter(None, [self.kind, *fields, f"seed{parameters.seed}", digest([self.key, self.code])]))
 
     @property
     def folder(self) -> Path:
@@ -135,7 +143,7 @@ class Run:
         return is_done(self.folder)
 
     def read(self, name: str) -> pd.DataFrame:
-        """`log`, `metrics` (best on validation) or `metrics_last` of a finished run."""
+        """`log`, `metrics` or another table of a finished run."""
         return read_table(self.folder / f"{name}.csv")
 
 
@@ -169,7 +177,13 @@ def open_store(experiment: Experiment, progress: bool = True) -> Store:
     return prepare(experiment.dataset, experiment.geometry, progress)
 
 
-def split_of(run: Run, store: Store) -> Split:
+def subjects_of(experiment: Experiment) -> Subjects | Store:
+    """Who is in the data set of an experiment, and who has labels, before anything is prepared."""
+    folder = paths.data_root() / experiment.dataset.folder
+    return listed(experiment.dataset) if folder.exists() else open_store(experiment)
+
+
+def split_of(run: Run, store: Subjects | Store) -> Split:
     """The subjects of a run. A pre-training has no labelled set of its own; most serve all draws.
 
     Raises `RequestError`, also where one of two twins is tested and the other seen in training.
@@ -187,43 +201,37 @@ def split_of(run: Run, store: Store) -> Split:
     return split
 
 
-def _network(run: Run, store: Store) -> UNet:
-    return UNet(store.channels, store.num_classes, run.experiment.network, store.dimensions)
-
-
 def build_network(run: Run, store: Store) -> UNet:
     """The network as the run starts with it: seeded weights, then the parent's where there is one."""
-    torch.manual_seed(seed_of(run.parameters.seed, "network"))
-    network = _network(run, store)
-    if run.parent is not None:
-        transfer(network, earlier_weights(run), run.parent.folder / "weights.safetensors")
-    return network.placed(device())
+    return train.new_network(store, run.experiment.network, run.parameters.seed, earlier_weights(run))
 
 
-def stage_work(run: Run, store: Store, split: Split, network: UNet) -> Work:
+def stage_work(run: Run, store: Store, split: Split) -> Work:
     """What the stage of a pre-training works on."""
-    slices, rows = run.stage.slices, store.rows(split.pretrain)
-    slices = min(slices, run.experiment.pretrain.max_slices or slices)
-    seen, earlier = store.only(unlabelled=split.pretrain), earlier_weights(run)
-    return Work(network, seen, rows, slices, run.parameters.seed, run.steps, earlier=earlier)
+    return train.stage_work(store, split.pretrain, run.stage, run.steps, **_start(run))
+
+
+def _start(run: Run) -> dict[str, Any]:
+    """What pre-training and fine-tuning start from."""
+    return {"network": run.experiment.network, "seed": run.parameters.seed, "start": earlier_weights(run)}
 
 
 def earlier_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the run's parent left, none without a parent."""
     if run.parent is None:
         return {}
-    with config.reading(path := run.parent.folder / "weights.safetensors", "safetensors", "remove its folder"):
+    with reading(path := run.parent.folder / "weights.safetensors", "safetensors", "remove its folder"):
         return load_file(path)
 
 
 def trained_network(run: Run, store: Store) -> UNet:
-    """The network of a finished fine-tuning: best on validation."""
-    network = _network(run, store)
+    """The network of a finished fine-tuning."""
+    network = train.new_network(store, run.experiment.network, run.parameters.seed)
     network.load_state_dict(load_file(run.folder / "weights.safetensors"))
-    return network.placed(device())
+    return network
 
 
-def train(run: Run) -> Run:
+def do(run: Run) -> Run:
     """Do the run unless it is done; its parents first. Waits for another process that is doing it.
 
     Of processes that `torchrun` started, the first holds the lock and writes the files, and does alone what only one
@@ -231,13 +239,13 @@ def train(run: Run) -> Run:
     """
     torch.set_num_threads(run.experiment.threads)
     if run.parent is not None:
-        train(run.parent)
+        do(run.parent)
     run.folder.mkdir(parents=True, exist_ok=True)
     first, shared = not ranks.number(), run.kind == "pretrain" and run.stage.stage in SHARED
     with locked(run.folder / ".lock") if first else nullcontext():
         store = open_store(run.experiment, progress=first)
         if ranks.agreed(run.is_done()):
-            require_same_files(run, store)
+            require_same_data(run, store)
         elif first or shared:
             split = split_of(run, store)
             if first:
@@ -251,58 +259,36 @@ def train(run: Run) -> Run:
     return run
 
 
-def code_of(run: Run) -> str:
-    """The `loop.CODE` that made a finished run."""
-    return json.loads((run.folder / "record.json").read_bytes())["provenance"].get("code", "")
-
-
-def require_same_files(run: Run, store: Store) -> None:
-    """Raise `RequestError` where a finished run read other files of its data set than are there now."""
+def require_same_data(run: Run, store: Store) -> None:
+    """Raise `RequestError` where a finished run saw other images or masks of its data set than there are now."""
     record = json.loads((run.folder / "record.json").read_bytes())
-    if record.get("data_files", store.files) != store.files:
+    if record["content"] != store.content:
         wrong = f"was made from other files than data set {run.experiment.dataset.name} has now"
         raise RequestError(f"{run.folder}: {wrong}; move it away to have it made again, or choose another --out")
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
-    network = build_network(run, store)
-    torch.manual_seed(seed_of(run.parameters.seed, "head", run.parameters.stage))
-    work = stage_work(run, store, split, network)
-    training = STAGES[run.stage.stage](work, run.stage)
-    result = fit(network, training, run.stage, run.steps, run.folder, run.experiment, title="pre-training")
-    # what came from earlier stages and what was learned now; heads of earlier stages stay behind
-    learned = {f"{prefix}.{k}": v for prefix, part in training.learning.items() for k, v in part.state_dict().items()}
-    weights = {name: value for name, value in work.earlier.items() if not name.startswith("head.")} | learned
-    own = network.state_dict()
-    weights |= {name: value for name, value in own.items() if name in weights or name.startswith("encoder.")}
-    _keep(run, store, result, weights, training.tables)
+    about = _start(run) | {"number": run.parameters.stage, "precision": run.experiment.precision}
+    result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run), **about)
+    _keep(run, store, result.fit, result.weights, result.tables)
 
 
 def _finetune(run: Run, store: Store, split: Split) -> None:
-    experiment, seed, recipe = run.experiment, run.parameters.seed, run.experiment.recipe
+    experiment, budget = run.experiment, run.finetune
     others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
-    network, seen = build_network(run, store), store.only(split.labelled, others)
-    labelled = seen.rows(split.labelled, labelled=True)
-    torch.manual_seed(seed_of(seed, "recipe"))
-    work = Work(network, seen, labelled, run.finetune.batch, seed, run.steps, seen.rows(others))
-    held_out = store.only(split.validation)
-    training, every = RECIPES[recipe.recipe](work, recipe), run.finetune.validate_every
-
-    def validate() -> float:
-        return validation_dice(network, held_out, split.validation)
-
-    result = fit(network, training, recipe, run.steps, run.folder, experiment, validate, every, "fine-tuning")
+    about = _start(run) | {"batch": budget.batch, "precision": experiment.precision}
+    about |= {"unlabelled": others, "validation": split.validation}
+    about |= {"validate_every": budget.validate_every, "best": budget.checkpoint == "best"}
+    result = train.finetune(store, split.labelled, experiment.recipe, run.steps, keeper=_checkpoints(run), **about)
     fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}
-    fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": seed, "run": run.name}
-
-    def scored() -> pd.DataFrame:
-        return pd.DataFrame(scores(network, tested, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
-
+    fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": run.parameters.seed, "run": run.name}
     tested = store.only(split.test)  # now that training has ended
-    last = scored()
-    network.load_state_dict(result.best_state)
-    tables = {"metrics": last if result.best_step == run.steps else scored(), "metrics_last": last} | training.tables
-    _keep(run, store, result, network.state_dict(), tables)
+    metrics = pd.DataFrame(train.scores(result.network, tested, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
+    _keep(run, store, result.fit, result.network.state_dict(), {"metrics": metrics} | result.tables)
+
+
+def _checkpoints(run: Run) -> Checkpoints:
+    return Checkpoints(run.folder, run.experiment.checkpoint_every, run.steps, run.code)
 
 
 def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], tables: dict[str, pd.DataFrame]) -> None:
@@ -317,7 +303,7 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "photograph": dataset.photographs,
         "orient": dataset.adapter != "acdc" and dataset.options.get("orient", True),
         "classes": store.class_names,
-        "label_values": [0, *class_names(dataset, paths.data_root() / dataset.folder)],
+        "label_values": store.label_values,
         "geometry": experiment.geometry.model_dump(),
         "normalisation": dataset.normalisation.model_dump(),
         "prefixes": {"for transfer": ["encoder.", "decoder."], "of a segmenter": ["output."]},
@@ -341,116 +327,8 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "training_seconds": round(result.seconds, 1),
         "gpu_bytes": torch.cuda.max_memory_reserved() + GPU_CONTEXT if torch.cuda.is_available() else 0,
         "provenance": provenance(),
-        "data_files": store.files,
+        "code": run.code,
+        "content": store.content,
         "files": {name: (run.folder / name).stat().st_size for name in names},
     }
     write_json(run.folder / "record.json", record)
-
-
-def adaptation(weights: Path) -> dict[str, Any]:
-    """The adaptation record inside a weight file."""
-    with safetensors.safe_open(weights, framework="pt") as file:
-        return json.loads(file.metadata()["clseg"])
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """CSV with six decimals, written atomically."""
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6f"))
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A table as `write_table` left it: names and ids stay text, also where they are empty or look like numbers."""
-    text = ["study", "method", "subject", "phase", "class_name", "hd95_unit", "note", "run"]
-    table = pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""])
-    return table.fillna(dict.fromkeys(table.columns.intersection(text), ""))
-
-
-def provenance() -> dict[str, Any]:
-    """Code, versions and hardware at this moment."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=paths.PROJECT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    try:
-        commit = (git("rev-parse", "HEAD") or "unknown") + "+changes" * bool(git("status", "--porcelain", *DECIDING))
-    except OSError:
-        commit = "unknown"
-    return {
-        "commit": commit,
-        "code": CODE,
-        "clseg": __version__,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def seal(folder: Path) -> None:
-    """Write the status, last: from here on the run counts as done."""
-    digest = hashlib.sha256((folder / "record.json").read_bytes()).hexdigest()
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(folder / "status.json", {"status": "done", "record_sha256": digest, "finished": finished})
-    for leftover in ("checkpoint.pt", "progress.json", "error.txt"):
-        (folder / leftover).unlink(missing_ok=True)
-
-
-def flaw(folder: Path) -> str | None:
-    """None for a run that is done: its status, record and files agree; else what is wrong, "" if it never finished."""
-    try:
-        status = json.loads((folder / "status.json").read_bytes())
-        record = (folder / "record.json").read_bytes()
-        if status["status"] != "done" or status["record_sha256"] != hashlib.sha256(record).hexdigest():
-            return "its record is not the one it finished with"
-        for name, size in json.loads(record)["files"].items():
-            if (found := (folder / name).stat().st_size) != size:
-                return f"{name} has {found} bytes and had {size}"
-    except OSError as error:
-        name = Path(error.filename).name
-        return "" if name == "status.json" else f"{name} is missing"
-    except (ValueError, KeyError, TypeError):
-        return "its status or record cannot be read"
-    return None
-
-
-def is_done(folder: Path) -> bool:
-    return flaw(folder) is None
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a file lock, which ends with the process whatever happens to it; yields whether it is held.
-
-    With `wait` it is always held in the end; without, another holder gives False at once.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:  # releasing what is not held does nothing
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                yield False
-                return
-            print(f"waiting for another process that holds {path}")
-            lock.acquire()
-        yield True
-    finally:
-        lock.release()
-
-
-def table(folders: Iterable[Path], study: str | None = None, name: str = "metrics") -> pd.DataFrame:
-    """Tidy results of finished fine-tunings, a row per subject, phase and class; `study` overrides the recorded one."""
-    tables = []
-    for folder in sorted(folders):
-        if (folder / f"{name}.csv").is_file() and is_done(folder):
-            with config.reading(folder, "finished run", "remove it to have it made again"):
-                recorded = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]["study"]
-                own = read_table(folder / f"{name}.csv").assign(study=recorded if study is None else study)
-                tables.append(own[TABLE_COLUMNS])
-    if not tables:
-        return pd.DataFrame(columns=TABLE_COLUMNS)
-    order = ["dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
-    return pd.concat(tables).sort_values(order, kind="stable", ignore_index=True)

@@ -16,13 +16,16 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clseg.config import RequestError, reading, writing
-from clseg.data.formats import Volume, VolumeRef, checked, nifti_volume, photograph
-from clseg.data.prepare import native_slices, normalise, resampled_size, to_network
-from clseg.export import Adaptation, read_weights, segments
-from clseg.loop import device, write_atomically, write_json
+from clseg.data.formats import nifti_volume, photograph
+from clseg.data.prepare import normalise, resampled_size, to_network
+from clseg.data.store import native_slices
+from clseg.data.volume import Volume, VolumeRef, checked
+from clseg.errors import RequestError, reading, writing
+from clseg.loop import device
 from clseg.models import UNet
 from clseg.recipes.evaluation import segment
+from clseg.study.archive import write_atomically, write_json
+from clseg.tools.export import Adaptation, read_weights, segments
 
 PHOTOGRAPH, NIFTI = r"()\.(?:png|jpe?g|bmp|tiff?)", r"(_\d{4})?\.nii(?:\.gz)?"
 

@@ -15,25 +15,28 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from clseg import config, loop, paths, runs, stats
-from clseg.config import FinetuneParameters, RequestError, StudyConfig
+from clseg import loop, paths
 from clseg.data.splits import available_draws
-from clseg.runs import Run
+from clseg.digest import package_digest
+from clseg.errors import RequestError, nearest, reading
+from clseg.study import archive, runs
+from clseg.study.files import read_methods, read_profile
+from clseg.study.parameters import FinetuneParameters, applicable
+from clseg.study.runs import Run
+from clseg.study.schema import StudyConfig
 
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
 TRIES = 3  # of a run whose kernel died
 POLL_SECONDS = 1.0
 CONNECT_SECONDS = 10
+CODE = package_digest()
 
 
 class RunFailed(Exception):
@@ -65,14 +68,14 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     An override of a stage applies to the methods that have it. Raises `RequestError`.
     """
     _require_parameters(paths.NOTEBOOKS / f"{study.notebook}.ipynb")
-    methods = config.read_methods()
-    budget = config.read_profile(profile)
+    methods = read_methods()
+    budget = read_profile(profile)
     common = [*study.set.get(budget.name, []), *overrides]
     for name in [*study.methods, *(m for axis in study.axes for m in axis.methods)]:
         if name not in methods:
-            raise RequestError(f"study {study.name}: method {name!r} is not known, {config.nearest(name, methods)}")
+            raise RequestError(f"study {study.name}: method {name!r} is not known, {nearest(name, methods)}")
     for text in common:
-        if not any(text in config.applicable([text], methods[name]) for name in study.methods):
+        if not any(text in applicable([text], methods[name]) for name in study.methods):
             raise RequestError(f"--set {text}: no method of study {study.name} has this stage")
     cells = [(method, "") for method in study.methods]
     for axis in study.axes:
@@ -82,7 +85,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     for (method, variant), draw, seed in product(cells, study.draws, study.seeds):
         shared = {"dataset": dataset, "profile": profile, "method": method, "variant": variant, "study": study.name}
         shared |= {name: getattr(study, name) for name in ("protocol", "dimensions", "pretrain_dataset")}
-        shared |= {"seed": seed, "draw": draw, "overrides": config.applicable(common, methods[method])}
+        shared |= {"seed": seed, "draw": draw, "overrides": applicable(common, methods[method])}
         for labelled in [0] if methods[method].all_labels else study.labelled:
             run = runs.finetune_run(FinetuneParameters(**shared, labelled=labelled))
             about = f"protocol {run.experiment.protocol}"
@@ -105,7 +108,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
 
 def _require_parameters(source: Path) -> None:
     """Raise `RequestError` unless a notebook has a parameters cell, of which papermill would only warn."""
-    with config.reading(source, "notebook"):
+    with reading(source, "notebook"):
         tags = [cell["metadata"].get("tags", []) for cell in json.loads(source.read_bytes())["cells"]]
     if not any("parameters" in some for some in tags):
         raise RequestError(f"{source}: has no cell with the tag `parameters`; give it to the one that assigns them")
@@ -120,7 +123,7 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], **e
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from clseg.kernels import WarmKernelManager
+    from clseg.study.kernels import WarmKernelManager
 
     _require_parameters(source)
     running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
@@ -145,7 +148,7 @@ def execute_run(run: Run) -> tuple[str, str]:
     Returns ('done' | 'busy' | 'request' | 'machine' | 'failed' | 'died', message); 'machine': it refuses something, it
     may be that the disk is full.
     """
-    with runs.locked(run.folder / ".claim", wait=False) as mine:
+    with archive.locked(run.folder / ".claim", wait=False) as mine:
         if not mine:
             return "busy", ""
         if run.is_done():
@@ -154,7 +157,7 @@ def execute_run(run: Run) -> tuple[str, str]:
         try:
             parameters = run.parameters.model_dump()
             execute_notebook(source, run.folder / "notebook.ipynb", parameters, **{runs.WORKER: "1"})
-            runs.seal(run.folder)
+            archive.seal(run.folder)
         except RequestError as error:
             return "request", str(error)
         except RuntimeError as error:  # of a kernel that died or never answered
@@ -169,7 +172,7 @@ def execute_run(run: Run) -> tuple[str, str]:
 
 def _execute_remotely(run: Run, roots: dict[str, str], code: str) -> tuple[str, str]:
     """`execute_run` in a worker of a cluster."""
-    if code != loop.CODE:
+    if code != CODE:
         return "request", f"{platform.node()} has other code of clseg; give all workers the same"
     os.environ.update(roots)
     # Dask makes its workers daemons, which may have no children; our kernels end with the worker by themselves
@@ -181,7 +184,7 @@ def _execute_remotely(run: Run, roots: dict[str, str], code: str) -> tuple[str, 
 def _executor(jobs: int, scheduler: str) -> Iterator[tuple[Callable[[Run], Future], float]]:
     """What starts a run, and how many at a time: here in kernels, or on the Dask cluster of a scheduler."""
     if not scheduler:
-        from clseg import kernels  # with all that a kernel needs: only where notebooks are executed
+        from clseg.study import kernels  # with all that a kernel needs: only where notebooks are executed
 
         executor = ThreadPoolExecutor(jobs)  # of threads that wait for kernels
         try:
@@ -206,7 +209,7 @@ def _executor(jobs: int, scheduler: str) -> Iterator[tuple[Callable[[Run], Futur
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
         executor = client.get_executor(pure=False, resources=resources)
-        yield lambda run: executor.submit(_execute_remotely, run, roots, loop.CODE), jobs or math.inf
+        yield lambda run: executor.submit(_execute_remotely, run, roots, CODE), jobs or math.inf
 
 
 class _Memory:
@@ -297,153 +300,3 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     if failed:
         lines = [f"{every[name].folder}: {message}" for name, message in failed.items()]
         raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))
-
-
-def _subjects(run: Run) -> dict[str, str]:
-    """The ids of every set of a finished run, a line each."""
-    sets = json.loads((run.folder / "subjects.json").read_bytes())
-    unused = ("labelled", "validation", "test") if run.kind == "pretrain" else ("pretrain",)
-    return {name: " ".join(ids) for name, ids in sets.items() if name not in unused}
-
-
-def write_results(grid: Grid, command: str) -> Path:
-    """Tables, statistics and provenance of a grid's finished runs; returns their folder."""
-    folder = paths.results_dir(grid.profile, grid.place, grid.study.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    folders = [run.folder for run in grid.finetune]
-    table = runs.table(folders, grid.study.name)
-    runs.write_table(folder / "table.csv", table)
-    runs.write_table(folder / "table_last.csv", runs.table(folders, grid.study.name, "metrics_last"))
-    runs.write_table(folder / "summary.csv", stats.summary(table))
-    tested = stats.compare(table)
-    for column in ("p", "p_holm"):  # six decimals would make zeros of them
-        tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
-    runs.write_table(folder / "comparison.csv", tested)
-    records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
-    logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
-    runs.write_table(folder / "pretraining.csv", pd.concat([pd.DataFrame(columns=["step", "loss", "run"]), *logs]))
-    about = {
-        "command": command,
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        **runs.provenance(),
-        "commits of the runs": sorted({record["provenance"]["commit"] for record in records}),
-        "runs": {"expected": len(grid.all), "done": len(records)},
-        "training_seconds": round(sum(record["training_seconds"] for record in records), 1),
-        "training_seconds_by_run": {record["run"]: record["training_seconds"] for record in records},
-        "expected_runs": [run.name for run in grid.finetune],
-        "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
-        "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
-        "subjects": {run.name: _subjects(run) for run in grid.all if run.is_done()},
-    }
-    runs.write_json(folder / "provenance.json", about)
-    return folder
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a study left on one data set, for its figure notebook. `missing`: cells of the grid without a run."""
-
-    folder: Path
-    table: pd.DataFrame
-    last: pd.DataFrame
-    summary: pd.DataFrame
-    comparison: pd.DataFrame
-    provenance: dict[str, Any]
-    pretraining: pd.DataFrame
-    missing: list[str]
-    command: str
-
-    @property
-    def shown(self) -> str:
-        """The folder as a reader knows it, without the root."""
-        return "/".join(self.folder.parts[-4:])
-
-    @property
-    def about(self) -> str:
-        """Which results these are, how they were made, and on what."""
-        about, made_by = self.provenance, f"{self.shown}\nmade by: {self.provenance['command']}"
-        time = f"{about['training_seconds'] / 60:.0f} minutes of training on {about['gpu'] or 'a CPU'}"
-        return f"{made_by}\n{about['runs']['done']} runs, {time}\n{about['dataset']['description']}"
-
-    @property
-    def gaps(self) -> str:
-        """The cells of the grid that have no run, and the command that makes them."""
-        lines = [f"{len(self.missing)} cells are missing", *(f"  {cell}" for cell in self.missing[:10])]
-        return "\n".join(lines + [f"make them with: {self.command}"] * bool(self.missing))
-
-    @property
-    def dice(self) -> str:
-        """Means with intervals, a line per method and number of labelled subjects."""
-        numbers = ["n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
-        return self.summary[["method", "labelled", *numbers]].round(2).to_string(index=False)
-
-    @property
-    def tests(self) -> str:
-        """Paired tests against `random`, a line per method and number of labelled subjects."""
-        columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial"]
-        tested = self.comparison[columns].round(3)
-        return tested.assign(p_holm=self.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False)
-
-    @property
-    def distances(self) -> pd.DataFrame:
-        """Surface distances and missed structures."""
-        columns = ["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows"]
-        return self.summary[["method", "labelled", *columns]].round(3)
-
-    def save(self, figure: Figure, name: str) -> None:
-        """Write a figure beside the tables, as PNG, under the output root."""
-        profile, dataset, study = self.folder.parts[-3:]
-        folder = paths.results_dir(profile, dataset, study)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
-
-
-def read_results(study: str, dataset: str, profile: str) -> Results:
-    """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
-    command = f"clseg run {study} --dataset {dataset} --profile {profile}"
-    about, of = config.read_study(study), config.read_dataset(dataset).name
-    own = paths.results_dir(config.read_profile(profile).name, of, about.name)
-    places = own, paths.PROJECT / own.relative_to(paths.out_root())
-    if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
-        raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
-    names = ("table", "table_last", "summary", "comparison", "pretraining")
-    table, last, summary, comparison, pretraining = (runs.read_table(folder / f"{name}.csv") for name in names)
-    there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
-    benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
-    missing = []
-    for run in expand(about, dataset, profile).finetune:
-        cell = (run.method, run.parameters.labelled, run.key["draw"], run.parameters.seed)
-        if cell not in (benchmark if run.experiment.all_labels else there):
-            missing.append(f"{run.method}, {run.key['labelled']} labelled, draw {cell[2]}, seed {cell[3]}")
-    provenance = json.loads((folder / "provenance.json").read_bytes())
-    return Results(folder, table, last, summary, comparison, provenance, pretraining, missing, command)
-
-
-def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary rows of an ablation, one per axis and value: columns axis, value, base (the method's own value), and
-    those of the summary."""
-    rows = []
-    for axis in config.read_study(study).axes:
-        key = axis.key.split(".")
-        for method in axis.methods:
-            tree = config.resolve(dataset, profile, method).model_dump()
-            for part in key:
-                tree = tree[int(part) if part.isdigit() else part]
-            values = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
-            named = summary["method"].str.removesuffix(runs.SEEN)
-            found = summary[named.isin(values)].assign(axis=axis.name, base=named == method, value=named.map(values))
-            rows.append(found.assign(method=method))
-    table, first = pd.concat(rows), ["axis", "value", "base"]
-    return table[[*first, *table.columns.drop(first)]]
-
-
-def draw_figures(grid: Grid, parameters: dict[str, str]) -> Path:
-    """Execute the study's figure notebook on its table; returns the executed notebook.
-
-    parameters: study, dataset and profile, by name or by file.
-    """
-    study = grid.study
-    target = paths.runs_root() / grid.place / grid.profile / f"{study.notebook}-{study.name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    execute_notebook(paths.NOTEBOOKS / f"{study.notebook}.ipynb", target, parameters)
-    return target

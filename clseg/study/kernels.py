@@ -24,7 +24,7 @@ def _forked() -> BaseContext:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clseg.warm", __name__])
+    context.set_forkserver_preload(["clseg.study.warm", __name__])
     return context
 
 

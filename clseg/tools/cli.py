@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clseg import __version__, config
-from clseg.config import RequestError
+from clseg import __version__
+from clseg.errors import RequestError, writing
+from clseg.study import archive
+from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
+from clseg.study.parameters import PretrainParameters, override_study, read_parameters, resolve
+from clseg.study.results import draw_figures, write_results
 
 
 def _set_roots(arguments: argparse.Namespace) -> None:
@@ -24,18 +28,18 @@ def _absolute(name: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from clseg import grid, loop, paths, runs  # torch is imported only where it is needed
-    from clseg.data.formats import listed
+    from clseg import paths  # torch is imported only where it is needed
     from clseg.data.splits import write_splits
+    from clseg.study import grid, runs  # torch is imported only where it is needed
 
     _set_roots(arguments)
-    study, overrides = config.override_study(config.read_study(arguments.study), arguments.set)
+    study, overrides = override_study(read_study(arguments.study), arguments.set)
     study = study.model_copy(update={"pretrain_dataset": _absolute(study.pretrain_dataset)})
     named = {"study": arguments.study, "dataset": arguments.dataset or study.datasets[0], "profile": arguments.profile}
     named = {key: _absolute(name) for key, name in named.items()}
-    dataset, profile = named["dataset"], config.read_profile(named["profile"]).name
+    dataset, profile = named["dataset"], read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
-    flaws = {run.name: runs.flaw(run.folder) for run in plan.all}
+    flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
     done = {name for name, flaw in flaws.items() if flaw is None}
     steps = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done"
     print(f"{study.name} on {dataset}, profile {profile}: {steps}")
@@ -43,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"left out: {note}")
     experiments = {run.data: run.experiment for run in plan.all}
     if arguments.splits or not arguments.dry_run:  # subjects are counted before anything is prepared
-        subjects = {data: listed(experiment.dataset) for data, experiment in experiments.items()}
+        subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
     if arguments.splits:
         few = [run for run in plan.finetune if not run.experiment.all_labels]
@@ -57,13 +61,10 @@ def _run(arguments: argparse.Namespace) -> int:
     for run in plan.all:
         runs.split_of(run, stores[run.data])  # again: labels inside of files are known only now
         if run.name in done:
-            runs.require_same_files(run, stores[run.data])
+            runs.require_same_data(run, stores[run.data])
     for run in plan.all:
         if flaws[run.name]:
             print(f"clseg: {run.folder}: {flaws[run.name]}; it is made again", file=sys.stderr)
-    if other := [run for run in plan.all if run.name in done and runs.code_of(run) != loop.CODE]:
-        kept = f"{len(other)} finished runs were made by other code of clseg and are kept, such as {other[0].folder}"
-        print(f"clseg: {kept}; move them away to have them made again", file=sys.stderr)
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     failure = None
     try:
@@ -73,9 +74,9 @@ def _run(arguments: argparse.Namespace) -> int:
     repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]
     repeat += [word for text in arguments.set for word in ("--set", text)]
     if any(run.is_done() for run in plan.finetune):
-        with runs.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
-            folder = grid.write_results(plan, shlex.join(repeat))
-            notebook = grid.draw_figures(plan, named)
+        with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
+            folder = write_results(plan, shlex.join(repeat))
+            notebook = draw_figures(plan, named)
         print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
@@ -83,18 +84,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from clseg import ranks, runs
+    from clseg import ranks
+    from clseg.study import runs
 
     _set_roots(arguments)
     given = {name: getattr(arguments, name) for name in ("profile", "method", "protocol", "dimensions", "draw", "seed")}
     given |= {"dataset": _absolute(arguments.dataset), "overrides": arguments.set}
-    stages = len(config.resolve(given["dataset"], arguments.profile, arguments.method).stages)
+    stages = len(resolve(given["dataset"], arguments.profile, arguments.method).stages)
     if not stages:
         raise RequestError(f"--method {arguments.method}: has no pre-training; choose another of `clseg methods`")
     stage = stages - 1 if arguments.stage is None else arguments.stage
-    run = runs.pretrain_run(config.read_parameters(given | {"stage": stage}, config.PretrainParameters))
+    run = runs.pretrain_run(read_parameters(given | {"stage": stage}, PretrainParameters))
     with ranks.joined():
-        runs.train(run)
+        runs.do(run)
         if not ranks.number():
             print(run.folder / "weights.safetensors")
     ranks.leave()
@@ -102,25 +104,24 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from clseg import runs
 
     root = Path(arguments.runs)
     if not root.is_dir():
         raise RequestError(f"{root}: is not a folder; name the runs folder of a study, for example runs")
-    table = runs.table(path.parent for path in root.rglob("status.json"))
+    table = archive.table(path.parent for path in root.rglob("status.json"))
     if table.empty:
         example = "run a study first, for example clseg run quickstart"
         raise RequestError(f"{root}: holds no finished fine-tuning; {example}")
     if arguments.out:
-        with config.writing(arguments.out, "choose another --out"):
-            runs.write_table(Path(arguments.out), table)
+        with writing(arguments.out, "choose another --out"):
+            archive.write_table(Path(arguments.out), table)
     else:
         sys.stdout.write(table.to_csv(index=False, float_format="%.6f"))
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from clseg.check import check, expect, write
+    from clseg.tools.check import check, expect, write
 
     target = Path(arguments.write) if arguments.write else None
     report = check(arguments.folder, target.stem if target else "")
@@ -139,7 +140,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from clseg.predict import predict
+    from clseg.tools.predict import predict
 
     where = [Path(folder) for folder in (arguments.weights, arguments.input, arguments.output)]
     images, before = predict(*where, arguments.probabilities)
@@ -148,14 +149,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from clseg.export import export
+    from clseg.tools.export import export
 
     print(*export(Path(arguments.weights), arguments.format, Path(arguments.output)), sep="\n")
     return 0
 
 
 def _methods(_: argparse.Namespace) -> int:
-    for name, method in config.read_methods().items():
+    for name, method in read_methods().items():
         print(f"{name:20} {method.title}")
     return 0
 
@@ -164,7 +165,7 @@ def _datasets(_: argparse.Namespace) -> int:
     from clseg import paths
     from clseg.data.formats import how_to_get
 
-    for dataset in map(config.read_dataset, config.names("datasets")):
+    for dataset in map(read_dataset, known_names("datasets")):
         here = not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
         print(f"{dataset.name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
     return 0

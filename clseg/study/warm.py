@@ -2,7 +2,8 @@
 
 import torch
 
-from clseg import plots, runs  # noqa: F401 - so that a forked kernel has them
+from clseg import plots
+from clseg.study import runs  # noqa: F401 - so that a forked kernel has them
 
 torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports a thousand modules
 plots.volume_grid(torch.eye(4)[None], torch.eye(4)[None].long(), "title")._repr_png_()  # reads the fonts

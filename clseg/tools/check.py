@@ -20,12 +20,15 @@ import yaml
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
-from clseg import config
-from clseg.config import DatasetConfig, Geometry, Normalisation, RequestError, SeededProtocol, writing
-from clseg.data.formats import Volume, VolumeRef, class_names, nifti_volume, photograph, read, scan
+from clseg.data.formats import class_names, nifti_volume, photograph, read, scan
 from clseg.data.prepare import normalise, require_new
-from clseg.loop import device, write_atomically
+from clseg.data.volume import Volume, VolumeRef
+from clseg.errors import RequestError, writing
+from clseg.loop import device
 from clseg.models import UNet
+from clseg.settings import DatasetConfig, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
+from clseg.study.archive import write_atomically
+from clseg.study.files import known_names, read_profile
 
 FILES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MASK = re.compile(
@@ -163,7 +166,7 @@ def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetCon
     changes: dict[str, Any] = {"channels": volumes[0]["channels"]}
     changes["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=test, validation=validation)}
     if Path(dataset.folder, "splits_final.json").exists():
-        changes["protocols"]["nnunet"] = config.SplitsFileProtocol(kind="splits_file")
+        changes["protocols"]["nnunet"] = SplitsFileProtocol(kind="splits_file")
     slices, *_ = np.median([v["shape"] for v in volumes], axis=0)
     field_mm = np.median([v["field_mm"] for v in volumes])
     spacings = np.array([v["spacing_mm"] for v in volumes if v["spacing_mm"]])
@@ -229,7 +232,7 @@ def check(folder: Path | str, name: str = "") -> Report:
     """Open every volume of a folder and report; what cannot be used is a problem, never an exception."""
     folder = Path(folder).absolute()
     name = re.sub(r"\W+", "_", name or folder.name).strip("_").lower() or "mine"
-    name = f"my_{name}" if name in config.names("datasets") else name
+    name = f"my_{name}" if name in known_names("datasets") else name
     report = Report(str(folder), "unknown layout")
     try:
         report.layout, draft = _draft(folder, name)
@@ -303,7 +306,7 @@ def expect(report: Report) -> list[dict[str, Any]]:
     dataset, rows = report.dataset, []
     slices = sum(v["shape"][0] for v in report.volumes)
     for name, geometry in dataset.geometry.items():
-        experiment = config.read_profile(name)
+        experiment = read_profile(name)
         torch.set_num_threads(experiment.threads)
         pretrain, finetune = experiment.pretrain, experiment.finetune
         network = UNet(dataset.channels, len(dataset.classes) + 1, experiment.network, 2).to(device())
@@ -321,7 +324,7 @@ def expect(report: Report) -> list[dict[str, Any]]:
 
 def write(dataset: DatasetConfig, path: Path) -> None:
     """The data set as a file that `clseg run STUDY --dataset FILE` takes; `RequestError` if it is there already."""
-    if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in config.names("datasets"):
+    if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in known_names("datasets"):
         raise RequestError(f"{path}: is there already, or a known data set, or no .yaml; choose another name")
     text = yaml.safe_dump(dataset.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
     with writing(path, "choose another place"):

@@ -1,0 +1,1 @@
+"""The machinery: parameters from files, runs and their records, grids, rows and results."""

@@ -1,0 +1,1 @@
+"""The command line and what it offers beside studies: check, predict, export."""
