@@ -8,7 +8,7 @@ TORCHVISION := torchvision==0.29.2
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help study test validate bench notebooks lab lint lock
+.PHONY: help study test results validate bench notebooks lab lint lock
 help:
 	@echo "make study      the label-fraction study on the phantom: ./runs and ./paper_figures"
 	@echo "make test       all tests, and every notebook executed again"
@@ -25,6 +25,10 @@ study: $(STAMP)
 # One call, so that its last line counts everything. One worker per file: a notebook's cells stay together, in order.
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest --nbval-lax -n 2 --dist loadscope tests notebooks
+
+results: $(STAMP)
+	$(VENV)/bin/clseg results
+	$(VENV)/bin/python notebooks/build.py
 
 lab: $(STAMP)
 	$(VENV)/bin/jupyter-lab notebooks/00_start_here.ipynb

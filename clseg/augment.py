@@ -123,19 +123,22 @@ def _turned(angle: Tensor, scale: Tensor, mirror: Tensor, image: Tensor) -> Tens
     return theta
 
 
-def _warp_both(image: Tensor, label: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    warped = warp(label[:, None].to(image.dtype), grid, mode="nearest")[:, 0]
-    return warp(image, grid), warped.to(label.dtype)
+def warp_label(label: Tensor, grid: Tensor) -> Tensor:
+    """Class probabilities [B, K, ...], background first, sampled linearly like their images; outside is background.
+
+    Source: Chaitanya et al., released code, which deforms one-hot labels so.
+    """
+    organs = warp(label[:, 1:], grid)
+    return torch.cat([1 - organs.sum(dim=1, keepdim=True), organs], dim=1)
 
 
-def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The fine-tuning augmentation of Chaitanya et al. (released code), the same for image and label.
+def finetune_grid(image: Tensor, generator: Generator) -> Tensor:
+    """The fine-tuning augmentation of Chaitanya et al. (released code), one per image, as a sampling grid.
 
     Each image gets one of five with equal probability: rotation U(-15, 15) degrees, scale U(0.95, 1.05), horizontal
     flip (then with probability 1/2), rotation by a random multiple of 45 degrees, nothing. The images from a random
     index U{1..B-2} to the end are also deformed elastically (3 x 3 nodes of N(0, 5/192 of the side)).
 
-    image: float; label: int64 without the channel axis.
     *Deviation*: no brightness and contrast changes, which the released code computes here and drops.
     """
     batch = len(image)
@@ -148,7 +151,7 @@ def finetune_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[
     first = int(torch.randint(1, max(batch - 1, 2), (1,), generator=generator))
     field = elastic_nodes(image, generator)
     field[:first] = 0
-    return _warp_both(image, label, sampling_grid(image, _turned(angle, scale, mirror, image), field))
+    return sampling_grid(image, _turned(angle, scale, mirror, image), field)
 
 
 def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
@@ -177,10 +180,54 @@ def spatial_view(image: Tensor, generator: Generator) -> Tensor:
     return warp(image, spatial_grid(image, generator))
 
 
-def spatial_views(image: Tensor, label: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The fine-tuning augmentation of Zeng et al. for ACDC and HVSMR, the same for image and label."""
-    return _warp_both(image, label, spatial_grid(image, generator))
+def blur(image: Tensor, sigma_px: Tensor) -> Tensor:
+    """Images blurred in the plane by a Gaussian each, of these standard deviations [B] in pixels, at most 2."""
+    place = torch.arange(-4, 5, device=image.device)
+    weight = torch.exp(-0.5 * (place / sigma_px.to(image.device).clamp(min=1e-3)[:, None]).square())  # [B, 9]
+    planes_each = image[0, ..., 0, 0].numel()  # channels, in 3-D times slices
+    weight = (weight / weight.sum(dim=1, keepdim=True)).to(image).repeat_interleave(planes_each, dim=0)  # [P, 9]
+    planes = image.flatten(0, -3)[None]  # [1, P, H, W]
+    for kernel, pad in ((weight[:, None, :, None], (0, 0, 4, 4)), (weight[:, None, None, :], (4, 4, 0, 0))):
+        planes = F.conv2d(F.pad(planes, pad, mode="replicate"), kernel, groups=len(kernel))
+    return planes.reshape(image.shape)
+
+
+def strong_view(image: Tensor, generator: Generator) -> Tensor:
+    """Intensities changed strongly, each image for itself, shapes untouched: with probability 0.8 brightness
+    x + U(-0.3, 0.3) and contrast (x - mean) U(0.5, 1.5) + mean, with 0.5 a Gaussian blur of U(0.1, 1.5) pixels.
+
+    image: float, about 0..1. Source: UniMatch (Yang et al., CVPR 2023), its medical scenario.
+    *Deviation*: no hue or saturation, which these images lack; blur in pixels of the network's image, not of 256.
+    """
+    batch, each = len(image), (len(image), *[1] * (image.ndim - 1))
+    changed = torch.rand(each, generator=generator) < 0.8
+    shift = uniform(-0.3, 0.3, each, generator) * changed
+    factor = torch.where(changed, uniform(0.5, 1.5, each, generator), torch.ones(each))
+    sigma_px = uniform(0.1, 1.5, (batch,), generator) * (torch.rand(batch, generator=generator) < 0.5)
+    mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
+    shift, factor = shift.to(image), factor.to(image)
+    return blur(image * factor + mean * (1 - factor) + shift, sigma_px)
+
+
+def cutmix_boxes(image: Tensor, generator: Generator, share: float = 0.5) -> Tensor:
+    """Where images take the pixels of another one: bool [B, H, W], in 3-D [B, 1, H, W], on the CPU; with probability
+    `share` there is a box.
+
+    Its area is U(0.02, 0.4) of the plane, its aspect ratio U(0.3, 1 / 0.3), its place anywhere inside; through all
+    slices of a block. Source: CutMix (Yun et al., ICCV 2019) with the boxes of UniMatch.
+    """
+    batch, (height, width) = len(image), image.shape[-2:]
+    area, ratio = uniform(0.02, 0.4, (batch,), generator), uniform(0.3, 1 / 0.3, (batch,), generator)
+    there = torch.rand(batch, generator=generator) < share
+    inside = []
+    for side, part in ((height, (area / ratio).sqrt()), (width, (area * ratio).sqrt())):
+        length = (part * side).clamp(max=side)
+        first = torch.rand(batch, generator=generator) * (side - length)
+        centre = torch.arange(side) + 0.5
+        inside.append((centre >= first[:, None]) & (centre < (first + length)[:, None]))  # [B, side]
+    box = inside[0][:, :, None] & inside[1][:, None, :] & there[:, None, None]  # [B, H, W]
+    return box.reshape(batch, *[1] * (image.ndim - 4), height, width)
 
 
 CONTRAST_VIEWS = {"glcl": contrast_view, "pcl": spatial_view}
-FINETUNE_VIEWS = {"published": finetune_views, "pcl": spatial_views, "none": lambda image, label, _: (image, label)}
+FINETUNE_GRIDS = {"published": finetune_grid, "pcl": spatial_grid}

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from clseg import ranks
+from clseg.graphs import Replay
 from clseg.settings import Optimisation
 
 if TYPE_CHECKING:
@@ -72,16 +73,24 @@ class Work:
 
 @dataclass
 class Training:
-    """What a stage or a recipe gives the loop.
+    """What a stage or a recipe gives the loop: the loss of a step is `loss(*draw(step))`.
 
-    `learning`: modules the optimiser changes, by the prefix of their weights; `step_loss`: the loss of a step; `state`:
-    what else must survive an interruption; `tables`: what was found on the way, to be kept with the run.
+    `learning`: modules the optimiser changes, by the prefix of their weights; `draw`: what happens before a step and
+    the tensors of its batch, on the device; `loss`: of these tensors; from step `steady` on it is the same computation
+    in every step, without a question to the device, so that a GPU may record it (None: never); `state`: what else must
+    survive an interruption; `tables`: what was found on the way, to be kept with the run.
     """
 
     learning: dict[str, nn.Module]
-    step_loss: Callable[[int], Tensor]
+    draw: Callable[[int], Sequence[Tensor]]
+    loss: Callable[..., Tensor]
+    steady: int | None = 0
     state: dict[str, nn.Module] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def step_loss(self, step: int) -> Tensor:
+        """The loss of a step."""
+        return self.loss(*self.draw(step))
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,10 @@ class State:
         """Go back to what `tree` once said."""
         where = next(self.modules.parameters()).device
         self.modules.load_state_dict(tree["modules"])
+        rates = [group["lr"] for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(tree["optimiser"])
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate  # where it is; the loop sets it
         self.losses, self.scores = [tree["losses"].to(where)], [tuple(pair) for pair in tree["scores"]]
         self.step, self.seconds = tree["step"], tree["seconds"]
         self.best_step, self.best_state = tree["best_step"], tree["best_state"]
@@ -146,11 +158,23 @@ class Keeper(Protocol):
 def optimiser_for(modules: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
     """Adam, AdamW, or stochastic gradient descent with momentum 0.9, over every weight of these modules."""
     weights = [parameter for module in modules for parameter in module.parameters()]
-    rate, decay = settings.learning_rate, settings.weight_decay
+    about: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if weights[0].device.type == "cuda":  # the learning rate is there, too, so that a recorded step reads it
+        about |= {"lr": torch.tensor(settings.learning_rate, device=weights[0].device), "fused": True}
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay)
-    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser]
-    return adam(weights, lr=rate, weight_decay=decay)
+        return torch.optim.SGD(weights, momentum=0.9, **about)
+    if "fused" in about:
+        about["capturable"] = True
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser](weights, **about)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Change the learning rate, where it is."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(settings: Optimisation, step: int, steps: int) -> float:
@@ -180,23 +204,30 @@ def fit(
     """
     where = next(network.parameters()).device
     modules = nn.ModuleList([network, *training.learning.values(), *training.state.values()])
-    state = State(modules, optimiser_for(training.learning.values(), settings))
+    optimiser = optimiser_for(training.learning.values(), settings)
+    state = State(modules, optimiser)
     if keeper:
         keeper.restore(state)
     ranks.connect(modules)
+
+    def take(batch: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = training.loss(*batch)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.average_gradients(optimiser)
+        optimiser.step()
+        return loss.detach().float().reshape(1)
+
+    replay = Replay(take) if where.type == "cuda" and training.steady is not None and ranks.count() == 1 else None
     before, began = state.seconds, time.monotonic()
     bar = {"desc": title, "unit": "step", "mininterval": 1, "leave": False, "disable": ranks.number() > 0}
     for step in tqdm(range(state.step, steps), initial=state.step, total=steps, **bar):
         modules.train()
-        for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate(settings, step, steps)
-        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = training.step_loss(step)
-        state.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.average_gradients(state.optimiser)
-        state.optimiser.step()
-        state.losses.append(loss.detach().float().reshape(1))
+        set_learning_rate(optimiser, learning_rate(settings, step, steps))
+        with torch.no_grad(), torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            batch = training.draw(step)
+        state.losses.append((replay if replay and step >= training.steady else take)(batch))
         state.step = done = step + 1
         if evaluate and (done == steps or (evaluate_every and done % evaluate_every == 0)):
             score = evaluate()

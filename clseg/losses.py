@@ -33,12 +33,17 @@ def contrastive_loss(embedding: Tensor, pairs: Pairs, temperature: float = 0.1, 
     *Deviation*: Zeng et al. multiply by temperature / 0.07, Chaitanya et al. divide the sum over pairs by the number of
     images in the batch; here both are plain means.
     """
-    count = _checked_pairs(embedding, pairs, denominator)  # positives of each anchor [B]
-    positive, negative, count = (
-        mask.to(embedding.device, non_blocking=True) for mask in (pairs.positive, pairs.negative, count)
-    )
+    _check_pairs(embedding, pairs, denominator)
+    masks = (mask.to(embedding.device, non_blocking=True) for mask in (pairs.positive, pairs.negative))
+    return contrastive_terms(embedding, *masks, temperature, denominator)
+
+
+def contrastive_terms(
+    embedding: Tensor, positive: Tensor, negative: Tensor, temperature: float, denominator: str
+) -> Tensor:
+    """`contrastive_loss` of masks [B, B] on the device of the embeddings, which are taken as they are."""
     with full_precision(embedding):
-        z = directions(embedding, temperature)  # [B, D]
+        z, count = directions(embedding, temperature), positive.sum(dim=1)  # [B, D], positives of each anchor [B]
         s = z @ z.T  # [B, B]
         if denominator == "pair":
             rivals = s.masked_fill(~negative, LOG_ZERO).logsumexp(dim=1, keepdim=True)  # [B, 1]
@@ -102,18 +107,15 @@ def full_precision(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _checked_pairs(embedding: Tensor, pairs: Pairs, denominator: str) -> Tensor:
-    """How many positives each anchor has [B]; raises for what `contrastive_loss` does not take."""
+def _check_pairs(embedding: Tensor, pairs: Pairs, denominator: str) -> None:
     if embedding.ndim != 2:
         raise ValueError(f"embedding must be [B, D], not {list(embedding.shape)}")
     if len(embedding) != len(pairs.positive):
         raise ValueError(f"{len(embedding)} embeddings, but pairs of {len(pairs.positive)}")
     if denominator not in ("all", "pair"):
         raise ValueError(f"denominator must be 'all' or 'pair', not {denominator!r}")
-    count = pairs.positive.sum(dim=1)
-    if not count.any():
+    if not pairs.positive.any():
         raise ValueError("no anchor has a positive")
-    return count
 
 
 def _check_regions(first: Tensor, second: Tensor, neighbours: Tensor, image_pairs: Tensor | None) -> None:

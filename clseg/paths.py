@@ -6,6 +6,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 PARAMS = PROJECT / "params"
 NOTEBOOKS = PROJECT / "notebooks"
+COMMITTED = PROJECT / "paper_figures"  # rows, tables and charts that come with the project
 
 
 def data_root() -> Path:
@@ -14,8 +15,8 @@ def data_root() -> Path:
 
 
 def out_root() -> Path:
-    """Folder under which everything is written: `$CLSEG_OUT`, or the project itself."""
-    return Path(os.environ.get("CLSEG_OUT") or PROJECT).expanduser().absolute()
+    """Folder under which everything is written: `$CLSEG_OUT`, or `out/` of the project, which git ignores."""
+    return Path(os.environ.get("CLSEG_OUT") or PROJECT / "out").expanduser().absolute()
 
 
 def runs_root() -> Path:

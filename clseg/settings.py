@@ -35,6 +35,7 @@ Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[float, Field(ge=1e-9, le=1e9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Filters = Annotated[list[Pixels], Field(min_length=2, max_length=12)]
 Plane = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 Sides = Annotated[list[Pixels], Field(min_length=2, max_length=3)]
@@ -60,6 +61,7 @@ class Geometry(Strict):
 
 
 class Normalisation(Strict):
+    kind: Literal["percentiles", "z_score"] = "percentiles"  # z_score: clipped to p_low and p_high, (v - mean) / sd
     low: Percent = 1.0  # (v - p_low) / (p_high - p_low) per volume and channel, not clipped
     high: Percent = 99.0
     n4: bool = False  # corrects the bias field first
@@ -160,6 +162,7 @@ class ContrastStage(StageConfig):
     stage: Literal["contrast"] = "contrast"  # trains the encoder
     pairs: Literal["instance", "partition", "position", "cluster"]  # who is alike
     strategy: Literal["gd-", "gd", "gcl"] = "gd"  # of partitions: gd-, gd of Chaitanya et al., gcl of Zeng et al.
+    set_of: Several | None = 2  # of gd: so many volumes of the batch have positives in each other; None: all of them
     partitions: Several = 4
     threshold: Positive | None = None  # of positions; None: that of the data set
     clusters: Several = 10  # of the features of an autoencoder stage before
@@ -213,7 +216,7 @@ class ContextRestorationStage(StageConfig):
         "context_restoration"  # put swapped patches back; trains encoder and decoder
     )
     swaps: Count = 10  # pairs of patches
-    patch: Share = 5 / 192  # times the image side
+    patch: Share = 5 / 192  # times the image side, at least 4 pixels
 
 
 class PirlStage(StageConfig):
@@ -235,6 +238,7 @@ class SupervisedRecipe(Optimisation):
     loss: Literal["dice", "cross_entropy", "dice+cross_entropy"] = "dice"
     augmentation: Literal["published", "pcl", "none"] = "published"
     mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha), 0 is off
+    average: Decay = 0.0  # the segmenter is a running average of the weights with this decay; 0 is off
 
 
 class SelfTrainingRecipe(SupervisedRecipe):
@@ -246,7 +250,7 @@ class SelfTrainingRecipe(SupervisedRecipe):
 
 class MeanTeacherRecipe(SupervisedRecipe):
     recipe: Literal["mean_teacher"] = "mean_teacher"  # a running average of the weights teaches
-    decay: Share = 0.99
+    average: Decay = 0.99
     weight: Positive = 0.1
     ramp: Share = 0.4  # of the steps, over which the weight of its lesson grows
 
@@ -263,7 +267,14 @@ class GanAugmentationRecipe(SupervisedRecipe):
     warm_up: Share = 0.04
 
 
-SemiSupervised = SelfTrainingRecipe | MeanTeacherRecipe | AdversarialRecipe | GanAugmentationRecipe
+class WeakToStrongRecipe(SupervisedRecipe):
+    recipe: Literal["weak_to_strong"] = "weak_to_strong"  # what is sure on a weakly changed slice holds on a strong one
+    average: Decay = 0.99
+    confidence: Share = 0.95  # least probability of a pseudo-label
+    weight: Positive = 1.0
+
+
+SemiSupervised = SelfTrainingRecipe | MeanTeacherRecipe | WeakToStrongRecipe | AdversarialRecipe | GanAugmentationRecipe
 Recipe = Annotated[SupervisedRecipe | SemiSupervised, Field(discriminator="recipe")]
 
 

@@ -34,7 +34,9 @@ MOST_VOXELS = 2**31  # of one volume
 def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.ndarray:
     """(v - p_low) / (p_high - p_low) per channel of the whole volume, not clipped; float32 [C, Z, Y, X].
 
-    Source: Chaitanya et al., 1st and 99th percentile; N4 without a mask, as their `N4_bias_correction.py`.
+    Kind "z_score": v is clipped to [p_low, p_high], then (v - mean) / sd of the volume.
+    Source: Chaitanya et al., 1st and 99th percentile; N4 without a mask, as their `N4_bias_correction.py`; z-scores:
+    Zeng et al., who clip the percentiles 1 and 99 (CT, HVSMR) or nothing (ACDC).
     `RequestError` if the percentiles coincide, or without SimpleITK for N4.
     """
     channels = []
@@ -44,6 +46,9 @@ def normalise(volume: Volume, setting: Normalisation, source: str | Path) -> np.
         if not low < high < low + np.finfo(np.float32).max:
             percentiles = f"percentiles {setting.low:g} and {setting.high:g} of channel {channel} are both {low:g}"
             raise RequestError(f"{source}: {percentiles}; remove the image or widen normalisation.low and .high")
+        if setting.kind == "z_score":
+            image = np.clip(image, low, high)
+            low, high = image.mean(dtype=np.float64), image.mean(dtype=np.float64) + image.std(dtype=np.float64)
         channels.append((image - np.float32(low)) / np.float32(high - low))
     return np.stack(channels)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clseg.loop import Training, Work
 from clseg.models import CONV, MEAN, initialise
-from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
+from clseg.recipes.supervised import drawn_batch, drawn_images, semi_supervised_loss
 from clseg.settings import AdversarialRecipe, NetworkConfig
 
 
@@ -63,13 +63,15 @@ def adversarial(work: Work, recipe: AdversarialRecipe) -> Training:
     network, store = work.network, work.store
     discriminator = Discriminator(store.channels + store.num_classes, network.config, store.dimensions).to(work.device)
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> list[Tensor]:
         generator = work.generator("adversarial", step)
         image, label = drawn_batch(work, work.rows, recipe, generator)
-        other, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
+        return [image, label, drawn_images(work, work.unlabelled, recipe, generator)]
+
+    def loss(image: Tensor, label: Tensor, other: Tensor) -> Tensor:
         known, guessed = network(image), network(other)
         real = torch.cat([image, known.detach().float().softmax(dim=1)], dim=1)
         fake = torch.cat([other, reverse(guessed, recipe.weight).float().softmax(dim=1)], dim=1)
         return segmentation_loss(known, label) + discriminator_loss(discriminator, real, fake)
 
-    return Training({"network": network, "discriminator": discriminator}, step_loss)
+    return Training({"network": network, "discriminator": discriminator}, draw, loss)

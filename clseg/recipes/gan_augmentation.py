@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clseg.augment import REFERENCE_PX, sampling_grid, warp
+from clseg.augment import REFERENCE_PX, sampling_grid, warp, warp_label
 from clseg.loop import Training, Work
 from clseg.models import CONV, initialise
 from clseg.recipes.adversarial import Discriminator, discriminator_loss, reverse
-from clseg.recipes.supervised import background, drawn_batch, one_hot, semi_supervised_loss
+from clseg.recipes.supervised import drawn_batch, drawn_images, semi_supervised_loss
 from clseg.settings import GanAugmentationRecipe, NetworkConfig
 
 RANDOM = 100  # length of the random vector
@@ -47,8 +47,7 @@ def deform(image: Tensor, label: Tensor, displacement: Tensor) -> tuple[Tensor, 
     along the last axis, as in `warp`; what comes from outside is 0 and background."""
     grid = sampling_grid(image, torch.eye(2, 3).expand(len(image), -1, -1))
     grid = grid + 2 / REFERENCE_PX * displacement.movedim(1, -1)
-    organs = warp(label[:, 1:], grid)
-    return warp(image, grid), torch.cat([1 - organs.sum(dim=1, keepdim=True), organs], dim=1)
+    return warp(image, grid), warp_label(label, grid)
 
 
 def gan_augmentation(work: Work, recipe: GanAugmentationRecipe) -> Training:
@@ -64,21 +63,26 @@ def gan_augmentation(work: Work, recipe: GanAugmentationRecipe) -> Training:
     deformation, intensity = (Change(channels, n, *about).to(work.device) for n in (store.dimensions, channels))
     discriminator = Discriminator(channels, *about).to(work.device)
 
-    def step_loss(step: int) -> Tensor:
+    warm_up = round(recipe.warm_up * work.steps)
+
+    def draw(step: int) -> list[Tensor]:
         generator = work.generator("gan_augmentation", step)
         image, label = drawn_batch(work, work.rows, recipe, generator)
-        if step < round(recipe.warm_up * work.steps):
-            return segmentation_loss(network(image), label)
-        label = label if recipe.mixup else one_hot(label, store.num_classes)
+        if step < warm_up:
+            return [image, label]
         vectors = torch.randn((2, work.slices, RANDOM), generator=generator).to(work.device)
+        return [image, label, vectors, drawn_images(work, work.unlabelled, recipe, generator)]
+
+    def loss(image: Tensor, label: Tensor, vectors: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        if vectors is None:
+            return segmentation_loss(network(image), label)
         displacement = deformation(image, vectors[0]).float()
         moved, moved_label = deform(image, label, displacement)
         added = intensity(moved, vectors[1]).float().tanh()
         changed = moved + added
         known = segmentation_loss(network(torch.cat([image, changed])), torch.cat([label, moved_label]))
-        real, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
         contest = discriminator_loss(discriminator, real, reverse(changed, recipe.adversarial_weight))
         return known + contest - recipe.size_weight * (displacement.abs().mean() + added.abs().mean())
 
     learning = {"network": network, "deformation": deformation, "intensity": intensity, "discriminator": discriminator}
-    return Training(learning, step_loss)
+    return Training(learning, draw, loss, steady=warm_up)

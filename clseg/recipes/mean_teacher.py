@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clseg.loop import Training, Work
-from clseg.recipes.supervised import background, drawn_batch, semi_supervised_loss
+from clseg.recipes.average import follow
+from clseg.recipes.supervised import drawn_batch, drawn_images, semi_supervised_loss
 from clseg.settings import MeanTeacherRecipe
 
 NOISE = 0.05  # standard deviation of the noise on images of about 0..1
@@ -21,9 +22,9 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
     """L(labelled) + weight exp(-5 (1 - t)²) mean (p - p')², p of the student, p' of the teacher.
 
     t goes from 0 to 1 in `ramp` of the steps. The mean runs over labelled and as many unlabelled slices, on which each
-    of the two sees Gaussian noise of its own. The teacher is `network`: before step s = 0, 1, … its weights w' become
-    a w' + (1 - a) w, a = min(1 - 1 / (s + 1), decay), w the student's; its batch-norm running averages are those of
-    the batches that it sees itself. Raises `RequestError` without unlabelled slices.
+    of the two sees Gaussian noise of its own. The teacher is `network`, the average of the student's weights with decay
+    `average` (`follow`); its batch-norm running averages are those of the batches that it sees itself. Raises
+    `RequestError` without unlabelled slices.
     """
     segmentation_loss = semi_supervised_loss(work, recipe)
     network, student = work.network, deepcopy(work.network)
@@ -31,20 +32,21 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
     def predict(model: nn.Module, image: Tensor) -> Tensor:
         return torch.cat([model(part) for part in image.split(work.slices)])  # labelled and unlabelled slices apart
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> list[Tensor]:
         generator = work.generator("mean_teacher", step)
         image, label = drawn_batch(work, work.rows, recipe, generator)
-        other, _ = drawn_batch(work, work.unlabelled, recipe, generator, background)
+        other = drawn_images(work, work.unlabelled, recipe, generator)
         image = torch.cat([image, other])
         noise = NOISE * torch.randn((2, *image.shape), generator=generator).to(work.device)
+        follow(network, student, recipe.average, step, statistics=False)
+        weight = recipe.weight * math.exp(-5 * (1 - min(step / (recipe.ramp * work.steps), 1)) ** 2)
+        return [image, label, noise, torch.tensor(weight).to(work.device)]
+
+    def loss(image: Tensor, label: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            share = 1 - min(1 - 1 / (step + 1), recipe.decay)
-            for mine, theirs in zip(network.parameters(), student.parameters(), strict=True):
-                mine.lerp_(theirs, share)
             lesson = predict(network, image + noise[0]).float().softmax(dim=1)
         logits = predict(student, image + noise[1])
         difference = (logits.float().softmax(dim=1) - lesson).square().mean()
-        weight = recipe.weight * math.exp(-5 * (1 - min(step / (recipe.ramp * work.steps), 1)) ** 2)
         return segmentation_loss(logits[: work.slices], label) + weight * difference
 
-    return Training({"student": student}, step_loss)
+    return Training({"student": student}, draw, loss)

@@ -27,15 +27,17 @@ def self_training(work: Work, recipe: SelfTrainingRecipe) -> Training:
     def predict(image: Tensor) -> Tensor:
         return copy.eval()(image).max(dim=1).indices
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, ...]:
         generator = work.generator("self_training", step)
-        image, label = drawn_batch(work, work.rows, recipe, generator)
-        if step < first:
-            return segmentation_loss(network(image), label)
+        known = drawn_batch(work, work.rows, recipe, generator)
         if step in renewals:
             copy.load_state_dict(network.state_dict())
-        other, predicted = drawn_batch(work, work.unlabelled, recipe, generator, predict)
+        return known if step < first else (*known, *drawn_batch(work, work.unlabelled, recipe, generator, predict))
+
+    def loss(image: Tensor, label: Tensor, other: Tensor | None = None, predicted: Tensor | None = None) -> Tensor:
+        if other is None:
+            return segmentation_loss(network(image), label)
         known, guessed = segmentation_loss(network(image), label), segmentation_loss(network(other), predicted)
         return known + recipe.weight * guessed
 
-    return Training({"network": network}, step_loss, {"copy": copy})
+    return Training({"network": network}, draw, loss, steady=first, state={"copy": copy})

@@ -5,16 +5,19 @@ Zhang et al., ICLR 2018, with Beta(0.1, 0.1) in the code of Chaitanya et al.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from clseg.augment import FINETUNE_VIEWS
+from clseg.augment import FINETUNE_GRIDS, warp, warp_label
+from clseg.data.store import SliceBatch
 from clseg.errors import RequestError
 from clseg.loop import Training, Work
 from clseg.losses import SEGMENTATION_LOSSES
+from clseg.recipes.average import follow
 from clseg.settings import SupervisedRecipe
 
 Annotate = Callable[[Tensor], Tensor]
@@ -25,37 +28,49 @@ def one_hot(label: Tensor, classes: int) -> Tensor:
     return F.one_hot(label, classes).movedim(-1, 1).float()
 
 
-def mixup(image: Tensor, label: Tensor, classes: int, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Every image and its one-hot label mixed with those of another row by one weight of Beta(alpha, alpha) per image.
+def mixup(image: Tensor, label: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Every image and its label mixed with those of another row by one weight of Beta(alpha, alpha) per image.
 
-    image [B, C, ...], label int64 [B, ...] -> image [B, C, ...], label float [B, classes, ...].
+    image [B, C, ...], label float [B, classes, ...]; returns the like.
     """
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     weight = torch.from_numpy(rng.beta(alpha, alpha, len(image))).to(image).reshape(-1, *[1] * (image.ndim - 1))
     other = torch.randperm(len(image), generator=generator).to(image.device)
-    label = one_hot(label, classes)
     return weight * image + (1 - weight) * image[other], weight * label + (1 - weight) * label[other]
 
 
-def background(image: Tensor) -> Tensor:
-    """The labels [B, ...] of slices that have none."""
-    return torch.zeros_like(image[:, 0], dtype=torch.long)
+def _drawn(
+    work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator
+) -> tuple[SliceBatch, Tensor | None]:
+    """Slices of `rows`, drawn with repetition, and the sampling grid of their augmentation, None without one."""
+    chosen = rows[torch.randint(len(rows), (work.slices,), generator=generator).numpy()]
+    batch = work.store.batch(chosen, work.device, generator)
+    if recipe.augmentation == "none":
+        return batch, None
+    return batch, FINETUNE_GRIDS[recipe.augmentation](batch.image, generator)
 
 
 def drawn_batch(
     work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator, annotate: Annotate | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Slices of `rows`, drawn with repetition and augmented: images, and labels for `dice_loss`.
+    """Slices of `rows`, drawn with repetition and augmented: images, and labels float [B, classes, ...].
 
     `annotate`: labels int64 [B, ...] of images before their augmentation; None: those of the store.
     Recipes pass slices without labels through the network apart from those with labels: in one batch, batch norm leaves
     the segmenter a way to tell the few labelled subjects from the others, and what it learns fails on the others.
     """
-    chosen = rows[torch.randint(len(rows), (work.slices,), generator=generator).numpy()]
-    batch, classes = work.store.batch(chosen, work.device, generator), work.store.num_classes
-    label = annotate(batch.image) if annotate else batch.label
-    image, label = FINETUNE_VIEWS[recipe.augmentation](batch.image, label, generator)
-    return mixup(image, label, classes, recipe.mixup, generator) if recipe.mixup else (image, label)
+    batch, grid = _drawn(work, rows, recipe, generator)
+    image = batch.image
+    label = one_hot(annotate(image) if annotate else batch.label, work.store.num_classes).to(work.device)
+    if grid is not None:
+        image, label = warp(image, grid), warp_label(label, grid)
+    return mixup(image, label, recipe.mixup, generator) if recipe.mixup else (image, label)
+
+
+def drawn_images(work: Work, rows: np.ndarray, recipe: SupervisedRecipe, generator: Generator) -> Tensor:
+    """As `drawn_batch`, of slices without labels: the images alone."""
+    batch, grid = _drawn(work, rows, recipe, generator)
+    return batch.image if grid is None else warp(batch.image, grid)
 
 
 def semi_supervised_loss(work: Work, recipe: SupervisedRecipe) -> Callable[[Tensor, Tensor], Tensor]:
@@ -66,11 +81,16 @@ def semi_supervised_loss(work: Work, recipe: SupervisedRecipe) -> Callable[[Tens
 
 
 def supervised(work: Work, recipe: SupervisedRecipe) -> Training:
-    """Trains the network on the labelled slices."""
-    segmentation_loss = SEGMENTATION_LOSSES[recipe.loss]
+    """Trains the network on the labelled slices; with `average` it is a running average of what is trained."""
+    segmentation_loss, network = SEGMENTATION_LOSSES[recipe.loss], work.network
+    student = deepcopy(network) if recipe.average else network
 
-    def step_loss(step: int) -> Tensor:
-        image, label = drawn_batch(work, work.rows, recipe, work.generator("supervised", step))
-        return segmentation_loss(work.network(image), label)
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        if recipe.average:
+            follow(network, student, recipe.average, step)
+        return drawn_batch(work, work.rows, recipe, work.generator("supervised", step))
 
-    return Training({"network": work.network}, step_loss)
+    def loss(image: Tensor, label: Tensor) -> Tensor:
+        return segmentation_loss(student(image), label)
+
+    return Training({"network": student}, draw, loss)

@@ -28,11 +28,13 @@ def autoencoder(work: Work, stage: AutoencoderStage) -> Training:
     """Trains a beta-VAE, saved beside the network, which stays as it was."""
     vae = BetaVAE(work.store.channels, work.store.size, stage.latent).to(work.device)
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, Tensor]:
         image, generator = random_batch(work, "autoencoder", step)
+        return image, torch.randn((len(image), stage.latent), generator=generator).to(work.device)
+
+    def loss(image: Tensor, noise: Tensor) -> Tensor:
         mean, log_variance = vae.encode(image)
-        noise = torch.randn(mean.shape, generator=generator).to(work.device)
         restored = vae.decode(mean + (log_variance / 2).exp() * noise)
         return beta_vae_loss(image, restored, mean, log_variance, stage.beta)
 
-    return Training({"autoencoder": vae}, step_loss)
+    return Training({"autoencoder": vae}, draw, loss)

@@ -9,7 +9,7 @@
 | cluster | two copies | random | Zhang et al., an interpretation |
 
 *Deviation* from the code of Chaitanya et al.: batches hold only real slices (the released sampler leaves zero images in
-them); brightness and contrast are drawn per image; positives of `gd` join all volumes of the batch, not sets of two.
+them, whose 16 slices of four volumes in two sets are kept); brightness and contrast are drawn per image.
 """
 
 import torch
@@ -20,7 +20,7 @@ from clseg.augment import CONTRAST_VIEWS
 from clseg.cluster import pseudo_classes
 from clseg.errors import RequestError
 from clseg.loop import Training, Work
-from clseg.losses import contrastive_loss
+from clseg.losses import contrastive_terms
 from clseg.models import GlobalHead
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, partition_pairs, position_pairs
 from clseg.ranks import gather
@@ -31,8 +31,11 @@ from clseg.stages.sampling import equal_partitions, partition_slices, random_sli
 VIEWS = {"gd-": (False, True, True), "gd": (False, True)}
 
 
-def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | None = None) -> tuple[Tensor, Pairs]:
-    """The batch of one step: images [V n, C, ...], view after view, and who is alike among them, which the CPU tells.
+def draw_batch(
+    work: Work, stage: ContrastStage, step: int, cluster: Tensor | None = None
+) -> tuple[list[Tensor], Pairs]:
+    """The batch of one step: V views of n images [n, C, ...], and who is alike among the V n rows, view after view,
+    which the CPU tells.
 
     cluster: pseudo-class of every row of the store [N] int64, for `cluster` pairs.
     """
@@ -44,7 +47,7 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
         chosen = random_slices(work.rows, work.slices, generator)
     batch = store.batch(chosen, work.device, generator)
     view_of = CONTRAST_VIEWS[stage.views]
-    image = torch.cat([view_of(batch.image, generator) if augmented else batch.image for augmented in views])
+    image = [view_of(batch.image, generator) if augmented else batch.image for augmented in views]
 
     def every(values: Tensor) -> Tensor:
         return values.repeat(len(views))  # [n] -> [V n]
@@ -56,7 +59,11 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
         return image, position_pairs(every(batch.position), stage.threshold)
     if stage.answer in VIEWS:
         view = torch.arange(len(views)).repeat_interleave(len(chosen))
-        return image, partition_pairs(slice_id, every(partition), stage.strategy, view)
+        pairs = partition_pairs(slice_id, every(partition), stage.strategy, view)
+        if stage.strategy == "gd" and stage.set_of:
+            group = every(torch.arange(len(chosen)) // (stage.set_of * stage.partitions))
+            pairs = Pairs(pairs.positive & (group[:, None] == group[None, :]), pairs.negative)
+        return image, pairs
     cluster = equal_partitions(store, chosen, stage.partitions) if stage.pairs == "partition" else cluster[chosen]
     pairs = cluster_pairs(slice_id, every(cluster))
     if stage.pairs == "cluster" and stage.positives == "view":
@@ -65,7 +72,11 @@ def draw_batch(work: Work, stage: ContrastStage, step: int, cluster: Tensor | No
 
 
 def contrast(work: Work, stage: ContrastStage) -> Training:
-    """Trains the encoder and a head; with `cluster` pairs the pseudo-classes are among the tables."""
+    """Trains the encoder and a head; with `cluster` pairs the pseudo-classes are among the tables.
+
+    Views pass the network one after the other, so that batch norm cannot tell them by being together; so do those of
+    Chaitanya et al. and of Zeng et al.
+    """
     store, encoder = work.store, work.network.encoder
     if stage.pairs == "position" and not store.positions_known:
         raise RequestError(f"data set of {store.folder.name}: slices have no known position; choose other pairs")
@@ -74,9 +85,12 @@ def contrast(work: Work, stage: ContrastStage) -> Training:
     if stage.pairs == "cluster":
         tables["clusters"], cluster = pseudo_classes(work, stage)
 
-    def step_loss(step: int) -> Tensor:
-        image, pairs = draw_batch(work, stage, step, cluster)
-        embedding = gather(head(encoder(ranks.part(image))[-1]))
-        return contrastive_loss(embedding, pairs, stage.temperature, stage.denominator)
+    def draw(step: int) -> list[Tensor]:
+        views, pairs = draw_batch(work, stage, step, cluster)
+        return [*(mask.to(work.device, non_blocking=True) for mask in (pairs.positive, pairs.negative)), *views]
 
-    return Training({"encoder": encoder, "head": head}, step_loss, tables=tables)
+    def loss(positive: Tensor, negative: Tensor, *views: Tensor) -> Tensor:
+        embedding = torch.cat([gather(head(encoder(ranks.part(view))[-1])) for view in views])  # [V n, E]
+        return contrastive_terms(embedding, positive, negative, stage.temperature, stage.denominator)
+
+    return Training({"encoder": encoder, "head": head}, draw, loss, tables=tables)

@@ -41,20 +41,23 @@ def local(work: Work, stage: LocalStage) -> Training:
     corners, neighbours = regions(stage, map_size)
     head = LocalHead(network.config, count, stage.size).to(device)
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> list[Tensor]:
         generator = work.generator("local", step)
-        image_pairs = None
+        image_pairs = []
         if stage.strategy == "lr":
             chosen = random_slices(work.rows, work.slices, generator)
         else:
             chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
-            image_pairs = (partition[:, None] == partition[None, :]).fill_diagonal_(False)
+            image_pairs = [(partition[:, None] == partition[None, :]).fill_diagonal_(False)]
         image = store.batch(chosen, device).image
-        views = torch.cat([intensity(image, generator), intensity(image, generator)])
-        with torch.no_grad():
-            features = network.encoder(ranks.part(views))
-        embedding = gather(head(network.decoder(features, count), corners))  # [2B, R', D]
-        first, second = embedding.chunk(2)
-        return local_contrastive_loss(first, second, neighbours, stage.temperature, image_pairs)
+        return [intensity(image, generator), intensity(image, generator), *image_pairs]
 
-    return Training({**{f"decoder.blocks.{k}": blocks[k] for k in range(count)}, "head": head}, step_loss)
+    def loss(first: Tensor, second: Tensor, image_pairs: Tensor | None = None) -> Tensor:
+        maps = []  # of each view, which pass the network one after the other: [B, R', D]
+        for view in (first, second):
+            with torch.no_grad():
+                features = network.encoder(ranks.part(view))
+            maps.append(gather(head(network.decoder(features, count), corners)))
+        return local_contrastive_loss(*maps, neighbours, stage.temperature, image_pairs)
+
+    return Training({**{f"decoder.blocks.{k}": blocks[k] for k in range(count)}, "head": head}, draw, loss, steady=None)

@@ -44,12 +44,15 @@ def rotation(work: Work, _stage: RotationStage) -> Training:
         raise RequestError(f"geometry.size: rotation needs square images, not {work.store.size}; choose equal sides")
     head = _pooled(work.network.config, 4).to(work.device)
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor]:
         image, generator = random_batch(work, "rotation", step)
-        turned, label = turns(intensity(image, generator))
+        return (intensity(image, generator),)
+
+    def loss(image: Tensor) -> Tensor:
+        turned, label = turns(image)
         return F.cross_entropy(head(encoder(turned)[-1]).float(), label)
 
-    return Training({"encoder": encoder, "head": head}, step_loss)
+    return Training({"encoder": encoder, "head": head}, draw, loss)
 
 
 def _restoring(work: Work, spoil: Callable[[Tensor, Generator], tuple[Tensor, Tensor]]) -> Training:
@@ -58,13 +61,15 @@ def _restoring(work: Work, spoil: Callable[[Tensor, Generator], tuple[Tensor, Te
     network = work.network
     head = initialise(output_layers(work.store.channels, network.config), network.config).to(work.device)
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, Tensor, Tensor]:
         image, generator = random_batch(work, "restoring", step)
-        spoilt, counts = spoil(image, generator)
+        return image, *spoil(image, generator)
+
+    def loss(image: Tensor, spoilt: Tensor, counts: Tensor) -> Tensor:
         restored = head(network.decoder(network.encoder(spoilt))).float()
         return (restored - image).square().mul(counts).sum() / counts.expand_as(image).sum()
 
-    return Training({"encoder": network.encoder, "decoder": network.decoder, "head": head}, step_loss)
+    return Training({"encoder": network.encoder, "decoder": network.decoder, "head": head}, draw, loss)
 
 
 def box_mask(images: int, size: Sequence[int], stage: InpaintingStage, generator: Generator) -> Tensor:
@@ -99,9 +104,9 @@ def patch_swaps(images: int, size: Sequence[int], stage: ContextRestorationStage
     """The pixel each pixel takes its value from, int64 [B, H W]: `swaps` pairs of patches change places.
 
     Patches are cells of a lattice with a random origin; their side is `patch` times the shorter one of the image, at
-    least 2 pixels. Raises `RequestError` where so many do not fit.
+    least 4 pixels. Raises `RequestError` where so many do not fit.
     """
-    side = max(round(stage.patch * min(size)), 2)
+    side = max(round(stage.patch * min(size)), 4)
     down, across = (length // side - 1 for length in size)  # cells; one less than fit, so that the origin can move
     if down * across < 2 * stage.swaps:
         raise RequestError(f"stages: {2 * stage.swaps} patches of {side} pixels do not fit; lower swaps or patch")
@@ -125,7 +130,8 @@ def context_restoration(work: Work, stage: ContextRestorationStage) -> Training:
     """Mean square error of slices restored from swapped patches; trains encoder, decoder and output layers.
 
     Source: Chen et al., Medical Image Analysis 2019; `context_restoration` of Chaitanya et al.: 10 swaps, 5 x 5 of 192.
-    *Deviation*: all patches are disjoint, not only the two of a pair.
+    *Deviation*: all patches are disjoint, not only the two of a pair; they have 4 pixels or more, as smaller ones of a
+    small image hold no context.
     """
 
     def spoil(image: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -189,8 +195,8 @@ def pirl(work: Work, stage: PirlStage) -> Training:
     Patches pass the encoder one by one, resized up to a multiple of its coarsest pixel. Image and puzzle are changed in
     brightness and contrast, each for itself. The bank holds the slices of `rows`.
     Source: Misra & van der Maaten, CVPR 2020, eq. 3 to 5; 3 x 3 patches, momentum 0.5, temperature 0.07, λ = 0.5.
-    *Deviation*: L is InfoNCE, without the published sum of log(1 - h) over negatives; 1024 of them, not 32,000; no
-    random crops.
+    *Deviation*: L is InfoNCE, without the published sum of log(1 - h) over negatives; 1024 of them, not 32,000, or all
+    other slices where there are fewer; no random crops.
     """
     network, store, rows, device = work.network, work.store, work.rows, work.device
     if stage.grid > min(store.size):
@@ -199,16 +205,19 @@ def pirl(work: Work, stage: PirlStage) -> Training:
     head, memory = PirlHead(network.config, stage.grid**2).to(device), Memory(len(rows)).to(device)
     patch_size = [-(-(side // stage.grid) // coarsest) * coarsest for side in store.size]
 
-    def step_loss(step: int) -> Tensor:
+    def draw(step: int) -> list[Tensor]:
         generator = work.generator("pirl", step)
         chosen = random_slices(np.arange(len(rows)), work.slices, generator)
         image, index = store.batch(rows[chosen], device).image, torch.from_numpy(chosen)
         others, index = memory.others(index, stage.negatives, generator).to(device), index.to(device)
         patches, _ = jigsaw(intensity(image, generator), stage.grid, generator)
         patches = F.interpolate(patches.flatten(0, 1), patch_size, mode="bilinear", align_corners=False)
-        whole, puzzle = head(network.encoder(intensity(image, generator))[-1], network.encoder(patches)[-1])
+        return [intensity(image, generator), patches, index, others]
+
+    def loss(image: Tensor, patches: Tensor, index: Tensor, others: Tensor) -> Tensor:
+        whole, puzzle = head(network.encoder(image)[-1], network.encoder(patches)[-1])
         of_whole, of_puzzle = (memory.loss(z, index, others, stage.temperature) for z in (whole, puzzle))
         memory.update(whole, index, stage.momentum)
         return stage.weight * of_puzzle + (1 - stage.weight) * of_whole
 
-    return Training({"encoder": network.encoder, "head": head}, step_loss, {"memory": memory})
+    return Training({"encoder": network.encoder, "head": head}, draw, loss, state={"memory": memory})

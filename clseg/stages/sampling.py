@@ -43,7 +43,8 @@ def partition_slices(
 
 
 def equal_partitions(store: Store, rows: np.ndarray, partitions: int) -> Tensor:
-    """The partition of every slice [B] int64, as Zeng et al. cut: round(D/S) slices each, the last takes the rest."""
+    """The partition of every slice [B] int64, as Zeng et al. cut: D/S slices each, half rounded up, the last takes the
+    rest."""
     slices = store.slices.iloc[rows]
-    length = (slices["slices_in_volume"] / partitions).round().clip(lower=1)
+    length = np.floor(slices["slices_in_volume"] / partitions + 0.5).clip(lower=1)
     return torch.from_numpy((slices["slice"] // length).clip(upper=partitions - 1).to_numpy(np.int64))

@@ -9,7 +9,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -91,16 +91,25 @@ def adaptation(weights: Path) -> dict[str, Any]:
         return json.loads(file.metadata()["clseg"])
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """CSV with six decimals, written atomically."""
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6f"))
+def write_table(path: Path, table: pd.DataFrame, decimals: str = "%.6f") -> None:
+    """CSV, written atomically."""
+    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format=decimals))
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A table as `write_table` left it: names and ids stay text, also where they are empty or look like numbers."""
-    text = ["study", "method", "subject", "phase", "class_name", "hd95_unit", "note", "run"]
+    text = ["study", "method", "subject", "phase", "class_name", "hd95_unit", "note", "run", "kind", "parent"]
+    text += ["device", "precision", "code", "content", "commit", "torch"]
     table = pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""])
     return table.fillna(dict.fromkeys(table.columns.intersection(text), ""))
+
+
+def _cpu() -> str:
+    """The model of the processor, as Linux names it."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.machine()
 
 
 def provenance() -> dict[str, Any]:
@@ -121,6 +130,7 @@ def provenance() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
+        "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

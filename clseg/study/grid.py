@@ -86,7 +86,9 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
         shared = {"dataset": dataset, "profile": profile, "method": method, "variant": variant, "study": study.name}
         shared |= {name: getattr(study, name) for name in ("protocol", "dimensions", "pretrain_dataset")}
         shared |= {"seed": seed, "draw": draw, "overrides": applicable(common, methods[method])}
-        for labelled in [0] if methods[method].all_labels else study.labelled:
+        some = [] if methods[method].all_labels else study.labelled
+        every = [0] if methods[method].all_labels or method in study.all_labels else []
+        for labelled in [*some, *every]:
             run = runs.finetune_run(FinetuneParameters(**shared, labelled=labelled))
             about = f"protocol {run.experiment.protocol}"
             offered = available_draws(run.experiment.division, labelled) if labelled else None

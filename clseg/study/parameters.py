@@ -153,13 +153,17 @@ def _resolve(
     ):
         if name not in valid:
             raise RequestError(f"{what} {name!r} is not known, {nearest(name, valid)}")
-    tree = budget.model_dump(exclude={"name", "title", "network_3d"}) | methods[method].model_dump(exclude={"title"})
+    tree = budget.model_dump(exclude={"name", "title", "network_3d", "set"}) | methods[method].model_dump(
+        exclude={"title"}
+    )
     tree |= {"method": method, "profile": budget.name, "protocol": protocol, "unlabelled": None}
     tree |= {"dataset": data.model_dump(), "geometry": geometry[budget.name].model_dump()}
     if folds is not None:  # what the file holds decides, not its name
         tree["dataset"]["protocols"][protocol] |= {"file": "", "folds": [fold.model_dump() for fold in folds]}
     if dimensions == 3:
         tree["network"] = budget.network_3d.model_dump()
+    scaled = [*budget.set.get("*", []), *budget.set.get(method, [])]
+    overrides = (*applicable(scaled, methods[method]), *overrides)
     for text in overrides:
         key, value = parse_override(text)
         if key[0] not in OVERRIDABLE:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +10,50 @@ from matplotlib.figure import Figure
 
 from clseg import paths, stats
 from clseg.errors import RequestError
+from clseg.settings import ListProtocol
 from clseg.study import archive, runs
 from clseg.study.files import read_dataset, read_profile, read_study
 from clseg.study.grid import Grid, execute_notebook, expand
 from clseg.study.parameters import resolve
-from clseg.study.runs import Run
+from clseg.study.rows import Rows
 
 
-def _subjects(run: Run) -> dict[str, str]:
-    """The ids of every set of a finished run, a line each."""
-    sets = json.loads((run.folder / "subjects.json").read_bytes())
-    unused = ("labelled", "validation", "test") if run.kind == "pretrain" else ("pretrain",)
-    return {name: " ".join(ids) for name, ids in sets.items() if name not in unused}
+def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
+    """Tables, statistics and provenance of the rows of a grid, into a folder of results.
 
-
-def write_results(grid: Grid, command: str) -> Path:
-    """Tables, statistics and provenance of a grid's finished runs; returns their folder."""
-    folder = paths.results_dir(grid.profile, grid.place, grid.study.name)
+    They follow from the rows and the study alone: the same rows give the same bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    folders = [run.folder for run in grid.finetune]
-    table = archive.table(folders, grid.study.name)
+    table = found.table(grid.study.name, grid.place, grid.profile)
     archive.write_table(folder / "table.csv", table)
     archive.write_table(folder / "summary.csv", stats.summary(table))
     tested = stats.compare(table)
     for column in ("p", "p_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "comparison.csv", tested)
-    records = [json.loads((run.folder / "record.json").read_bytes()) for run in grid.all if run.is_done()]
-    logs = [run.read("log").assign(run=run.name) for run in grid.pretrain if run.is_done()]
-    archive.write_table(folder / "pretraining.csv", pd.concat([pd.DataFrame(columns=["step", "loss", "run"]), *logs]))
+    stages = set(found.runs["run"][found.runs["kind"] == "pretrain"])
+    archive.write_table(folder / "pretraining.csv", found.losses[found.losses["run"].isin(stages)])
     about = {
         "command": command,
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        **archive.provenance(),
-        "commits of the runs": sorted({record["provenance"]["commit"] for record in records}),
-        "runs": {"expected": len(grid.all), "done": len(records)},
-        "training_seconds": round(sum(record["training_seconds"] for record in records), 1),
-        "training_seconds_by_run": {record["run"]: record["training_seconds"] for record in records},
-        "expected_runs": [run.name for run in grid.finetune],
+        "runs": {"expected": len(grid.all), "done": len(found.runs)},
+        "made": {name: sorted(set(found.runs[name])) for name in ("commit", "device", "precision", "torch")},
+        "training_seconds": round(float(found.runs["seconds"].sum()), 1),
         "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
         "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
-        "subjects": {run.name: _subjects(run) for run in grid.all if run.is_done()},
+        "subjects": _subjects(grid, table),
     }
     archive.write_json(folder / "provenance.json", about)
-    return folder
+
+
+def _subjects(grid: Grid, table: pd.DataFrame) -> dict[str, str]:
+    """The ids of who was tested, a line for each draw, and of published lists those of every set."""
+    lists = grid.finetune[0].experiment.division
+    sets = {f"tested, draw {draw}": " ".join(sorted(set(own["subject"]))) for draw, own in table.groupby("draw")}
+    if isinstance(lists, ListProtocol):
+        sets |= {"pretrain": " ".join(lists.pretrain), "validation": " ".join(lists.validation)}
+        for count, draws in lists.labelled.items():
+            sets |= {f"{count} labelled, draw {draw}": " ".join(ids) for draw, ids in draws.items()}
+    return sets
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Results:
     def about(self) -> str:
         """Which results these are, how they were made, and on what."""
         about, made_by = self.provenance, f"{self.shown}\nmade by: {self.provenance['command']}"
-        time = f"{about['training_seconds'] / 60:.0f} minutes of training on {about['gpu'] or 'a CPU'}"
+        time = f"{about['training_seconds'] / 60:.0f} minutes of training on {', '.join(about['made']['device'])}"
         return f"{made_by}\n{about['runs']['done']} runs, {time}\n{about['dataset']['description']}"
 
     @property
@@ -120,7 +119,7 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     command = f"clseg run {study} --dataset {dataset} --profile {profile}"
     about, of = read_study(study), read_dataset(dataset).name
     own = paths.results_dir(read_profile(profile).name, of, about.name)
-    places = own, paths.PROJECT / own.relative_to(paths.out_root())
+    places = own, paths.COMMITTED / own.relative_to(paths.out_root() / "paper_figures")
     if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
     names = ("table", "summary", "comparison", "pretraining")

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -71,6 +71,11 @@ class Run:
         stage, most = self.experiment.stages[self.parameters.stage], self.experiment.pretrain.max_slices
         return stage.model_copy(update={"slices": min(stage.slices, most)}) if most else stage
 
+    @property
+    def labelled(self) -> int | Literal["all"]:
+        """How many subjects carry labels in a fine-tuning."""
+        return "all" if self.experiment.all_labels or not self.parameters.labelled else self.parameters.labelled
+
     @cached_property
     def data(self) -> str:
         """The same for all runs that read the same data in the same way."""
@@ -86,10 +91,11 @@ class Run:
         if self.kind == "pretrain":
             common |= {"draw": parameters.draw} if experiment.pretrained_by_draw else {}
             return common | {"stage": self.stage.model_dump(), "steps": self.steps}
-        draws = experiment.cross_validated or not experiment.all_labels
-        cell = {"labelled": "all" if experiment.all_labels else parameters.labelled}
+        draws = experiment.cross_validated or self.labelled != "all"
+        cell = {"labelled": self.labelled}
         cell["draw"] = parameters.draw if draws else 1
-        return common | cell | {"recipe": experiment.recipe.model_dump(), "budget": experiment.finetune.model_dump()}
+        budget = experiment.finetune.model_dump(exclude={"steps_of"}) | {"steps": self.steps}
+        return common | cell | {"recipe": experiment.recipe.model_dump(), "budget": budget}
 
     @cached_property
     def code(self) -> str:
@@ -123,7 +129,9 @@ class Run:
     @property
     def steps(self) -> int:
         budget = self.experiment.pretrain
-        return budget.steps_of.get(self.stage.stage, budget.steps) if self.kind == "pretrain" else self.finetune.steps
+        if self.kind == "pretrain":
+            return budget.steps_of.get(self.stage.stage, budget.steps)
+        return self.finetune.steps_for(self.labelled)
 
     @property
     def finetune(self) -> FinetuneBudget:
@@ -189,7 +197,7 @@ def split_of(run: Run, store: Subjects | Store) -> Split:
     Raises `RequestError`, also where one of two twins is tested and the other seen in training.
     """
     experiment, parameters = run.experiment, run.parameters
-    labelled = "all" if run.kind == "pretrain" or experiment.all_labels else parameters.labelled
+    labelled = "all" if run.kind == "pretrain" else run.labelled
     split = make_split(experiment.division, store.subjects, store.labelled_subjects, labelled, parameters.draw)
     split = replace(split, pretrain=unlabelled(split, experiment.unlabelled))
     seen = {*split.pretrain, *split.labelled, *split.validation}

@@ -37,9 +37,15 @@ class PretrainBudget(Strict):
 
 class FinetuneBudget(Strict):
     steps: Count
+    steps_of: dict[int, Count] = {}  # with so many labelled subjects, or fewer
     batch: Count = 20  # slices
     checkpoint: Literal["last", "best"] = "last"  # whose scores count: the last step, or the best on validation
     validate_every: Natural = 0  # steps; 0: never
+
+    def steps_for(self, labelled: int | Literal["all"]) -> int:
+        """The steps with so many labelled subjects: of the least number in `steps_of` that is as large."""
+        larger = [count for count in sorted(self.steps_of) if labelled != "all" and count >= labelled]
+        return self.steps_of[larger[0]] if larger else self.steps
 
     @model_validator(mode="after")
     def _validates(self) -> "FinetuneBudget":
@@ -60,6 +66,7 @@ class Budget(Strict):
 class ProfileConfig(Budget):
     name: Name
     title: str
+    set: dict[str, list[str]] = {}  # overrides at this scale, of a method or of all ("*")
     network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
 
@@ -111,7 +118,18 @@ class Experiment(Budget):
 
 
 FLAT_STAGES = ("local", "rotation", "inpainting", "context_restoration", "pirl")
-OVERRIDABLE = ("dataset", "protocol", "unlabelled", "geometry", "network", "stages", "recipe", "pretrain", "finetune")
+OVERRIDABLE = (
+    "precision",
+    "dataset",
+    "protocol",
+    "unlabelled",
+    "geometry",
+    "network",
+    "stages",
+    "recipe",
+    "pretrain",
+    "finetune",
+)
 
 
 class Axis(Strict):  # one ablated key and its values; the other keys stay as they are
@@ -132,6 +150,7 @@ class StudyConfig(Strict):
     labelled: Annotated[list[Count], Field(min_length=1)]
     draws: Annotated[list[Count], Field(min_length=1)]
     seeds: Annotated[list[Natural], Field(min_length=1)] = [0]
+    all_labels: list[str] = []  # methods that are fine-tuned on all labels, too
     protocol: str = ""
     dimensions: Literal[2, 3] = 2
     pretrain_dataset: str = ""

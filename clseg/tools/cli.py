@@ -5,15 +5,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clseg import __version__
 from clseg.errors import RequestError, writing
-from clseg.study import archive
 from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
 from clseg.study.parameters import PretrainParameters, override_study, read_parameters, resolve
-from clseg.study.results import draw_figures, write_results
 
 
 def _set_roots(arguments: argparse.Namespace) -> None:
@@ -30,7 +29,8 @@ def _absolute(name: str) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     from clseg import paths  # torch is imported only where it is needed
     from clseg.data.splits import write_splits
-    from clseg.study import grid, runs  # torch is imported only where it is needed
+    from clseg.study import archive, grid, rows, runs
+    from clseg.study.results import draw_figures, write_results
 
     _set_roots(arguments)
     study, overrides = override_study(read_study(arguments.study), arguments.set)
@@ -45,6 +45,8 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{study.name} on {dataset}, profile {profile}: {steps}")
     for note in plan.notes:
         print(f"left out: {note}")
+    if arguments.extend and not rows.missing(plan, rows.read(plan.profile, plan.place)):
+        return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
     if arguments.splits or not arguments.dry_run:  # subjects are counted before anything is prepared
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
@@ -66,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if flaws[run.name]:
             print(f"clseg: {run.folder}: {flaws[run.name]}; it is made again", file=sys.stderr)
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
+    if arguments.extend:
+        return _extend(plan, stores, arguments)
     failure = None
     try:
         grid.execute(plan, arguments.jobs or (0 if arguments.scheduler else here), arguments.scheduler)
@@ -75,12 +79,58 @@ def _run(arguments: argparse.Namespace) -> int:
     repeat += [word for text in arguments.set for word in ("--set", text)]
     if any(run.is_done() for run in plan.finetune):
         with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
-            folder = write_results(plan, shlex.join(repeat))
+            folder = paths.results_dir(profile, plan.place, study.name)
+            write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
             notebook = draw_figures(plan, named)
         print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0
+
+
+def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace) -> int:
+    """Add what is missing to the committed rows."""
+    from clseg.study import grid, rows
+
+    status, have = 0, rows.read(plan.profile, plan.place)
+    known = dict(zip(have.runs["run"], have.runs["content"], strict=True))
+    for run in plan.all if stores else ():
+        if known.get(run.name, content := stores[run.data].content) != content:
+            wrong = f"was made from other images or masks than data set {run.experiment.dataset.name} has now"
+            raise RequestError(f"{rows.place(plan.profile, plan.place)}: {run.name} {wrong}; use the same data")
+    try:
+        rows.extend(plan, arguments.jobs or 1, arguments.minutes)
+    except grid.RunFailed as error:
+        print(f"clseg: {error}", file=sys.stderr)
+        status = 1
+    left = len(rows.missing(plan, rows.read(plan.profile, plan.place)))
+    where = rows.place(plan.profile, plan.place)
+    print(f"{where}: {len(plan.finetune) - left} of {len(plan.finetune)} fine-tunings have rows, {left} are missing")
+    return status
+
+
+def _results(arguments: argparse.Namespace) -> int:
+    """Tables of every study that has committed rows."""
+    from clseg import paths
+    from clseg.study import grid, rows
+    from clseg.study.results import write_results
+
+    for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
+        profile, dataset = folder.parts[-2:]
+        have = rows.read(profile, dataset)
+        for name in arguments.studies or known_names("studies"):
+            study = read_study(name)
+            if dataset not in study.datasets:
+                continue
+            plan = grid.expand(study, dataset, profile)
+            found = have.of(run.name for run in plan.all)
+            if found.scores.empty:
+                continue
+            command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"
+            write_results(plan, found, folder / name, command)
+            lacking = len(rows.missing(plan, have))
+            print(f"{profile}/{dataset}/{name}: {len(plan.finetune) - lacking} fine-tunings, {lacking} missing")
+    return 0
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -104,6 +154,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
+    from clseg.study import archive
 
     root = Path(arguments.runs)
     if not root.is_dir():
@@ -180,6 +231,7 @@ def _positive(text: str) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
     "pretrain": (_pretrain, "one pre-training, and the stages before it; torchrun starts it on several GPUs"),
+    "results": (_results, "tables of the project's studies made anew from the committed rows"),
     "table": (_table, "all finished runs below a folder as one tidy table"),
     "check": (_check, "what is in a folder of scans, and what is wrong with it"),
     "predict": (_predict, "segment new images with the weights of a fine-tuning"),
@@ -194,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, pretrain, table, check, predict, export, *_ = (
+    run, pretrain, results, table, check, predict, export, *_ = (
         commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()
     )
 
@@ -214,6 +266,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help=cluster)
     run.add_argument("--splits", metavar="FILE.json", help="write its draws there, as nnU-Net's splits_final.json")
     run.add_argument("--dry-run", action="store_true", help="print the grid and stop")
+
+    about = "add missing runs to the committed rows, in plain processes without notebooks; default --jobs 1"
+    run.add_argument("--extend", action="store_true", help=about)
+    run.add_argument("--minutes", type=float, help="with --extend: stop after so many, at a checkpoint")
+
+    results.add_argument("studies", nargs="*", metavar="STUDY", help="default: all")
 
     pretrain.add_argument("--method", required=True, help="a name of `clseg methods`")
     pretrain.add_argument("--dataset", required=True, help="a name under params/datasets, or a YAML file")

@@ -1,0 +1,209 @@
+"""Rows that outlive a machine: what finished runs found, in three tables per profile and data set.
+
+| table | a row per | columns |
+|---|---|---|
+| `runs.csv` | run, pre-training or fine-tuning | its name, what it is, when and where it was done |
+| `scores.csv` | run, subject, phase and structure | Dice, HD95 |
+| `losses.csv` | pre-training and at most `POINTS` steps | the mean loss since the row before |
+
+A run's name ends in the hash of all that decides its numbers, the code among it (`Run.name`): a row is of that name or
+it is another's. The tables lie in `paper_figures/` of the project and are committed; whoever has them need not repeat
+the runs, and `extend` adds what is missing, on any machine.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from clseg import paths
+from clseg.study import archive, runs
+from clseg.study.grid import Grid, RunFailed
+from clseg.study.runs import Run
+
+RUNS = [
+    *("run", "kind", "method", "labelled", "draw", "seed", "parent", "steps", "last_loss"),
+    *("seconds", "device", "precision", "code", "content", "commit", "torch"),
+]
+SCORES = ["run", "subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed"]
+LOSSES = ["run", "step", "loss"]
+POINTS = 60
+WRITE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Three tables, each sorted; see the module."""
+
+    runs: pd.DataFrame
+    scores: pd.DataFrame
+    losses: pd.DataFrame
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """The rows of both; of a run that both have, those of `self`."""
+        new = ~other.runs["run"].isin(self.runs["run"])
+        names = set(other.runs["run"][new])
+        tables = []
+        for name, order in (("runs", RUNS[1:6]), ("scores", SCORES[:4]), ("losses", LOSSES[:2])):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            both = [table for table in (mine, theirs[theirs["run"].isin(names)]) if len(table)] or [mine]
+            tables.append(pd.concat(both).sort_values([*order, "run"], kind="stable", ignore_index=True))
+        return Rows(*tables)
+
+    def of(self, names: Iterable[str]) -> "Rows":
+        """Those of these runs."""
+        names = set(names)
+        return Rows(*(table[table["run"].isin(names)] for table in (self.runs, self.scores, self.losses)))
+
+    def table(self, study: str, dataset: str, profile: str) -> pd.DataFrame:
+        """The scores as a tidy result table."""
+        about = self.runs[["run", "method", "labelled", "draw", "seed"]]
+        table = self.scores.merge(about, on="run").assign(study=study, dataset=dataset, profile=profile)
+        table = table.astype({"labelled": int, "draw": int})[archive.TABLE_COLUMNS]
+        order = ["method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
+        return table.sort_values(order, kind="stable", ignore_index=True)
+
+
+NONE = Rows(*(pd.DataFrame(columns=columns) for columns in (RUNS, SCORES, LOSSES)))
+
+
+def place(profile: str, dataset: str) -> Path:
+    """The folder of the committed tables."""
+    return paths.COMMITTED / profile / dataset
+
+
+def read(profile: str, dataset: str) -> Rows:
+    """The committed rows of a profile and data set; none where there are none."""
+    folder = place(profile, dataset)
+    if not (folder / "runs.csv").is_file():
+        return NONE
+    about, scores, losses = (archive.read_table(folder / f"{name}.csv") for name in ("runs", "scores", "losses"))
+    return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), scores, losses)
+
+
+def write(rows: Rows, profile: str, dataset: str) -> None:
+    """Replace the committed rows; `runs.csv` last, as a run counts once it is there."""
+    folder = place(profile, dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("losses", "scores", "runs"):
+        archive.write_table(folder / f"{name}.csv", getattr(rows, name), "%.4f")
+
+
+def collect(done: Iterable[Run]) -> Rows:
+    """The rows of finished runs, from their folders."""
+    about, scores, losses = [], [NONE.scores], [NONE.losses]
+    for run in done:
+        record, log = json.loads((run.folder / "record.json").read_bytes()), run.read("log")
+        made = record["provenance"]
+        fields = {"run": run.name, "kind": run.kind, "parent": run.parent.name if run.parent else ""}
+        fields |= {"method": "", "seed": run.parameters.seed, "steps": run.steps}
+        fields |= {"last_loss": log["loss"].tail(max(len(log) // 20, 1)).mean()}
+        fields |= {"seconds": record["training_seconds"], "device": made["gpu"] or made["cpu"]}
+        fields |= {"precision": run.experiment.precision, "code": run.code, "content": record["content"]}
+        fields |= {"commit": made["commit"][:12], "torch": made["packages"]["torch"]}
+        if run.kind == "finetune":
+            metrics = run.read("metrics")
+            fields |= {"method": run.method, "labelled": metrics["labelled"].iloc[0], "draw": run.key["draw"]}
+            scores.append(metrics[SCORES])
+        about.append(fields)
+        if run.kind == "finetune":
+            continue
+        part = np.arange(len(log)) * min(POINTS, len(log)) // len(log)
+        thin = log.groupby(part).agg(step=("step", "last"), loss=("loss", "mean"))
+        losses.append(thin.assign(run=run.name)[LOSSES])
+    kept = [[table for table in tables if len(table)] or tables[:1] for tables in (scores, losses)]
+    whole = {"labelled": "Int64", "draw": "Int64"}  # of a pre-training there are none
+    return Rows(pd.DataFrame(about, columns=RUNS).astype(whole), *map(pd.concat, kept))
+
+
+def missing(grid: Grid, rows: Rows) -> list[Run]:
+    """The fine-tunings of a grid without rows, seed by seed: every method and draw once before the next seed."""
+    have = set(rows.runs["run"])
+    return sorted((run for run in grid.finetune if run.name not in have), key=lambda run: run.parameters.seed)
+
+
+def _do(run: Run) -> str:
+    """In a process of `extend`: do a run, without a notebook."""
+    os.environ["TQDM_DISABLE"] = "1"
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        runs.do(run)
+    return run.name
+
+
+@contextmanager
+def _processes(jobs: int, running: Mapping[Future, Run]) -> Iterator[Callable[[Run], Future]]:
+    """What does a run in one of `jobs` processes; those that still do one at the end are killed."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield lambda run: pool.submit(_do, run)
+    finally:
+        children = list((pool._processes or {}).values()) if running else []
+        pool.shutdown(wait=not running, cancel_futures=True)
+        for child in children:
+            child.kill()
+
+
+def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
+    """Do the runs of a grid that have no rows, and add their rows to the committed tables as they come.
+
+    Runs are done in plain processes, `jobs` at a time, without notebooks. After `minutes` what runs is stopped at its
+    last checkpoint; the same call goes on there. A pre-training is done again where its weights are not here.
+    Returns the rows of the grid. Raises `RunFailed` when runs failed (the others are done first).
+    """
+    began = written = time.monotonic()
+    rows = read(grid.profile, grid.place)
+    here = [run for run in grid.all if run.is_done() and run.name not in set(rows.runs["run"])]
+    rows += collect(here)
+    todo = missing(grid, rows)
+    every = {run.name: run for child in todo for run in (*child.ancestors, child)}
+    done = {name for name, run in every.items() if run.is_done()}
+    waiting = [run for name, run in every.items() if name not in done]
+    failed: dict[str, str] = {}
+    running: dict[Future, Run] = {}
+    if here:
+        write(rows, grid.profile, grid.place)
+    found: list[Run] = []
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    total = sum(run.cost for run in waiting)
+    with _processes(jobs, running) as submit, tqdm(total=total, bar_format=layout, mininterval=5) as bar:
+        while waiting or running:
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                break
+            for run in list(waiting):
+                parent = run.parent.name if run.parent else None
+                if parent in failed:
+                    failed[run.name] = f"its pre-training {parent} failed"
+                    waiting.remove(run)
+                elif len(running) < jobs and (parent is None or parent in done):
+                    running[submit(run)] = run
+                    waiting.remove(run)
+            complete, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in complete:
+                run = running.pop(future)
+                if error := future.exception():
+                    failed[run.name] = f"{type(error).__name__}: {error}"
+                    tqdm.write(f"{run.name} failed: {error}")
+                    continue
+                done.add(run.name)
+                found.append(run)
+                bar.update(run.cost)
+            if found and (time.monotonic() - written > WRITE_SECONDS or not (waiting or running)):
+                rows, found, written = rows + collect(found), [], time.monotonic()
+                write(rows, grid.profile, grid.place)
+            bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=False)
+    if found:
+        rows += collect(found)
+        write(rows, grid.profile, grid.place)
+    if failed:
+        lines = [f"{every[name].folder}: {message}" for name, message in failed.items()]
+        raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))
+    return rows.of(run.name for run in grid.all)
