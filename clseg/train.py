@@ -37,11 +37,12 @@ __all__ = ["Finetuned", "Pretrained", "finetune", "new_network", "pretrain", "sc
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a stage leaves: weights by name, with those of the stages before it; log and tables of the training."""
+    """What a stage leaves: weights by name, with those of the stages before it; log and tables; the training itself."""
 
     weights: dict[str, Tensor]
     fit: Fit
     tables: dict[str, pd.DataFrame]
+    training: Training
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def pretrain(
     weights = {name: value for name, value in work.earlier.items() if not name.startswith("head.")} | learned
     own = work.network.state_dict()
     weights |= {name: value for name, value in own.items() if name in weights or name.startswith("encoder.")}
-    return Pretrained(weights, result, training.tables)
+    return Pretrained(weights, result, training.tables, training)
 
 
 def finetune(

@@ -1,9 +1,10 @@
-"""Rows that outlive a machine: what finished runs found, in three tables per profile and data set.
+"""Rows that outlive a machine: what finished runs found, in four tables per profile and data set.
 
 | table | a row per | columns |
 |---|---|---|
 | `runs.csv` | run, pre-training or fine-tuning | its name, what it is, when and where it was done |
 | `scores.csv` | run, subject, phase and structure | Dice, HD95 |
+| `probes.csv` | contrastive pre-training | what it learned (`clseg.probe`) |
 | `losses.csv` | pre-training and at most `POINTS` steps | the mean loss since the row before |
 
 A run's name ends in the hash of all that decides its numbers, the code among it (`Run.name`): a row is of that name or
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from clseg import paths
+from clseg import paths, probe
 from clseg.study import archive, runs
 from clseg.study.grid import Grid, RunFailed
 from clseg.study.runs import Run
@@ -36,24 +37,27 @@ RUNS = [
 ]
 SCORES = ["run", "subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed"]
 LOSSES = ["run", "step", "loss"]
+PROBES = ["run", *probe.COLUMNS]
+ORDER = {"runs": RUNS[1:6], "scores": SCORES[:4], "losses": LOSSES[:2], "probes": PROBES[:1]}
 POINTS = 60
 WRITE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Three tables, each sorted; see the module."""
+    """Four tables, each sorted; see the module."""
 
     runs: pd.DataFrame
     scores: pd.DataFrame
     losses: pd.DataFrame
+    probes: pd.DataFrame
 
     def __add__(self, other: "Rows") -> "Rows":
         """The rows of both; of a run that both have, those of `self`."""
         new = ~other.runs["run"].isin(self.runs["run"])
         names = set(other.runs["run"][new])
         tables = []
-        for name, order in (("runs", RUNS[1:6]), ("scores", SCORES[:4]), ("losses", LOSSES[:2])):
+        for name, order in ORDER.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             both = [table for table in (mine, theirs[theirs["run"].isin(names)]) if len(table)] or [mine]
             tables.append(pd.concat(both).sort_values([*order, "run"], kind="stable", ignore_index=True))
@@ -62,7 +66,8 @@ class Rows:
     def of(self, names: Iterable[str]) -> "Rows":
         """Those of these runs."""
         names = set(names)
-        return Rows(*(table[table["run"].isin(names)] for table in (self.runs, self.scores, self.losses)))
+        tables = (getattr(self, name) for name in ORDER)
+        return Rows(*(table[table["run"].isin(names)] for table in tables))
 
     def table(self, study: str, dataset: str, profile: str) -> pd.DataFrame:
         """The scores as a tidy result table."""
@@ -73,7 +78,7 @@ class Rows:
         return table.sort_values(order, kind="stable", ignore_index=True)
 
 
-NONE = Rows(*(pd.DataFrame(columns=columns) for columns in (RUNS, SCORES, LOSSES)))
+NONE = Rows(*(pd.DataFrame(columns=columns) for columns in (RUNS, SCORES, LOSSES, PROBES)))
 
 
 def place(profile: str, dataset: str) -> Path:
@@ -86,21 +91,21 @@ def read(profile: str, dataset: str) -> Rows:
     folder = place(profile, dataset)
     if not (folder / "runs.csv").is_file():
         return NONE
-    about, scores, losses = (archive.read_table(folder / f"{name}.csv") for name in ("runs", "scores", "losses"))
-    return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), scores, losses)
+    about, *others = (archive.read_table(folder / f"{name}.csv") for name in ORDER)
+    return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), *others)
 
 
 def write(rows: Rows, profile: str, dataset: str) -> None:
     """Replace the committed rows; `runs.csv` last, as a run counts once it is there."""
     folder = place(profile, dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("losses", "scores", "runs"):
+    for name in reversed(ORDER):
         archive.write_table(folder / f"{name}.csv", getattr(rows, name), "%.4f")
 
 
 def collect(done: Iterable[Run]) -> Rows:
     """The rows of finished runs, from their folders."""
-    about, scores, losses = [], [NONE.scores], [NONE.losses]
+    about, scores, losses, probes = [], [NONE.scores], [NONE.losses], [NONE.probes]
     for run in done:
         record, log = json.loads((run.folder / "record.json").read_bytes()), run.read("log")
         made = record["provenance"]
@@ -120,7 +125,9 @@ def collect(done: Iterable[Run]) -> Rows:
         part = np.arange(len(log)) * min(POINTS, len(log)) // len(log)
         thin = log.groupby(part).agg(step=("step", "last"), loss=("loss", "mean"))
         losses.append(thin.assign(run=run.name)[LOSSES])
-    kept = [[table for table in tables if len(table)] or tables[:1] for tables in (scores, losses)]
+        if (run.folder / "probe.csv").is_file():
+            probes.append(run.read("probe").assign(run=run.name)[PROBES])
+    kept = [[table for table in tables if len(table)] or tables[:1] for tables in (scores, losses, probes)]
     whole = {"labelled": "Int64", "draw": "Int64"}  # of a pre-training there are none
     return Rows(pd.DataFrame(about, columns=RUNS).astype(whole), *map(pd.concat, kept))
 
