@@ -36,6 +36,7 @@ Step = Annotated[float, Field(ge=1e-9, le=1e9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
 Filters = Annotated[list[Pixels], Field(min_length=2, max_length=12)]
 Plane = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 Sides = Annotated[list[Pixels], Field(min_length=2, max_length=3)]
@@ -270,8 +271,10 @@ class GanAugmentationRecipe(SupervisedRecipe):
 class WeakToStrongRecipe(SupervisedRecipe):
     recipe: Literal["weak_to_strong"] = "weak_to_strong"  # what is sure on a weakly changed slice holds on a strong one
     average: Decay = 0.99
+    statistics: Literal["running", "batch"] = "running"  # of batch norm, with which the teacher sees a slice
     confidence: Share = 0.95  # least probability of a pseudo-label
     weight: Positive = 1.0
+    ramp: Part = 0.0  # of the steps, over which the weight grows; 0: it is there at once
 
 
 SemiSupervised = SelfTrainingRecipe | MeanTeacherRecipe | WeakToStrongRecipe | AdversarialRecipe | GanAugmentationRecipe

@@ -4,14 +4,13 @@ Source: Tarvainen and Valpola, NeurIPS 2017; for segmentation Perone and Cohen-A
 2019 (weight 0.1, decay 0.99).
 """
 
-import math
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from clseg.loop import Training, Work
-from clseg.recipes.average import follow
+from clseg.recipes.average import follow, ramp_up
 from clseg.recipes.supervised import drawn_batch, drawn_images, semi_supervised_loss
 from clseg.settings import MeanTeacherRecipe
 
@@ -39,7 +38,7 @@ def mean_teacher(work: Work, recipe: MeanTeacherRecipe) -> Training:
         image = torch.cat([image, other])
         noise = NOISE * torch.randn((2, *image.shape), generator=generator).to(work.device)
         follow(network, student, recipe.average, step, statistics=False)
-        weight = recipe.weight * math.exp(-5 * (1 - min(step / (recipe.ramp * work.steps), 1)) ** 2)
+        weight = recipe.weight * ramp_up(step, recipe.ramp * work.steps)
         return [image, label, noise, torch.tensor(weight).to(work.device)]
 
     def loss(image: Tensor, label: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
