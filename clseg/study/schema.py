@@ -156,3 +156,4 @@ class StudyConfig(Strict):
     pretrain_dataset: str = ""
     axes: list[Axis] = []
     set: dict[str, list[str]] = {}  # overrides of this study, by profile
+    contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []  # declared: first minus second method
