@@ -1277,7 +1277,7 @@ def test_commands_write_below_their_output_alone(world):
         ["datasets"],
     ]
     words = json.dumps([[str(word) for word in command] for command in commands])
-    program = "import json, sys; from clseg import cli; sys.exit(max(map(cli.main, json.loads(sys.argv[1]))))"
+    program = "import json, sys; from clseg.tools import cli; sys.exit(max(map(cli.main, json.loads(sys.argv[1]))))"
     left = {"CLSEG_OUT", "TORCHINDUCTOR_CACHE_DIR"}  # the latter is set by torch, and of this process
     environment = {name: value for name, value in os.environ.items() if name not in left}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(watch), os.environ.get("PYTHONPATH")]))

@@ -15,8 +15,7 @@ import time
 import psutil
 import pytest
 
-from clseg import loop
-from clseg.study import archive
+from clseg.study import archive, runs
 from clseg.tools import cli
 
 KILLS = int(os.environ.get("CLSEG_KILLS", "3"))
@@ -142,15 +141,19 @@ def test_two_coordinators_on_one_folder_do_each_run_once(small_grid, whole, tmp_
     assert not list(tmp_path.glob("runs/phantom/smoke/*/*.running.ipynb"))
 
 
-def test_other_code_keeps_what_is_done_and_says_so(small_grid, whole, monkeypatch, capsys):
+def test_other_code_makes_runs_of_its_own_and_keeps_what_is_done(small_grid, whole, monkeypatch, capsys):
     monkeypatch.setenv("CLSEG_OUT", str(whole[0]))
-    before = small_grid.tables(whole[0])
-    assert cli.main(list(small_grid.words)) == 0
-    assert "other code" not in capsys.readouterr().err
-    monkeypatch.setattr(loop, "CODE", "another")
-    assert cli.main(list(small_grid.words)) == 0
-    assert capsys.readouterr().err.count("3 finished runs were made by other code of clseg and are kept, such as") == 1
-    assert small_grid.tables(whole[0]) == before
+    done = small_grid.folders(whole[0])
+    assert cli.main([*small_grid.words, "--dry-run"]) == 0
+    assert "3 of them done" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "code_digest", lambda modules: "another")
+    assert cli.main([*small_grid.words, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "0 of them done" in output
+    names = [line.split()[-1] for line in output.splitlines() if line.startswith("to do")]
+    assert len(names) == 3
+    assert not {*names} & {folder.name for folder in done}
+    assert small_grid.folders(whole[0]) == done
 
 
 def test_a_changed_parameter_makes_runs_of_its_own(small_grid, whole, tmp_path):

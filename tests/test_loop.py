@@ -5,22 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from clseg import loop
 from clseg.loop import Training, fit, learning_rate, seed_of, step_generator
 from clseg.settings import Optimisation
-from clseg.study.archive import write_atomically
-from clseg.study.files import read_profile
+from clseg.study.archive import Checkpoints, write_atomically
 
 
 class Killed(Exception):
     pass
 
 
-def budget(checkpoint_every):
-    return read_profile("smoke").model_copy(update={"checkpoint_every": checkpoint_every})
-
-
-def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **settings):
+def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, code="this", **settings):
     """A small regression whose batches depend on the step alone; `kill_at` raises before that step."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
@@ -36,7 +30,8 @@ def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, **s
         return -network[0].weight.detach().abs().sum().item() if scores is None else next(scores)
 
     training, settings = Training({"network": network}, step_loss), Optimisation(**{"learning_rate": 1e-2, **settings})
-    result = fit(network, training, settings, steps, folder, budget(checkpoint_every), evaluate, 4)
+    keeper = Checkpoints(folder, checkpoint_every, steps, code)
+    result = fit(network, training, settings, steps, "float32", evaluate, 4, keeper)
     return result, {k: v.clone() for k, v in network.state_dict().items()}
 
 
@@ -78,7 +73,7 @@ def test_what_else_learns_and_what_only_has_state_survives_a_kill(tmp_path):
             return (head(network(x)) - teacher(x)).square().mean()
 
         training = Training({"network": network, "head": head}, step_loss, {"teacher": teacher})
-        result = fit(network, training, Optimisation(), 9, folder, budget(2))
+        result = fit(network, training, Optimisation(), 9, keeper=Checkpoints(folder, 2, 9, "this"))
         return result.log["loss"].tolist(), teacher.weight.tolist()
 
     expected = go(tmp_path / "whole")
@@ -104,12 +99,10 @@ def test_a_damaged_checkpoint_means_starting_again(tmp_path, capsys):
     pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
 
 
-def test_a_checkpoint_of_other_code_means_starting_again(tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_of_other_code_means_starting_again(tmp_path, capsys):
     expected, _ = problem(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "CODE", "another")
-        with pytest.raises(Killed):
-            problem(tmp_path / "killed", kill_at=7)
+    with pytest.raises(Killed):
+        problem(tmp_path / "killed", kill_at=7, code="another")
     result, _ = problem(tmp_path / "killed")
     assert "checkpoint.pt was made by other code; training starts from the beginning" in capsys.readouterr().out
     pd.testing.assert_frame_equal(result.log, expected.log, check_exact=True)
@@ -121,14 +114,14 @@ def test_best_is_the_first_of_the_highest_scores(tmp_path):
     assert result.log["validation"].dropna().tolist() == [0.2, 0.9, 0.9]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step():
     network = nn.Linear(1, 1)
 
     def step_loss(step):
         return network.weight.sum() * (float("nan") if step == 2 else 1.0)
 
     with pytest.raises(FloatingPointError, match="step 3 "):
-        fit(network, Training({"network": network}, step_loss), Optimisation(), 5, tmp_path, budget(5))
+        fit(network, Training({"network": network}, step_loss), Optimisation(), 5)
 
 
 def test_streams_steps_and_seeds_are_independent():

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clseg import losses
 from clseg.losses import (
     SEGMENTATION_LOSSES,
     contrastive_loss,
@@ -392,20 +391,6 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return result
-
-
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("block", [1, 40, 100])
-def test_a_large_batch_goes_in_blocks_of_anchors(monkeypatch, block, denominator):
-    random = torch.Generator().manual_seed(17)
-    z, pairs = torch.randn(20, 6, generator=random, dtype=torch.float64), random_pairs(20, random)
-    whole = with_gradient(lambda z: contrastive_loss(z, pairs, 0.2, denominator), z)
-    monkeypatch.setattr(losses, "BLOCK", block)
-    with Watch() as watch:
-        parts = with_gradient(lambda z: contrastive_loss(z, pairs, 0.2, denominator), z)
-    assert watch.largest < 20 * 20
-    for a, b in zip(parts, whole, strict=True):
-        close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)

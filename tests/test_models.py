@@ -108,7 +108,7 @@ def test_batch_norm_is_the_published_one():
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
 
 
-def test_transfer_copies_parameters_and_leaves_heads_and_running_averages():
+def test_transfer_copies_parameters_and_running_averages_and_leaves_heads():
     source, target = UNet(1, 4, SMALL), UNet(1, 4, SMALL)
     for _ in range(3):
         source(torch.randn(4, 1, 32, 32))
@@ -117,7 +117,8 @@ def test_transfer_copies_parameters_and_leaves_heads_and_running_averages():
     }
     before = {k: v.clone() for k, v in target.state_dict().items()}
     copied = transfer(target, weights, "weights")
-    assert set(copied) == {f"encoder.{k}" for k, _ in source.encoder.named_parameters()}
+    assert set(copied) == {f"encoder.{k}" for k in source.encoder.state_dict()}
+    assert not torch.equal(before[average := "encoder.levels.0.0.1.running_mean"], weights[average])
     for name, value in target.state_dict().items():
         expected = weights[name] if name in copied else before[name]
         assert torch.equal(value, expected), name

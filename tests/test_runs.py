@@ -170,7 +170,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(out, tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_runs import finetuning
-from clseg import runs
+from clseg.study import runs
 print("ready", flush=True)
 runs.do(finetuning(overrides={slow!r}))
 """

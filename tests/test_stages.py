@@ -171,7 +171,7 @@ def test_global_contrast_learns(store, strategy):
     network = UNet(1, 4, SMALL)
     training = contrast(Work(network, store, store.rows(store.subjects), 12, 0), stage)
     assert set(training.learning) == {"encoder", "head"}
-    losses = descend(training, 80)
+    losses = descend(training, 160 if strategy == "gr" else 80)  # two positives of a row teach it least
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
     assert all(p.grad is None for p in [*network.decoder.parameters(), *network.output.parameters()])
 

@@ -21,9 +21,9 @@ GOAL = "at most 1.3 times that of the single run"
 PEERS: list[str] = []
 PAUSE_S = 0.05
 PLAN = """
-from clseg import config, grid, runs
+from clseg.study import files, grid, parameters, runs
 changes = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", "study.seeds=[SEED]"]
-study, others = config.override_study(config.read_study("quickstart"), [*changes, "finetune.steps=5"])
+study, others = parameters.override_study(files.read_study("quickstart"), [*changes, "finetune.steps=5"])
 plan = grid.expand(study, "phantom", "PROFILE", others)
 """
 SINGLE, WORKER = PLAN + "runs.do(plan.finetune[0])", PLAN + "grid.execute(plan, 1)"
