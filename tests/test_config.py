@@ -46,7 +46,7 @@ def test_published_settings_are_the_paper_profile_s():
     assert experiment.geometry.size == [192, 192]
     assert (experiment.pretrain.steps, experiment.finetune.steps, experiment.finetune.batch) == (10001, 10001, 20)
     contrast, local = experiment.stages
-    assert (contrast.slices, contrast.partitions, contrast.temperature, contrast.learning_rate) == (12, 4, 0.1, 1e-3)
+    assert (contrast.slices, contrast.partitions, contrast.temperature, contrast.learning_rate) == (16, 4, 0.1, 1e-3)
     assert (local.regions, local.size, local.negatives, local.decoder_blocks) == (13, 3, 5, 3)
     assert (contrast.answer, local.answer) == ("gd", "lr")  # in the names of run folders
 
@@ -153,4 +153,4 @@ def test_roots_follow_the_environment(monkeypatch, tmp_path):
     assert paths.runs_root() == tmp_path / "runs"
     assert paths.data_root() == tmp_path / "d"
     monkeypatch.delenv("CLSEG_OUT")
-    assert paths.runs_root() == paths.PROJECT / "runs"
+    assert paths.runs_root() == paths.PROJECT / "out" / "runs"

@@ -20,16 +20,18 @@ def problem(folder, steps=12, kill_at=None, checkpoint_every=3, scores=None, cod
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
     folder.mkdir(exist_ok=True)
 
-    def step_loss(step):
+    def draw(step):
         if step == kill_at:
             raise Killed
-        x = torch.randn(16, 5, generator=step_generator(7, "test", step))
+        return [torch.randn(16, 5, generator=step_generator(7, "test", step))]
+
+    def loss(x):
         return (network(x) - x.sum(dim=1, keepdim=True)).square().mean()
 
     def evaluate():
         return -network[0].weight.detach().abs().sum().item() if scores is None else next(scores)
 
-    training, settings = Training({"network": network}, step_loss), Optimisation(**{"learning_rate": 1e-2, **settings})
+    training, settings = Training({"network": network}, draw, loss), Optimisation(**{"learning_rate": 1e-2, **settings})
     keeper = Checkpoints(folder, checkpoint_every, steps, code)
     result = fit(network, training, settings, steps, "float32", evaluate, 4, keeper)
     return result, {k: v.clone() for k, v in network.state_dict().items()}
@@ -64,15 +66,16 @@ def test_what_else_learns_and_what_only_has_state_survives_a_kill(tmp_path):
         network, head, teacher = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(3, 1)
         folder.mkdir(exist_ok=True)
 
-        def step_loss(step):
+        def draw(step):
             if step == kill_at:
                 raise Killed
-            with torch.no_grad():
-                teacher.weight.lerp_(head.weight, 0.1)
-            x = torch.randn(8, 3, generator=step_generator(1, "test", step))
+            teacher.weight.lerp_(head.weight, 0.1)
+            return [torch.randn(8, 3, generator=step_generator(1, "test", step))]
+
+        def loss(x):
             return (head(network(x)) - teacher(x)).square().mean()
 
-        training = Training({"network": network, "head": head}, step_loss, {"teacher": teacher})
+        training = Training({"network": network, "head": head}, draw, loss, state={"teacher": teacher})
         result = fit(network, training, Optimisation(), 9, keeper=Checkpoints(folder, 2, 9, "this"))
         return result.log["loss"].tolist(), teacher.weight.tolist()
 
@@ -117,11 +120,11 @@ def test_best_is_the_first_of_the_highest_scores(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step():
     network = nn.Linear(1, 1)
 
-    def step_loss(step):
-        return network.weight.sum() * (float("nan") if step == 2 else 1.0)
+    def draw(step):
+        return [torch.tensor(float("nan") if step == 2 else 1.0)]
 
     with pytest.raises(FloatingPointError, match="step 3 "):
-        fit(network, Training({"network": network}, step_loss), Optimisation(), 5)
+        fit(network, Training({"network": network}, draw, lambda x: network.weight.sum() * x), Optimisation(), 5)
 
 
 def test_streams_steps_and_seeds_are_independent():

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from functools import wraps
 
 import numpy as np
 import pandas as pd
@@ -23,12 +24,12 @@ from clseg.recipes.mean_teacher import NOISE
 from clseg.recipes.supervised import mixup, one_hot
 from clseg.settings import Geometry, NetworkConfig, Optimisation
 from clseg.study import runs
-from clseg.study.files import read_dataset, read_methods, read_profile
+from clseg.study.archive import Checkpoints
+from clseg.study.files import read_dataset, read_methods
 from clseg.study.parameters import FinetuneParameters
 from clseg.study.schema import MethodConfig
 
 TINY = NetworkConfig(filters=[4, 8], norm_momentum=0.3)
-BUDGET = read_profile("smoke").model_copy(update={"checkpoint_every": 3})
 SEMI = [name for name in RECIPES if name != "supervised"]
 BATCH = 3
 
@@ -116,7 +117,7 @@ def test_without_unlabelled_slices_the_request_is_refused(store, name):
 def test_it_learns_to_segment(store, name):
     torch.manual_seed(0)
     network = UNet(store.channels, store.num_classes, NetworkConfig(filters=[8, 16, 16], norm_momentum=0.3))
-    fields = {"decay": 0.8} if name == "mean_teacher" else {}
+    fields = {"average": 0.8} if name == "mean_teacher" else {}
     network, training = start(store, name, network, 40, 6, **fields)
     before = validation_dice(network, store, store.subjects[6:])
     train(network, training, 40, learning_rate=5e-3)
@@ -162,15 +163,15 @@ def test_a_killed_run_resumes_to_the_same_numbers(store, tmp_path, name):
         folder.mkdir(exist_ok=True)
         fields = {"warm_up": 0.3, "rounds": 2} if name == "self_training" else {}
         network, training = start(store, name, steps=7, **fields)  # renewed at 2 and 4, saved at 3 and 6
-        whole = training.step_loss
+        whole = training.draw
 
-        def step_loss(step):
+        def draw(step):
             if step == kill_at:
                 raise Killed
             return whole(step)
 
-        training.step_loss = step_loss
-        result = fit(network, training, Optimisation(), 7, folder, BUDGET)
+        training.draw = draw
+        result = fit(network, training, Optimisation(), 7, keeper=Checkpoints(folder, 3, 7, "this"))
         return result.log, network.state_dict()
 
     expected, weights = go(tmp_path / "whole")
@@ -187,8 +188,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(store, tmp_path, name):
 def test_mixup_weights_labels_as_images():
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(3, (16, 5, 6), generator=generator)
-    image, mixed = mixup(one_hot(label, 3), label, 3, 0.5, generator)  # the label painted into the image
-    assert torch.equal(image, mixed)
+    image, mixed = mixup(label[:, None].float(), one_hot(label, 3), 0.5, generator)  # the label painted into the image
+    torch.testing.assert_close(image[:, 0], mixed[:, 1] + 2 * mixed[:, 2])
     assert ((mixed > 0.01) & (mixed < 0.99)).any()
     torch.testing.assert_close(mixed.sum(dim=1), torch.ones(16, 5, 6))
 
@@ -196,8 +197,8 @@ def test_mixup_weights_labels_as_images():
 def test_mixup_weights_are_beta_distributed_one_per_image():
     count, alpha = 1000, 0.4
     image = torch.eye(count)[:, :, None, None].expand(-1, -1, 1, 2)  # a channel for each
-    label = torch.zeros(count, 1, 2, dtype=torch.long)
-    mixed = mixup(image, label, 1, alpha, torch.Generator().manual_seed(1))[0]
+    label = torch.ones(count, 1, 1, 2)
+    mixed = mixup(image, label, alpha, torch.Generator().manual_seed(1))[0]
     own = mixed.diagonal().movedim(-1, 0)[:, 0]  # [count, 2 pixels]
     assert torch.equal(own[:, 0], own[:, 1])
     torch.testing.assert_close(mixed.sum(dim=1), torch.ones(count, 1, 2))
@@ -231,11 +232,12 @@ def test_self_training_replaces_unlabelled_masks_only_and_its_copy_changes_at_ro
         network.hold(step % 4)
         training.step_loss(step)
         masks = {store.labels[row].tobytes() for row in store.rows(store.subjects[:3])}
-        assert all(mask.numpy().astype(np.uint8).tobytes() in masks for mask in calls[0][1])
+        assert all(mask.argmax(dim=0).numpy().astype(np.uint8).tobytes() in masks for mask in calls[0][1])
+        assert all((label.max(dim=1).values == 1).all() for _, label in calls)
         assert len(calls) == (1 if step < 4 else 2)
         if step >= 4:
             assert len(calls[1][1]) == BATCH
-            (answer,) = calls[1][1].unique().tolist()
+            (answer,) = calls[1][1].argmax(dim=1).unique().tolist()
             answers.append(answer)
     assert answers == [4 % 4] * 3 + [7 % 4] * 3  # the network's opinion at steps 4 and 7
 
@@ -260,7 +262,7 @@ def test_predicted_labels_move_with_their_slices(store, monkeypatch):
     calls = recorded(monkeypatch)
     _, training = start(store, "self_training", Bright(), batch=12, warm_up=0.1)
     training.step_loss(1)
-    seen, label = calls[1][0].argmax(dim=1), calls[1][1]
+    seen, label = (answer.argmax(dim=1) for answer in calls[1])
     assert (seen == label).float().mean() > 0.9
     assert (seen.flip(0) == label).float().mean() < 0.9
 
@@ -270,6 +272,7 @@ def test_test_and_validation_subjects_are_never_seen(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     seen = {}
 
+    @wraps(runs.RECIPES["self_training"])  # of which module it is decides the name of a run
     def spy(work, _):
         subject = work.store.volumes["subject"].to_numpy()[work.store.slices["volume"].to_numpy()]
         seen.update(labelled=set(subject[work.rows]), unlabelled=set(subject[work.unlabelled]))
@@ -293,7 +296,7 @@ def test_test_and_validation_subjects_are_never_seen(tmp_path, monkeypatch):
 
 
 def test_the_teacher_is_the_running_average_of_the_student_and_has_no_gradient(store):
-    network, training = start(store, "mean_teacher", decay=0.6)
+    network, training = start(store, "mean_teacher", average=0.6)
     student = training.learning["student"]
     assert list(training.learning) == ["student"]
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), student.parameters(), strict=True))

@@ -60,40 +60,40 @@ def test_a_batch_that_cannot_be_filled_takes_what_is_there(store):
 
 
 @pytest.mark.parametrize(
-    ("fields", "views", "positives", "negatives"),
+    ("fields", "slices", "views", "positives", "negatives"),
     [
-        # per anchor, with 3 volumes x 4 partitions: counts from the sets of Chaitanya et al.
-        ({"pairs": "instance"}, 2, 1, 22),
-        ({"pairs": "partition", "strategy": "gd-"}, 3, 2, 27),
-        ({"pairs": "partition", "strategy": "gd"}, 2, 1 + 2, 18),
+        # per anchor, with 3 or 4 volumes x 4 partitions: counts from the sets of Chaitanya et al.
+        ({"pairs": "instance"}, 12, 2, 1, 22),
+        ({"pairs": "partition", "strategy": "gd-"}, 12, 3, 2, 27),
+        ({"pairs": "partition", "strategy": "gd"}, 16, 2, 1 + 1, 24),
+        ({"pairs": "partition", "strategy": "gd", "set_of": None}, 12, 2, 1 + 2, 18),
     ],
 )
-def test_views_and_pairs_of_a_batch(store, fields, views, positives, negatives):
+def test_views_and_pairs_of_a_batch(store, fields, slices, views, positives, negatives):
     stage = ContrastStage(stage="contrast", **fields)
-    everything = Work(UNet(1, 4, SMALL), store, store.rows(store.subjects), 12, 0)
+    everything = Work(UNet(1, 4, SMALL), store, store.rows(store.subjects), slices, 0)
     image, pairs = draw_batch(everything, stage, 0)
-    assert image.shape == (12 * views, 1, 32, 32)
+    assert [view.shape for view in image] == [(slices, 1, 32, 32)] * views
     assert (pairs.positive.sum(dim=1) == positives).all()
     assert (pairs.negative.sum(dim=1) == negatives).all()
-    blocks = image.reshape(views, 12, -1)
     original = any(
-        np.array_equal(blocks[0, 0].numpy(), store.images[row].astype(np.float32).ravel())
-        for row in range(len(store.slices))
+        np.array_equal(image[0][0].numpy(), store.images[row].astype(np.float32)) for row in range(len(store.slices))
     )
     assert original == (fields["pairs"] == "partition")  # the slice itself is a view, but not in `gr`
     again, _ = draw_batch(everything, stage, 0)
     other, _ = draw_batch(everything, stage, 1)
-    assert torch.equal(image, again)
-    assert not torch.equal(image, other)
+    assert all(map(torch.equal, image, again))
+    assert not any(map(torch.equal, image, other))
 
 
 @pytest.mark.parametrize(
     ("slices", "partitions", "expected"),
     [
-        (10, 4, [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]),  # round(2.5) is 2, as in Python; the last takes the rest
-        (11, 4, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),  # round(2.75) is 3, the last has fewer
-        (14, 4, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2),  # round(3.5) is 4
-        (9, 2, [0, 0, 0, 0, 1, 1, 1, 1, 1]),
+        (10, 4, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]),  # 2.5 is 3; the last takes the rest
+        (9, 4, [0, 0, 1, 1, 2, 2, 3, 3, 3]),  # 2.25 is 2
+        (11, 4, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),  # 2.75 is 3, the last has fewer
+        (14, 4, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2),  # 3.5 is 4
+        (9, 2, [0, 0, 0, 0, 0, 1, 1, 1, 1]),
         (3, 6, [0, 1, 2]),  # never shorter than a slice
     ],
 )
@@ -112,8 +112,8 @@ def drawn(store, cluster=None, **fields):
     rows = store.rows(store.subjects)
     image, pairs = draw_batch(Work(UNet(1, 4, SMALL), store, rows, 12, 0), stage, 3, cluster)
     chosen = random_slices(rows, 12, step_generator(0, "contrast", 3))
-    assert image.shape == (24, 1, 32, 32)
-    assert not torch.equal(image[:12], image[12:])
+    assert [view.shape for view in image] == [(12, 1, 32, 32)] * 2
+    assert not torch.equal(*image)
     return pairs, np.tile(chosen, 2)
 
 
