@@ -155,7 +155,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        store_widget_state=False,
+        store_widget_state=True,  # without, an output inside a widget is an error; `clean` drops it
         coalesce_streams=True,
         config=Config(KernelManager={"transport_encryption": "auto"}),  # without, each kernel warns on the terminal
     )
@@ -170,6 +170,7 @@ def clean(notebook: NotebookNode) -> None:
             cell.outputs = [
                 output for output in cell.outputs if not any(WIDGET.match(kind) for kind in output.get("data", {}))
             ]
+    notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
 
 
