@@ -9,6 +9,8 @@ from run to run (timings, progress bars) is left out. A warning fails the build.
 
 import argparse
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -25,11 +27,13 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from PIL import Image
 from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent
 CHECKED = "nbval-check-output"
 SOLUTION = "solution"  # tag of a cell that exercises lack
+SLIDER = "slider"  # tag of a cell whose output a page cannot hold
 HINT = re.compile(r"^( *)# hint: (.+)$")  # opens a solution
 LARGEST_BYTES = 1_000_000
 CELL_LIMIT_S = 900
@@ -155,23 +159,40 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        store_widget_state=True,  # without, an output inside a widget is an error; `clean` drops it
+        store_widget_state=False,
         coalesce_streams=True,
         config=Config(KernelManager={"transport_encryption": "auto"}),  # without, each kernel warns on the terminal
     )
+    # nbclient would answer the kernel for a slider's output, and then sometimes misses the end of the cell
+    client.comm_open_handlers = {"jupyter.widget": lambda message: None}
     with tempfile.TemporaryDirectory(prefix="clseg-notebook-") as out, clean_room(Path(out)):
         client.execute()
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Drops widgets (sliders and progress bars; a static page shows none) and the interpreter's version."""
+    """Drops progress bars, what cells with the tag `slider` show (a static page moves none; the picture stands before
+    it) and the interpreter's version, and gives pictures a palette of 256 colours, a third of the bytes."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
-                output for output in cell.outputs if not any(WIDGET.match(kind) for kind in output.get("data", {}))
+                output
+                for output in cell.outputs
+                if SLIDER not in cell.metadata.get("tags", [])
+                and not any(WIDGET.match(kind) for kind in output.get("data", {}))
             ]
+            for output in cell.outputs:
+                if picture := output.get("data", {}).get("image/png"):
+                    output.data["image/png"] = _with_palette(picture)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
+
+
+def _with_palette(picture: str) -> str:
+    """A PNG in base64 with at most 256 colours, opaque."""
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _texts(output: NotebookNode) -> Iterator[str]:

@@ -157,7 +157,7 @@ def moved(pixels=4):
     """The prediction is the reference, moved to the right by some pixels; all shifts beside it as curves."""
     shifts = range(0, 17)
     table = pd.DataFrame([judged(np.roll(heart, shift, axis=1)) for shift in shifts], index=shifts)
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+    _, axes = plt.subplots(1, 3, figsize=(10, 3.2))
     compared(axes[0], np.roll(heart, pixels, axis=1), f"moved by {pixels} pixels")
     for axis, measure, unit in zip(axes[1:], ("dice", "hd95"), ("Dice", "HD95 in mm"), strict=True):
         axis.plot(table[measure], color=plots.GREY)
@@ -171,7 +171,7 @@ moved(4)
 # %% [markdown]
 # Run the next cell to get a slider. At which shift is Dice 0.5? What do the two curves do once the masks no longer touch?
 
-# %%
+# %% tags=["slider"]
 _ = interact(moved, pixels=(0, 16))
 
 # %% [markdown]
@@ -263,7 +263,7 @@ draws = {1: [dice_of_draw(draw, 1) for draw in range(5)]}
 # %%
 draws[4] = [dice_of_draw(draw, 4) for draw in range(5)]
 figure, axis = plt.subplots(figsize=(6, 3.2))
-for place, (count, values) in enumerate(draws.items()):
+for place, values in enumerate(draws.values()):
     axis.plot(values, [place] * 5, "o", color=plots.BLUE, markersize=9, alpha=0.6)
     axis.plot(np.mean(values), place, "|", color=plots.BLACK, markersize=30)
 axis.set(xlabel="mean Dice of 12 test subjects", yticks=[0, 1], ylim=(-0.6, 1.6))

@@ -22,8 +22,8 @@ from clseg import plots
 from clseg.augment import contrast_view
 from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
-from clseg.losses import contrastive_loss
 from clseg.loop import step_generator
+from clseg.losses import contrastive_loss
 from clseg.pairs import instance_pairs
 from clseg.settings import ContrastStage, Geometry, NetworkConfig
 from clseg.stages.contrast import contrast, draw_batch
@@ -142,7 +142,7 @@ def push(temperature=0.5):
     arrows = -torch.autograd.grad(loss, leaf)[0]
     steepest = arrows.norm(dim=1).max().item()
     share = (embedding[2:] @ embedding[0] / temperature).softmax(dim=0)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=(1, 1.1))
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=(1, 1.1))
     circle(left, title=f"temperature {temperature}: loss {loss.item():.2f}, steepest {steepest:.2f}")
     left.quiver(
         *embedding.T, *(0.6 * arrows / steepest).T, color=colours, angles="xy", scale_units="xy", scale=1, width=0.012
@@ -157,10 +157,10 @@ for temperature in (0.1, 1.0):
     push(temperature)
 
 # %% [markdown]
-# At 0.1 nearly all the push goes to B1, the *hardest* negative: the one that is most like the anchor. At 1.0 all negatives are pushed nearly
-# alike (dashed: an equal share). Run the next cell to move the temperature yourself. At which one does the hardest negative have half of the push?
+# At 0.1 nearly all the push goes to B1, the *hardest* negative: the one that is most like the anchor. At 1.0 the push is
+# spread over all negatives (dashed: an equal share). Run the next cell to move the temperature yourself. At which one does the hardest negative have half of the push?
 
-# %%
+# %% tags=["slider"]
 options = [0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0]
 _ = interact(push, temperature=SelectionSlider(options=options, value=0.5, continuous_update=False))
 
