@@ -26,6 +26,7 @@ from clseg.cluster import purity as package_purity
 from clseg.losses import contrastive_loss, local_contrastive_loss
 from clseg.metrics import dice as package_dice
 from clseg.pairs import cluster_pairs, instance_pairs, partition_pairs, position_pairs
+from clseg.recipes.weak_to_strong import consistency_loss, pseudo_labels
 from clseg.regions import region_grid
 
 CLOSE, EXACT = 6e-3, 1e-4  # how near a number must be: one that was rounded to two decimals, one that a function gave
@@ -583,4 +584,87 @@ def cluster_statements() -> Check:
         b="(b) purity grows with k whatever the clusters hold: compare it with that of shuffled clusters.",
         c="(c) curves of different k start and end at different values and must not be compared.",
         d="(d) two slices of one patient fall into one cluster here, so they are positives: nearly the opposite of gd.",
+    )
+
+
+# ------------------------------------------------------------------------------------- 96: semi-supervised, lesson 14
+
+
+@exercise
+def memory_of_teacher() -> Check:
+    """The part of its first weights that is left in a mean teacher with decay 0.99 after 100 steps."""
+    wrong = {
+        "that is the part of the student's weights; the rest is left.": 1 - 0.99**100,
+        "each step keeps 0.99 of what was *left*: multiply, do not subtract.": 0.0,
+        "that is after one step.": 0.99,
+        "that is the share of the student in one step.": 0.01,
+    }
+    return Check(0.99**100, "0.99^100 ≈ 0.37: it remembers some hundred steps.", wrong, "no: each step multiplies it.")
+
+
+@exercise
+def believe() -> Check:
+    """A function (logits [B, K, H, W], confidence): pseudo-labels and which of them are sure, [B, H, W]."""
+
+    def right(logits, confidence):
+        return list(pseudo_labels(logits, confidence))
+
+    def without_softmax(logits, confidence):
+        return [logits.argmax(dim=1), logits.max(dim=1).values >= confidence]
+
+    def strictly(logits, confidence):
+        probability, label = logits.softmax(dim=1).max(dim=1)
+        return [label, probability > confidence]
+
+    def over_pixels(logits, confidence):
+        return [logits.argmax(dim=1), logits.flatten(2).softmax(dim=2).reshape(logits.shape).amax(dim=1) >= confidence]
+
+    half = torch.tensor([[[[1.0, 0.0, 3.0]], [[1.0, 2.0, -1.0]]]])  # [1, 2, 1, 3], the first pixel at 0.5 exactly
+    cases = [(half, 0.5), (half * 2, 0.9)]
+    wrong = {
+        "logits are no probabilities: take their softmax over the classes first.": without_softmax,
+        "nearly: a probability that equals the confidence counts.": strictly,
+        "the softmax runs over the classes (dim=1), not over the pixels.": over_pixels,
+    }
+    otherwise = (
+        "no: return (label, sure), the argmax over dim=1, and whether the largest probability is confidence or more."
+    )
+    return Check(right, "the function `clseg.recipes.weak_to_strong.pseudo_labels`.", wrong, otherwise, cases)
+
+
+@exercise
+def consistency() -> Check:
+    """A function (logits [B, K, H, W], label, sure [B, H, W]): cross-entropy of sure pixels over the number of all."""
+
+    def over_sure(logits, label, sure):
+        return F.cross_entropy(logits, label, reduction="none")[sure].mean()
+
+    def everywhere(logits, label, sure):
+        return F.cross_entropy(logits, label)
+
+    def total(logits, label, sure):
+        return F.cross_entropy(logits, label, reduction="none")[sure].sum()
+
+    generator = torch.Generator().manual_seed(0)
+    logits, label = torch.randn(2, 3, 4, 4, generator=generator), torch.randint(3, (2, 4, 4), generator=generator)
+    wrong = {
+        "divide by the number of all pixels: otherwise one sure pixel counts as much as a whole image.": over_sure,
+        "pixels that are not sure must not count.": everywhere,
+        "divide by the number of all pixels.": total,
+    }
+    otherwise = "no: F.cross_entropy(logits, label, reduction='none') has a value for each pixel, [B, H, W]."
+    cases = [(logits, label, logits.softmax(dim=1).amax(dim=1) > 0.6)]
+    return Check(consistency_loss, "the function `consistency_loss` of the recipe.", wrong, otherwise, cases)
+
+
+@exercise
+def semi_supervised_statements() -> Check:
+    """Which of the statements about semi-supervised fine-tuning are true."""
+    return statements(
+        "ad",
+        "its own labels cannot tell a network that it is wrong; only masks, or what must not change, can.",
+        a="(a) the strong view changes intensities only, because the label of the weak view must still fit.",
+        b="(b) the teacher is an average of the student's weights; no gradient reaches it.",
+        c="(c) a pixel can be sure and wrong; training on it makes it surer.",
+        d="(d) confidence 1 leaves hardly a pixel, and the consistency loss is nearly 0.",
     )
