@@ -26,11 +26,9 @@ colour = "teal"  # of the line
 
 # %% tags=["nbval-check-output"]
 import os
-import sys
 
 import matplotlib.pyplot as plt
 
-print("a warning of process", os.getpid(), file=sys.stderr)
 print("threads", os.environ["OMP_NUM_THREADS"])
 print("empty", not os.path.exists(os.environ["CLSEG_OUT"]) or not os.listdir(os.environ["CLSEG_OUT"]))
 print("real data", os.path.exists(os.environ["CLSEG_DATA"]))
@@ -141,7 +139,7 @@ SPOILT = {
     "stripped": (strip, "no cell has an output"),
     "not executed": (lambda nb: nb.cells[2].update(execution_count=None), "cell 2 was not executed"),
     "nothing to compare": (show("done\n", cell=3), "cell 3 has the tag `nbval-check-output` but shows no number"),
-    "stderr": (add("stream", name="stderr", text="warning"), "cell 5 holds stderr"),
+    "stderr": (add("stream", name="stderr", text="warning"), "cell 5 holds stderr, mend what it warns of: warning"),
     "error": (add("error", ename="E", evalue="", traceback=[]), "cell 5 ended in an error"),
     "widget": (add("display_data", data={"application/vnd.jupyter.widget-view+json": {}}), "cell 5 holds a widget"),
     "posix path": (show("saved /somewhere/else/x.png"), "cell 5 shows an absolute path"),
@@ -208,6 +206,10 @@ def test_script_and_notebook_need_each_other(built, tmp_path, capsys):
             "# %%\nprint(__import__('os').getcwd())\n\n" + 2 * '# %% tags=["nbval-check-output"]\n1\n\n',
             "an absolute path",
         ),
+        (
+            "# %%\nimport warnings\nwarnings.warn('old')\n\n" + 2 * '# %% tags=["nbval-check-output"]\n1\n\n',
+            "cell 0 holds stderr, mend what it warns of: ",
+        ),
         ("# %%\n1 / 0\n\n" + 2 * '# %% tags=["nbval-check-output"]\n1\n\n', "ZeroDivisionError"),
         ("# %%\n1\n", "0 cells have the tag"),
     ],
@@ -229,6 +231,11 @@ def test_nbval_compares_numbers_and_passes_over_warnings(built, tmp_path):
         shutil.copy(PROJECT / name, tmp_path / name)
     text = (built / "00_small.ipynb").read_text(encoding="utf-8")
     assert text.count("0.429") == 1
+    text = text.replace(
+        '"print(\\"threads',
+        '"import sys\\n",\n    "print(\\"a warning\\", file=sys.stderr)\\n",\n    "print(\\"threads',
+    )
+    assert "a warning" in text
     (tmp_path / "notebooks" / "true.ipynb").write_text(text, encoding="utf-8")
     (tmp_path / "notebooks" / "wrong.ipynb").write_text(text.replace("0.429", "0.430"), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "notebooks"]

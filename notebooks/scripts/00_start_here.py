@@ -1,11 +1,37 @@
 # %% [markdown]
-# # Start here: does pre-training help when few subjects are labelled?
-# **One table, one chart, one test: segmentation of a cardiac phantom with 1, 2 and 4 labelled subjects, with and without
-# contrastive pre-training.** `make study` made them; this notebook reads them and trains nothing.
+# # Start here
+# **Masks of medical images are expensive, images are not. Contrastive pre-training learns from images alone, by one question: who
+# is alike? This notebook is the map of the course, and shows what pre-training gains on a small example.**
 #
-# You will see: Dice against the number of labelled subjects with intervals, the paired test against `random`, and where
-# every number comes from. Seconds on a CPU. The phantom is a model, not a patient: `30_glcl_strategies` shows the same on
-# real cardiac MRI.
+# ## Three ways through
+# **You study or teach** (about five hours; nothing to download, a laptop is enough; each lesson runs on its own):
+#
+# | lesson | question | minutes | exercises |
+# |---|---|---|---|
+# | [02_few_labels](02_few_labels.ipynb) | What can be learned from few labels, and how is it measured? | 30 | [90](90_few_labels.ipynb) |
+# | [04_infonce](04_infonce.ipynb) | What does "alike" mean to a network? | 30 | [91](91_infonce.ipynb) |
+# | [10_global_contrast](10_global_contrast.ipynb) | Which slices are alike? | 40 | [92](92_global_contrast.ipynb) |
+# | [11_local_contrast](11_local_contrast.ipynb) | Which regions are alike? | 40 | [93](93_local_contrast.ipynb) |
+# | [12_positional_contrast](12_positional_contrast.ipynb) | How near is alike? | 40 | [94](94_positional_contrast.ipynb) |
+# | [13_cluster_contrast](13_cluster_contrast.ipynb) | What if an auto-encoder decides? | 40 | [95](95_cluster_contrast.ipynb) |
+# | [14_semi_supervised](14_semi_supervised.ipynb) | Can unlabelled images help *during* fine-tuning? | 30 | [96](96_semi_supervised.ipynb) |
+# | [15_end_to_end](15_end_to_end.ipynb) | Your own question, from pre-training to one paragraph | 60 | in it |
+# | [16_your_method](16_your_method.ipynb) | Your own answer to "who is alike?" | 40 | in it |
+#
+# Teachers find order, hints and projects in [TEACHING.md](../TEACHING.md), and all terms in [GLOSSARY.md](../GLOSSARY.md).
+#
+# **You do research** (an hour to see it all): [01_data](01_data.ipynb) (5 minutes) and this notebook (5), then what the papers' tables become on one
+# footing: [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb), [33_pcl_semi](33_pcl_semi.ipynb),
+# [37_ufc_skin](37_ufc_skin.ipynb), [41_four_answers](41_four_answers.ipynb) (5 each); what happens in one run: [20_pretrain](20_pretrain.ipynb),
+# [21_finetune](21_finetune.ipynb); what it costs: [40_benchmarks](40_benchmarks.ipynb). The command line is in the [README](../README.md).
+#
+# **You have scans of your own** (20 minutes to a first result): [03_your_data](03_your_data.ipynb) checks the folder, pre-trains, fine-tunes and segments. Read
+# [02_few_labels](02_few_labels.ipynb) before you believe a number.
+#
+# ## The example: does pre-training help when few subjects are labelled?
+# Segmentation of a cardiac phantom with 1, 2 and 4 labelled subjects, with and without contrastive pre-training. `make study` made the
+# table; the cells below read it and train nothing. Seconds on a CPU. The phantom is a model, not a patient:
+# [30_glcl_strategies](30_glcl_strategies.ipynb) shows the same on real cardiac MRI.
 
 # %%
 from clseg import plots
@@ -70,12 +96,4 @@ comparison = results.comparison[columns].round(3)
 print(comparison.assign(p_holm=results.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False))
 
 # %% [markdown]
-# ## Where to go from here
-# | notebook | question |
-# |---|---|
-# | `01_data` | What do the networks see? |
-# | `10_global_contrast` | Which slices are alike, and what does the loss do with that? |
-# | `11_local_contrast` | Which regions are alike? |
-# | `20_pretrain`, `21_finetune` | What happens in one run? |
-# | `30_glcl_strategies` | Which initialisation helps, on real cardiac MRI? |
-# | `31_glcl_ablation` | Which choices matter? |
+# Now choose a way above. If in doubt: [02_few_labels](02_few_labels.ipynb).

@@ -3,9 +3,11 @@
 # **Global contrast trains an encoder without labels: slices that are alike get similar embeddings, all others different
 # ones. Everything depends on the answer to one question: who is alike?**
 #
-# You will see: the idea of Fig. 1 (i) of Chaitanya et al. (2020) on slices of the phantom, the loss as a slow loop and as a
-# fast function, what it pulls and what it pushes, and what temperature, partitions and strategy change, each measured.
-# Nothing is downloaded; about half a minute on one CPU thread, and a GPU would not be noticed.
+# **Goals.** After this lesson you can (1) say what `gr`, `gd-` and `gd` call alike, and what each gets wrong, (2) compute the loss of a
+# batch and its first value, (3) test whether an encoder has learned anatomy or has remembered its patients.
+#
+# **You need** [04_infonce](04_infonce.ipynb) for the loss, and [02_few_labels](02_few_labels.ipynb) for encoder and Dice. **About 40
+# minutes**, one of them computing. Nothing is downloaded. The idea is that of Fig. 1 (i) of Chaitanya et al. (2020).
 
 # %%
 from math import log
@@ -15,46 +17,47 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from ipywidgets import interact
 
 from clseg import augment, plots
+from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.loop import Work, step_generator
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import instance_pairs, partition_pairs
-from clseg.settings import ContrastStage, NetworkConfig
+from clseg.settings import ContrastStage, Geometry, NetworkConfig
 from clseg.stages.contrast import contrast, draw_batch
 from clseg.stages.sampling import partition_slices, random_slices
-from clseg.study.files import read_dataset
-from clseg.study.parameters import read_parameters
 
-# %% tags=["parameters"]
-stage: str = "contrast"  # the kind of stage: this notebook is about this one
-pairs: str = "partition"  # who is alike: instance (views of a slice) or partition (the same part of any volume)
-strategy: str = "gd"  # of the partition pairs: gd- or gd
-partitions: int = 4  # S, equal parts of a volume
-slices: int = 12  # slices in a batch, before they are augmented
-temperature: float = 0.1  # tau
-denominator: str = "pair"  # pair (Chaitanya et al.) or all (the positives are in the denominator, too)
-
-# %%
-parameters = read_parameters(globals(), ContrastStage)
-print(parameters.model_dump_json(indent=1))
+plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
-# ## The idea
+# What this lesson is about, as one object. Change a value, run all cells again, and see what follows.
+
+# %%
+stage = ContrastStage(
+    pairs="partition",  # who is alike: instance (views of a slice) or partition (the same part of any volume)
+    strategy="gd",  # of the partition pairs: gd- or gd
+    partitions=4,  # S, equal parts of a volume
+    set_of=None,  # all volumes of a batch have positives in each other; 2: in pairs, as in the released code
+    slices=12,  # slices in a batch, before they are augmented
+    temperature=0.1,  # tau
+    denominator="pair",  # pair (Chaitanya et al.) or all (the positives are in the denominator, too)
+)
+
+# %% [markdown]
+# ## The idea in one picture
 # Nobody has labelled these slices. But a volume is not a bag of slices: it runs from the base of the heart to its apex, in
 # every subject. So cut every volume into S equal parts, the *partitions*, and take one slice of each.
 
 # %%
-about = read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
-store = prepare(about, about.geometry["laptop"], progress=False)
+phantom = phantom_dataset(subjects=24)
+store = prepare(phantom, Geometry(size=[64, 64], spacing_mm=3.2), progress=False)
 training, held_out = store.subjects[:16], store.subjects[16:]
 rows = store.rows(training)
 
-chosen, partition = partition_slices(
-    store, rows, parameters.partitions, parameters.slices, step_generator(0, "idea", 0)
-)
+chosen, partition = partition_slices(store, rows, stage.partitions, stage.slices, step_generator(0, "idea", 0))
 batch = store.batch(chosen)
 plots.volume_grid(
     batch.image[:, 0],
@@ -69,7 +72,41 @@ plots.volume_grid(
 # along a row: one patient, and the heart changes. Global contrast says: **a column is alike, a row is not.** The outlines are
 # there for you; no network sees them in this notebook.
 #
-# Is it true? The masks can tell. If $a_k$ and $b_k$ are the areas of structure $k$ in two slices, then
+# Now one anchor (black frame) and all slices of three volumes. Blue is a positive, orange a negative, grey is neither. A volume whose number of slices
+# is no multiple of S has slices that belong to no partition.
+
+
+# %%
+def who_is_alike(partitions=4, strategy="gd"):
+    """Three volumes, a row each: the anchor, its positives and negatives."""
+    shown = store.batch([row for volume in (0, 1, 2) for row in store.volume_rows(volume)])
+    place = torch.from_numpy(store.slices["slice"].to_numpy()[shown.row])
+    length = torch.from_numpy(store.slices["slices_in_volume"].to_numpy()[shown.row]) // partitions
+    partition = place // length  # as they are drawn: what is left over has the number `partitions` or more
+    alike = partition_pairs(shown.row, partition, strategy)
+    anchor = 4
+    _, axis = plt.subplots(figsize=(10, 3.4))
+    for row, picture in enumerate(shown.image[:, 0]):
+        colour = plots.BLUE if alike.positive[anchor, row] else plots.ORANGE if alike.negative[anchor, row] else "0.6"
+        colour = plots.BLACK if row == anchor else "0.6" if partition[row] >= partitions else colour
+        x, y = place[row].item(), -shown.volume[row].item() * 1.15
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1.5, extent=(x + 0.06, x + 0.94, y + 0.06, y + 0.94))
+        axis.add_patch(plt.Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor=colour, linewidth=4))
+    axis.set(xlim=(0, place.max() + 1), ylim=(-2.4, 1.05), aspect="equal", title=f"{strategy}, {partitions} partitions")
+    axis.set_axis_off()
+    plt.show()
+
+
+who_is_alike(4, "gd")
+
+# %% tags=["slider"]
+_ = interact(who_is_alike, partitions=[2, 3, 4, 6], strategy=["gd", "gd-"])
+
+# %% [markdown]
+# Change S in the menu above: where do borders cut between slices that look the same? With `gd-` (only the views of the anchor are its positives, and they
+# are not drawn here) no slice is blue, and the anchor's partition turns grey.
+#
+# Is the rule true? The masks can tell. If $a_k$ and $b_k$ are the areas of structure $k$ in two slices, then
 # $2\sum_k\min(a_k,b_k)\,/\,\sum_k(a_k+b_k)$ is the Dice that their masks would have if every structure of one could be moved
 # onto that of the other. We take it over pairs of slices **of different volumes** in many batches.
 
@@ -103,7 +140,7 @@ def between_volumes(setting, batches=50):
     return pd.concat(tables, ignore_index=True)
 
 
-published = ContrastStage(stage="contrast", pairs="partition")
+published = ContrastStage(pairs="partition", set_of=None)
 seen = between_volumes(published)
 for apart, of_both in seen.groupby("partitions_apart"):
     print(f"{apart} partitions apart: overlap {of_both['overlap'].mean():.2f}")
@@ -266,7 +303,7 @@ strategies = {
     "gd-": partition_pairs(tiny["slice"], tiny["partition"], "gd-"),
     "gd": alike,
 }
-figure, axes = plt.subplots(2, 3, figsize=(6.4, 4.6))
+figure, axes = plt.subplots(2, 3, figsize=(9, 6.6))
 for of_tau, tau in zip(axes, (0.1, 0.5), strict=True):
     for axis, (name, positives) in zip(of_tau, strategies.items(), strict=True):
         points = embedding.clone()
@@ -277,17 +314,17 @@ for of_tau, tau in zip(axes, (0.1, 0.5), strict=True):
             own = points[tiny["slice"] == number]
             axis.scatter(*own.T, color=colour, marker="os"[number // 2], s=60, alpha=0.6, label=f"slice {number}")
         axis.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
-        axis.set_title(f"{name}, temperature {tau}", fontsize=9)
+        axis.set_title(f"{name}, temperature {tau}")
         axis.set_axis_off()
-axes[0, 0].legend(fontsize=7, loc="center", frameon=False)
-figure.suptitle("round: partition 0, square: partition 1", fontsize=9)
+axes[0, 0].legend(fontsize=11, loc="center", frameon=False)
+figure.suptitle("round: partition 0, square: partition 1")
 plt.show()
 
 # %% [markdown]
 # `gr` spreads the slices over the circle: that slices 0 and 1 show the same part of the heart counts for nothing. `gd` brings each
 # partition together. At temperature 0.1 it stops there, with nothing left to gain; at 0.5 it goes on to opposite ends.
 # `gd-` is the surprise: nothing pulls slices 0 and 1 towards each other, and at 0.1 they stay where `gr` has them, apart. At 0.5
-# they end in one point all the same: both flee from the same negatives. Pushing alone can gather what is alike.
+# they end in one point all the same: both move away from the same negatives. Pushing alone can gather what is alike.
 #
 # ## A real batch
 # The same three answers for batches as training draws them, with the published S = 4 and 12 slices. The rows are sorted by
@@ -379,20 +416,20 @@ pd.DataFrame(table).set_index("S").round(2)
 # go through it as they are, from training subjects and from 8 subjects it has never seen.
 
 # %%
-small = prepare(about, about.geometry["smoke"], progress=False)
+small = prepare(phantom, Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
 width = NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 torch.manual_seed(0)
 network = UNet(small.channels, small.num_classes, width)
-pretraining = contrast(Work(network, small, small.rows(training), parameters.slices, seed=0), parameters)
+pretraining = contrast(Work(network, small, small.rows(training), stage.slices, seed=0), stage)
 head = pretraining.learning["head"]
-optimiser = torch.optim.Adam([*network.encoder.parameters(), *head.parameters()], parameters.learning_rate)
+optimiser = torch.optim.Adam([*network.encoder.parameters(), *head.parameters()], stage.learning_rate)
 
 
 @torch.no_grad()
 def look(subjects):
     """One slice per partition of these subjects, not augmented: similarities [n, n], partition and volume [n]."""
     drawn, partition = partition_slices(
-        small, small.rows(subjects), parameters.partitions, 10**6, step_generator(0, "look", 0)
+        small, small.rows(subjects), stage.partitions, 10**6, step_generator(0, "look", 0)
     )
     order = partition.argsort(stable=True)
     shown = small.batch(drawn[order.numpy()])
@@ -442,9 +479,9 @@ for who, subjects in {"training": training, "new": held_out}.items():
 # What does the temperature mean for *these* embeddings?
 
 # %%
-image, of_batch = draw_batch(Work(network, small, small.rows(training), parameters.slices, seed=0), parameters, 999)
+views, of_batch = draw_batch(Work(network, small, small.rows(training), stage.slices, seed=0), stage, 999)
 with torch.no_grad():
-    z = F.normalize(head(network.encoder(image)[-1]), dim=1)
+    z = F.normalize(torch.cat([head(network.encoder(view)[-1]) for view in views]), dim=1)
 for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
     share = (z @ z.T / tau).masked_fill(~of_batch.negative, -torch.inf).softmax(dim=1)  # [B, B], over the negatives
     print(
@@ -455,50 +492,25 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
 # An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets a few times that; in the tiny example it got
 # nearly all. The same temperature is mild where similarities lie close together and harsh where they do not.
 #
-# **Try it.** Set `strategy = "gd-"` or `pairs = "instance"` at the top and run all cells again: which of the two pictures changes
-# more?
+# ## What to notice
+# * Each strategy is one choice of two masks, positives and negatives. The loss does not change.
+# * No answer is right: `gr` pushes apart what is the same anatomy, `gd` calls unlike hearts alike, and borders cut neighbours.
+# * A falling loss on training subjects proves nothing. Look at new subjects.
 #
-# ## Exercise: the loss before training
-# A batch of `gd` has m volumes and S partitions, one slice of each, and two views. The encoder has learned nothing:
-# all rows have one and the same embedding. What is the loss (`denominator="pair"`) for m = 5, S = 4 and temperature 0.1? Work
-# it out on paper, and put the number below. It is worth knowing: a first loss far above it is a mistake in the code.
-
-# %%
-answer = None  # your number
-
-
-# %%
-def check(answer, m=5, S=4):
-    if answer is None:
-        return "not answered yet"
-    wrong = {
-        log(2 * m * S - 1): "you counted every other row; of its own partition an anchor has no negatives",
-        log(2 * m * (S - 1)): "nearly: the positive itself is in the denominator, too",
-        log(1 + m * (S - 1)): "nearly: each slice has two views, and both are negatives",
-        log(1 + 2 * (S - 1)): "slices of other volumes are negatives, too, if they are of another partition",
-    }
-    slice_id, partition = torch.arange(m * S).repeat(2), torch.arange(S).repeat(2 * m)
-    view = torch.arange(2).repeat_interleave(m * S)
-    truth = contrastive_loss(
-        torch.ones(2 * m * S, 3), partition_pairs(slice_id, partition, "gd", view), 0.1, "pair"
-    ).item()
-    if abs(answer - truth) < 0.01:
-        return "right"
-    near = [hint for value, hint in wrong.items() if abs(answer - value) < 0.01]
-    return near[0] if near else "no: all e^s are equal, so the fraction is 1 over how many terms?"
-
-
-check(answer)
-
-# %% [markdown]
-# <details><summary><b>Solution</b> (try first)</summary>
+# ## Summary
+# * Partitions are equal parts of a volume. `gd`: the same partition of any volume is alike. `gd-`: only views of a slice are alike, and
+#   the rest of its partition is left out. `gr`: only views are alike, and everybody else is a negative (SimCLR).
+# * `denominator="pair"` puts one positive into the denominator, `"all"` puts all of them.
+# * Equal embeddings have the loss log(1 + negatives): the collapse line of this loss.
+# * A low temperature finds the hardest negatives, and the hardest may be wrong ones.
+# * More partitions make positives more alike and the batch poorer in them.
 #
-# All similarities are equal, so every term is $-\log\frac{1}{1+|N_i|}=\log(1+|N_i|)$, whatever the temperature. The negatives
-# of an anchor are the rows of the other S − 1 partitions: m volumes, two views, so $|N_i|=2m(S-1)=30$ and the loss is
-# $\log 31\approx 3.43$.
-# </details>
+# ## Exercises
+# [92_global_contrast](92_global_contrast.ipynb): the first loss, counting pairs, writing the rule of `gd`, and four statements.
 #
-# The same in code, checked:
-
-# %% tags=["nbval-check-output"]
-print(f"log(1 + 2 * 5 * (4 - 1)) = {log(1 + 2 * 5 * (4 - 1)):.3f}: {check(log(1 + 2 * 5 * (4 - 1)))}")
+# ## Where to read on
+# * Next lessons: [11_local_contrast](11_local_contrast.ipynb), regions inside a slice; [12_positional_contrast](12_positional_contrast.ipynb),
+#   partitions without borders. Does it help a segmenter? [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb).
+# * The code: `clseg/pairs.py` (`partition_pairs`) and `clseg/stages/contrast.py`.
+# * K. Chaitanya et al., NeurIPS 2020, [arXiv:2006.10511](https://arxiv.org/abs/2006.10511), and
+#   [their code](https://github.com/krishnabits001/domain_specific_cl).

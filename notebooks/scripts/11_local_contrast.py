@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Which regions are alike?
 # **Local contrast trains the decoder without labels: a region of a slice is like the same region of another view of it, and unlike
-# its neighbours.** It follows global contrast (`10_global_contrast`), with the encoder frozen.
+# its neighbours.** It follows global contrast, with the encoder frozen.
 #
-# You will see: the idea of Fig. 1 (ii) of Chaitanya et al. (2020) on a slice of the phantom, the published grid of regions with
-# its oddities, the loss as a slow loop and as a fast function, and an experiment that asks what the decoder has to know
-# to solve this task. Nothing is downloaded; about half a minute on one CPU thread, and a GPU would not be noticed.
+# **Goals.** After this lesson you can (1) say what a region, its positive and its negatives are, (2) compute the local loss and its
+# first value, (3) design an experiment that asks *why* a loss falls.
+#
+# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs of slices.
+# **About 40 minutes**, one of them computing. Nothing is downloaded. The idea is that of Fig. 1 (ii) of Chaitanya et al. (2020).
 
 # %%
 from math import log
@@ -15,62 +17,63 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from ipywidgets import interact
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
 from clseg import plots
 from clseg.augment import intensity
+from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.loop import Work, step_generator
 from clseg.losses import local_contrastive_loss
 from clseg.models import LocalHead, UNet
 from clseg.pairs import Pairs
 from clseg.regions import nearest_neighbours, region_grid
-from clseg.settings import LocalStage, NetworkConfig
+from clseg.settings import Geometry, LocalStage, NetworkConfig
 from clseg.stages.local import local
 from clseg.stages.local import regions as regions_of
 from clseg.stages.sampling import partition_slices, random_slices
-from clseg.study.files import read_dataset
-from clseg.study.parameters import read_parameters
 
-# %% tags=["parameters"]
-stage: str = "local"  # the kind of stage: this notebook is about this one
-strategy: str = "lr"  # lr (views of one slice) or ld (and slices of the same partition)
-decoder_blocks: int = 3  # l, how many decoder blocks learn; the map has side / 2^(5 - l) pixels
-regions: int = 13  # A, regions of a map that serve as anchors: 9 or 13
-size: int = 3  # K, side of a region in pixels of the map: 1 or 3
-negatives: int = 5  # neighbours that are negatives, in each of the two maps
-neighbours: str = "published"  # which neighbours: published (hand-written) or nearest
-slices: int = 10  # slices in a batch, before they are augmented
-temperature: float = 0.1  # tau
-
-# %%
-parameters = read_parameters(globals(), LocalStage)
-print(parameters.model_dump_json(indent=1))
+plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
-# ## The idea
+# What this lesson is about, as one object. Change a value, run all cells again, and see what follows.
+
+# %%
+stage = LocalStage(
+    strategy="lr",  # lr (views of one slice) or ld (and slices of the same partition)
+    decoder_blocks=3,  # l, how many decoder blocks learn; the map has side / 2^(5 - l) pixels
+    regions=13,  # A, regions of a map that serve as anchors: 9 or 13
+    size=3,  # K, side of a region in pixels of the map: 1 or 3
+    negatives=5,  # neighbours that are negatives, in each of the two maps
+    neighbours="published",  # which neighbours: published (hand-written) or nearest
+    slices=10,  # slices in a batch, before they are augmented
+    temperature=0.1,  # tau
+)
+
+# %% [markdown]
+# ## The idea in one picture
 # Segmentation needs features that differ from place to place inside a slice, and global contrast asks for one embedding per slice.
 # So take two views that differ in brightness and contrast **only**: what lies at one place in one view lies at the same
 # place in the other. The blue region of view 1 shall be like the blue region of view 2, and unlike the orange ones of both.
 
 # %%
-about = read_dataset("phantom")
-large = prepare(about.model_copy(update={"options": {"subjects": 1}}), about.geometry["paper"], progress=False)
+large = prepare(phantom_dataset(subjects=1), Geometry(size=[192, 192], spacing_mm=1.1), progress=False)
 image = large.batch(large.volume_rows(0)[3:4]).image
-scale = 2 ** (5 - parameters.decoder_blocks)  # image pixels per map pixel, along a side
+scale = 2 ** (5 - stage.decoder_blocks)  # image pixels per map pixel, along a side
 map_size = tuple(side // scale for side in large.size)
-corners, near = regions_of(parameters, map_size)
+corners, near = regions_of(stage, map_size)
 
 
-def boxes(axis, picture, corners, size, colours, title):
+def boxes(axis, picture, corners, size, colours, title, scale=scale):
     """Regions of the map, drawn where they lie in the image; no colour, no box."""
     axis.imshow(picture, cmap="gray", vmin=0, vmax=1.5)
     for (row, column), colour in zip((corners * scale).tolist(), colours, strict=True):
         if colour:
             square = plt.Rectangle((column - 0.5, row - 0.5), size * scale, size * scale, fill=False, edgecolor=colour)
             axis.add_patch(square).set(linewidth=1.4, clip_on=False)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title)
     axis.set_axis_off()
 
 
@@ -80,9 +83,9 @@ for region in near[4].tolist():
 centre[4] = plots.SKY
 generator = step_generator(0, "idea", 1)
 pictures = {"slice": image, "view 1": intensity(image, generator), "view 2": intensity(image, generator)}
-figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.8))
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.8))
 for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-    boxes(axis, picture[0, 0], corners, parameters.size, centre if title != "slice" else [None] * len(centre), title)
+    boxes(axis, picture[0, 0], corners, stage.size, centre if title != "slice" else [None] * len(centre), title)
 plt.show()
 
 # %% [markdown]
@@ -93,25 +96,36 @@ plt.show()
 # ## The grid
 # A is 9 or 13 regions, K is 1 or 3 map pixels.
 
+
 # %%
-grids = {(A, K): region_grid(map_size, K, A) for A, K in ((9, 3), (13, 3), (13, 1))}
-figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.8))
-for axis, ((A, K), (places, _)) in zip(axes, grids.items(), strict=True):
-    colours = [plots.SKY if r < A else plots.RED for r in range(len(places))]
-    boxes(axis, image[0, 0], places, K, colours, f"A = {A}, K = {K}: {len(places)} places")
-plt.show()
+def grid(regions=13, size=3, blocks=3):
+    """The places of the regions over the slice, for a map after so many decoder blocks."""
+    map_scale = 2 ** (5 - blocks)
+    places, _ = region_grid(tuple(side // map_scale for side in large.size), size, regions)
+    colours = [plots.SKY if r < regions else plots.RED for r in range(len(places))]
+    _, axis = plt.subplots(figsize=(4.2, 4.2))
+    title = f"A = {regions}, K = {size}, {blocks} decoder blocks: {len(places)} places"
+    boxes(axis, image[0, 0], places, size, colours, title, map_scale)
+    plt.show()
+
+
+grid()
+
+# %% tags=["slider"]
+_ = interact(grid, regions=[9, 13], size=[1, 3], blocks=[2, 3, 4, 5])
 
 # %% [markdown]
-# Blue boxes are anchors. The red ones, for A = 13 and K = 3, are four places that the released code's hand-written tables name
+# Blue boxes are anchors. Use the menus to change their number A, their side K and the decoder map. The red ones, for A = 13 and K = 3, are four places that the released code's hand-written tables name
 # as negatives although they are not among the 13: (1/4, 1/2), (1/2, 1/4), (1/2, 3/4) and (3/4, 1/2), in parts of the side. They
 # are never anchors. The tables have other oddities: the negatives of the middle are its four diagonal
 # neighbours and one of the four straight ones. The package copies them by default (`published`) and has the regular rule beside
 # it (`nearest`: the nearest of the anchors themselves).
 
 # %%
+grids = {(A, K): region_grid(map_size, K, A) for A, K in ((9, 3), (13, 3), (13, 1))}
 places, by_hand = grids[13, 3]
 by_rule = nearest_neighbours(places[:13], 5)
-figure, axes = plt.subplots(1, 4, figsize=(9, 2.6))
+figure, axes = plt.subplots(1, 4, figsize=(11, 3.4))
 shown = [
     (0, by_hand, "corner, published"),
     (0, by_rule, "corner, nearest"),
@@ -248,7 +262,7 @@ for tau in (0.05, 0.1, 0.5, 1.0):
 # 24 ordered pairs of images join the 2 x 12 pairs of views: half of the loss.
 
 # %%
-medium = prepare(about.model_copy(update={"options": {"subjects": 24}}), about.geometry["laptop"], progress=False)
+medium = prepare(phantom_dataset(subjects=24), Geometry(size=[64, 64], spacing_mm=3.2), progress=False)
 training, held_out = medium.rows(medium.subjects[:16]), medium.rows(medium.subjects[16:])
 chosen, partition = partition_slices(medium, training, 4, 12, step_generator(0, "local", 0))
 same_partition = (partition[:, None] == partition[None, :]).fill_diagonal_(False)
@@ -292,14 +306,14 @@ pd.concat(agreement).groupby(["volume", "partition"]).mean().round(2)
 # have 64 pixels, and 50 steps are few: a small experiment, but the question is whether the task *can* be solved this way.
 
 # %%
-corners, near = regions_of(parameters, tuple(side // scale for side in medium.size))
+corners, near = regions_of(stage, tuple(side // scale for side in medium.size))
 width = NetworkConfig(filters=[8, 16, 32, 64, 64, 64], norm_momentum=0.1)
 
 
 def two_views(kind, rows, step):
     """Both views [n, 1, H, W] of the slices of a step; drawn as `stages.local` draws them."""
     generator = step_generator(0, "local", step)
-    image = medium.batch(random_slices(rows, parameters.slices, generator)).image
+    image = medium.batch(random_slices(rows, stage.slices, generator)).image
     if kind == "noise":
         return tuple(torch.rand(image.shape, generator=generator) for _ in range(2))
     view_1, view_2 = intensity(image, generator), intensity(image, generator)
@@ -308,26 +322,25 @@ def two_views(kind, rows, step):
 
 def embed(network, head, views):
     """Region embeddings [n, R', D] of both views; batch norm in training mode, as in the published stage."""
-    with torch.no_grad():
-        features = network.encoder(torch.cat(views))
-    return head(network.decoder(features, parameters.decoder_blocks), corners).chunk(2)
+    maps = []
+    for view in views:
+        with torch.no_grad():
+            features = network.encoder(view)
+        maps.append(head(network.decoder(features, stage.decoder_blocks), corners))
+    return maps
 
 
 def new_network():
     torch.manual_seed(0)
-    return UNet(medium.channels, medium.num_classes, width), LocalHead(
-        width, parameters.decoder_blocks, parameters.size
-    )
+    return UNet(medium.channels, medium.num_classes, width), LocalHead(width, stage.decoder_blocks, stage.size)
 
 
 def loss_of(network, head, views):
-    return local_contrastive_loss(*embed(network, head, views), near, parameters.temperature)
+    return local_contrastive_loss(*embed(network, head, views), near, stage.temperature)
 
 
 network, _ = new_network()
-by_stage = local(
-    Work(network, medium, training, parameters.slices, seed=0), parameters.model_copy(update={"strategy": "lr"})
-)
+by_stage = local(Work(network, medium, training, stage.slices, seed=0), stage.model_copy(update={"strategy": "lr"}))
 here = loss_of(network, by_stage.learning["head"], two_views("same", training, 0))
 print(f"step 0: the stage says {by_stage.step_loss(0).item():.3f}, this notebook {here.item():.3f}")
 
@@ -335,8 +348,8 @@ print(f"step 0: the stage says {by_stage.step_loss(0).item():.3f}, this notebook
 trained, losses = {"untrained": new_network()}, {}
 for kind in ("same", "shuffled", "noise"):
     network, head = new_network()
-    learning = [*network.decoder.blocks[: parameters.decoder_blocks].parameters(), *head.parameters()]
-    optimiser = torch.optim.Adam(learning, parameters.learning_rate)
+    learning = [*network.decoder.blocks[: stage.decoder_blocks].parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(learning, stage.learning_rate)
     losses[kind] = []
     for step in range(50):
         loss = loss_of(network, head, two_views(kind, training, step))
@@ -346,7 +359,7 @@ for kind in ("same", "shuffled", "noise"):
         losses[kind].append(loss.item())
     trained[kind] = network, head
 
-figure, axis = plt.subplots(figsize=(5, 2.8))
+figure, axis = plt.subplots(figsize=(7, 3.6))
 for (kind, values), colour in zip(losses.items(), (plots.BLUE, plots.RED, plots.GREY), strict=True):
     axis.semilogy(range(1, 51), values, color=colour, label=kind)
 axis.set(xlabel="step", ylabel="local loss")
@@ -409,7 +422,7 @@ pd.DataFrame({kind: measured(*pair) for kind, pair in trained.items()}).T.round(
 def features(network, rows):
     """Decoder map [pixels, channels] and whether the middle of each map pixel is heart [pixels]."""
     batch = medium.batch(rows)
-    feature_map = network.decoder(network.encoder(batch.image), parameters.decoder_blocks)
+    feature_map = network.decoder(network.encoder(batch.image), stage.decoder_blocks)
     heart = batch.label[:, scale // 2 :: scale, scale // 2 :: scale] > 0
     return feature_map.permute(0, 2, 3, 1).flatten(0, 2).numpy(), heart
 
@@ -434,43 +447,24 @@ for kind, (network, _) in trained.items():
 # pre-trained, images are larger, and what counts is Dice after fine-tuning. Ask the runs: `30_glcl_strategies` compares `gd`
 # with `gd+lr` on the same footing.
 #
-# **Try it.** Set `size = 1`, or `decoder_blocks = 4`, and run all cells again: does noise still suffice?
+# ## What to notice
+# * The positive of a region is at the *same place*, and its negatives are at *other places*. So the place alone solves the task.
+# * A control that has nothing to find (noise) says more about a loss than a long training.
 #
-# ## Exercise: a cheat
-# Write down embeddings of the 17 places (13 anchors, 4 negatives only) for two images and two views that **do not
-# depend on the image or the view** and for which $L^R$ is below 0.001 at temperature 0.1. A tensor [17, D], D as you like, will do: it
-# is used for all of them.
-
-# %%
-answer = None  # your tensor [17, D]
-
-
-# %%
-def check(answer):
-    if answer is None:
-        return "not answered yet"
-    if not isinstance(answer, torch.Tensor) or answer.ndim != 2 or len(answer) != 17:
-        return "it must be a tensor [17, D], a row per place"
-    for_all = answer.float().expand(2, -1, -1)  # [2, 17, D]: two images with the same regions
-    value = local_contrastive_loss(for_all, for_all, region_grid(map_size, 3, 13)[1], 0.1).item()
-    if value < 0.001:
-        return "right"
-    direction = F.normalize(answer.float(), dim=1)
-    closest = (direction @ direction.T).fill_diagonal_(-1).max().item()
-    return f"the loss is {value:.4f}; two of your places have cosine {closest:.2f}: how far apart can they all be?"
-
-
-check(answer)
-
-# %% [markdown]
-# <details><summary><b>Solution</b> (try first)</summary>
+# ## Summary
+# * A region is K × K pixels of a decoder map. It is like the same region of another view (`lr`), and with `ld` also like that region of other
+#   patients. Its neighbours in both maps are negatives.
+# * The views differ in brightness and contrast only, so that places correspond.
+# * Equal regions have the loss log(1 + 2 · negatives). It falls to nearly 0 within tens of steps.
+# * Here the decoder learned places: noise trained it as well as images did.
+# * `ld` assumes aligned patients. On the phantom that is not given.
 #
-# Give every place a direction of its own at right angles to all others, `torch.eye(17)`: then every term is
-# $\log(1+10\,e^{-1/\tau})\approx 10\,e^{-10}\approx 0.0005$. Directions that point away from each other a little (a simplex)
-# do even better. The loss cannot tell this cheat from an embedding that knows anatomy.
-# </details>
+# ## Exercises
+# [93_local_contrast](93_local_contrast.ipynb): the first loss, one term in code, a cheat, and four statements.
 #
-# The same in code, checked:
-
-# %%
-check(torch.eye(17))
+# ## Where to read on
+# * Next lesson: [12_positional_contrast](12_positional_contrast.ipynb). Does it help a segmenter? [30_glcl_strategies](30_glcl_strategies.ipynb)
+#   compares `gd` with `gd+lr`, and [31_glcl_ablation](31_glcl_ablation.ipynb) asks which choices matter.
+# * The code: `clseg/regions.py` (the published tables), `clseg/losses.py` (`local_contrastive_loss`), `clseg/stages/local.py`.
+# * K. Chaitanya et al., NeurIPS 2020, [arXiv:2006.10511](https://arxiv.org/abs/2006.10511), and
+#   [their code](https://github.com/krishnabits001/domain_specific_cl).

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # How near is alike?
 # **Positional contrast needs no labels and no partitions: two slices are alike if their places in their volumes differ by less
-# than a threshold.** One number replaces the borders of `10_global_contrast`, and everything hangs on it.
+# than a threshold.** One number replaces the borders of the partitions, and everything hangs on it.
 #
-# You will see: the idea of the method figure of Zeng et al. (MICCAI 2021) on slices of the phantom, the loss as a slow loop
-# and as a fast function, how many pairs a threshold makes alike in short and long volumes, and which other methods are hidden
-# in this one. Nothing is downloaded; 40 seconds on one CPU thread, and a GPU would not be noticed.
+# **Goals.** After this lesson you can (1) say which slices are alike at a threshold, and how many, (2) say why positives can be
+# pushed apart, (3) name the methods that are special cases of this one.
+#
+# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for partitions. **About 40
+# minutes**, one of them computing. Nothing is downloaded. The idea is that of the method figure of Zeng et al. (MICCAI 2021).
 
 # %%
 from math import ceil, inf, log
@@ -15,66 +17,82 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from ipywidgets import FloatSlider, interact
 
 from clseg import plots
+from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.loop import Work, optimiser_for
 from clseg.loop import learning_rate as rate_at
 from clseg.losses import contrastive_loss
 from clseg.models import UNet
 from clseg.pairs import Pairs, cluster_pairs, instance_pairs, position_pairs
-from clseg.settings import ContrastStage, NetworkConfig
+from clseg.settings import ContrastStage, Geometry, NetworkConfig
 from clseg.stages.contrast import contrast, draw_batch
 from clseg.stages.sampling import random_slices
-from clseg.study.files import read_dataset
-from clseg.study.parameters import read_parameters
 
-# %% tags=["parameters"]
-stage: str = "contrast"  # the kind of stage: this notebook is about this one
-pairs: str = "position"  # who is alike: slices whose positions differ by less than the threshold
-threshold: float = 0.35  # t, in parts of the volume's length
-temperature: float = 0.1  # tau
-denominator: str = "all"  # the positives are in the denominator, too
-head: str = "pool"  # average over the map, then two layers
-views: str = "pcl"  # mirrored, turned, scaled and bent; brightness and contrast stay
-slices: int = 32  # slices in a batch, before they are augmented
-optimiser: str = "sgd"
-learning_rate: float = 0.1
-schedule: str = "cosine"
-weight_decay: float = 1e-5
-
-# %%
-parameters = read_parameters(globals(), ContrastStage)
-print(parameters.model_dump_json(indent=1))
+plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
-# ## The idea
+# What this lesson is about, as one object. Change a value, run all cells again, and see what follows.
+
+# %%
+stage = ContrastStage(
+    pairs="position",  # who is alike: slices whose positions differ by less than the threshold
+    threshold=0.35,  # t, in parts of the volume's length
+    temperature=0.1,  # tau
+    denominator="all",  # the positives are in the denominator, too
+    head="pool",  # average over the map, then two layers
+    views="pcl",  # mirrored, turned, scaled and bent; brightness and contrast stay
+    slices=32,  # slices in a batch, before they are augmented
+    optimiser="sgd",
+    learning_rate=0.1,
+    schedule="cosine",
+    weight_decay=1e-5,
+)
+
+# %% [markdown]
+# ## The idea in one picture
 # Slice m of n has the *position* p = m/n: patients have different numbers of slices, but every volume runs from 0 to 1.
 # An anchor (black) is like all slices with $|p_i-p_j|<t$ (blue), of its own volume and of any other, and unlike the rest
 # (orange). Here are the patients with the fewest and the most slices.
 
 # %%
-about = read_dataset("phantom").model_copy(update={"options": {"subjects": 24}})
-store = prepare(about, about.geometry["laptop"], progress=False)
+phantom = phantom_dataset(subjects=24)
+store = prepare(phantom, Geometry(size=[64, 64], spacing_mm=3.2), progress=False)
 shortest, longest = store.volumes["slices"].idxmin(), store.volumes["slices"].idxmax()
 shown = store.batch([*store.volume_rows(shortest), *store.volume_rows(longest)])
 anchor = store.volumes["slices"][shortest] // 2
-low, high = (shown.position[anchor].item() + side * parameters.threshold for side in (-1, 1))
 
-figure, axis = plt.subplots(figsize=(9, 1.7))
-axis.axvspan(low, high, color=plots.BLUE, alpha=0.12, zorder=-1)
-blue = position_pairs(shown.position, parameters.threshold).positive[anchor]
-for row, (picture, position) in enumerate(zip(shown.image[:, 0], shown.position.tolist(), strict=True)):
-    colour = plots.BLACK if row == anchor else plots.BLUE if blue[row] else plots.ORANGE
-    bottom = 1.2 * (shown.volume[row] == shortest).item()
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=1.5, extent=(position - 0.038, position + 0.038, bottom, bottom + 1))
-    axis.add_patch(plt.Rectangle((position - 0.038, bottom), 0.076, 1, fill=False, edgecolor=colour, linewidth=2))
-axis.set(xlim=(0.03, 1.05), ylim=(-0.1, 2.3), aspect="auto", xlabel="position, base to apex")
-axis.set_yticks([0.5, 1.7], [f"{store.volumes['slices'][v]} slices" for v in (longest, shortest)])
-plt.show()
+
+def near(threshold=stage.threshold):
+    """Two patients, a row each: the anchor, its positives and negatives at a threshold."""
+    alike = position_pairs(shown.position, threshold)
+    low, high = (shown.position[anchor].item() + side * threshold for side in (-1, 1))
+    _, axis = plt.subplots(figsize=(10.5, 2.8))
+    axis.axvspan(low, high, color=plots.BLUE, alpha=0.12, zorder=-1)
+    for row, (picture, position) in enumerate(zip(shown.image[:, 0], shown.position.tolist(), strict=True)):
+        colour = plots.BLACK if row == anchor else plots.BLUE if alike.positive[anchor, row] else plots.ORANGE
+        bottom = 1.2 * (shown.volume[row] == shortest).item()
+        extent = (position - 0.036, position + 0.036, bottom, bottom + 1)
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1.5, extent=extent)
+        axis.add_patch(plt.Rectangle(extent[::2], 0.072, 1, fill=False, edgecolor=colour, linewidth=3))
+    share = alike.positive.float().sum() / (len(shown.row) * (len(shown.row) - 1))
+    axis.set(xlim=(0.03, 1.05), ylim=(-0.1, 2.3), aspect="auto", xlabel="position, base to apex")
+    axis.set_yticks([0.5, 1.7], [f"{store.volumes['slices'][v]} slices" for v in (longest, shortest)])
+    axis.set_title(f"threshold {threshold:.2f}: {share:.0%} of all pairs are alike")
+    axis.grid(False)
+    plt.show()
+
+
+near()
+
+# %% tags=["slider"]
+_ = interact(near, threshold=FloatSlider(value=0.35, min=0.02, max=1, step=0.01, continuous_update=False))
 
 # %% [markdown]
-# Follow the shaded band down: the same stretch of heart in another patient, without registration. The band moves
+# Follow the shaded band down: the same stretch of heart in another patient, without registration. Move the slider: at which thresholds does
+# anything change? The band moves
 # with the anchor; no border separates two neighbours, as between partitions.
 #
 # ## Tiny tensors
@@ -144,9 +162,9 @@ for t in (0.1, 0.35, inf):
 
 # %% [markdown]
 # Three thresholds, the same eight points (the longest arrow is equally long in each picture). At 0.1 a slice knows only its
-# own other view: the two of A 0.6 are drawn together, and B 0.9 flees from one of them, to its own other view. At 0.35 the
+# own other view: the two of A 0.6 are drawn together, and B 0.9 moves away from one of them, to its own other view. At 0.35 the
 # chain acts: B 0.9 stays, since A 0.6 is its neighbour now, and B 0.4 is drawn to where three of its other positives are.
-# At infinity nobody is fled from, and all crowd together.
+# At infinity there are no negatives, and all crowd together.
 #
 # ## Temperature: positives that are pushed
 # Because positives compete, the derivative with respect to a similarity is, times $\tau$, the row's share of the
@@ -166,9 +184,9 @@ table.insert(1, "cosine", (embedding @ embedding.T)[2, others].round(decimals=2)
 table
 
 # %% [markdown]
-# At 0.05 the negatives, far away already, get nothing, and the quarrel is among positives: the two most like the anchor, its
+# At 0.05 the negatives, far away already, get nothing, and what competes are the positives: the two most like the anchor, its
 # own other view among them, are *pushed* (0.28), so that all become equally similar. At 1.0 the negatives are pushed, and
-# these two are left in peace. With `denominator="pair"` no positive is ever pushed.
+# these two are hardly pushed. With `denominator="pair"` no positive is ever pushed.
 #
 # ## The threshold: how many pairs are alike?
 # Of the pairs of a slice of one volume and a slice of another, with very many slices, $1-(1-t)^2$ are positive. Real stacks
@@ -193,16 +211,16 @@ rows = store.rows(training)
 known = store.batch(rows)
 between = known.volume[:, None] != known.volume[None, :]
 thresholds = torch.arange(0.0125, 1.1, 0.0125).tolist()
-figure, axis = plt.subplots(figsize=(5.5, 3))
+figure, axis = plt.subplots(figsize=(8, 4))
 for count, colour in ((10, plots.ORANGE), (258, plots.BLUE)):
     axis.plot(thresholds, [share(count, t) for t in thresholds], color=colour, label=f"two volumes of {count} slices")
-phantom = [position_pairs(known.position, t).positive[between].float().mean() for t in thresholds]
-axis.plot(thresholds, phantom, color=plots.BLACK, linestyle=":", label="phantom, all pairs of volumes")
+of_phantom = [position_pairs(known.position, t).positive[between].float().mean() for t in thresholds]
+axis.plot(thresholds, of_phantom, color=plots.BLACK, linestyle=":", label="phantom, all pairs of volumes")
 for t, name in ((0.1, "CT"), (0.35, "ACDC")):
     axis.axvline(t, color="0.8", zorder=0)
-    axis.text(t, 1.02, f"{name}, {t}", fontsize=8, ha="center")
+    axis.text(t, 1.02, f"{name}, {t}", ha="center")
 axis.set(xlabel="threshold t", ylabel="share of positive pairs", xlim=(0, 1.1), ylim=(0, 1.1))
-axis.legend(fontsize=8, frameon=False, loc="lower right")
+axis.legend(frameon=False, loc="lower right")
 plt.show()
 
 # %% [markdown]
@@ -246,10 +264,10 @@ print(f"t = inf, all embeddings equal: {nothing:.4f}, the least there is: log(7)
 # code of Zeng et al., with this loss and not that of Chaitanya et al. One batch as training draws it, by position:
 
 # %%
-ask = {"position": parameters, "pcl-partition": parameters.model_copy(update={"pairs": "partition", "strategy": "gcl"})}
+ask = {"position": stage, "pcl-partition": stage.model_copy(update={"pairs": "partition", "strategy": "gcl"})}
 width = NetworkConfig(architecture="pcl", filters=[8, 16, 32, 64, 128], norm_momentum=0.1)
 network = UNet(store.channels, store.num_classes, width)
-work = Work(network, store, rows, parameters.slices, seed=0)
+work = Work(network, store, rows, stage.slices, seed=0)
 chosen = random_slices(rows, work.slices, work.generator("contrast", 0))  # of step 0, whoever is alike
 place = store.batch(chosen).position.repeat(2)
 order = place.argsort(stable=True)
@@ -269,8 +287,8 @@ extra = position_pairs(place, 1e-3).positive.sum() - len(place)
 print(f"t = 0.001: {extra / len(place):.1f} positives per anchor besides its other view")
 
 # %% [markdown]
-# A band against blocks (which are no exact quarters: a partition has a whole number of slices). 13 % of the partitions'
-# negatives are nearer than 0.15, neighbours across a border; positions have none, by their rule, and farther positives. And
+# A band against blocks (which are no exact quarters: a partition has a whole number of slices). 14 % of the partitions'
+# negatives are nearer than 0.15, neighbours across a border; positions have none, by their rule. And
 # mind the last line: in a *real* batch a tiny t is not quite SimCLR. Patients with equally many slices share
 # positions, and all share p = 1; such slices stay alike.
 #
@@ -293,12 +311,12 @@ for p, q, t in ((0.2, 0.3, 0.1), (0.3, 0.4, 0.1), (0.5, 0.8, 0.3), (0.6, 0.9, 0.
 # slices of 8 new subjects, as they are.
 
 # %%
-small = prepare(about, about.geometry["smoke"], progress=False)
-ask["instance"] = parameters.model_copy(update={"pairs": "instance"})
+small = prepare(phantom, Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
+ask["instance"] = stage.model_copy(update={"pairs": "instance"})
 new = small.batch(small.rows(held_out))
 other = new.volume[:, None] != new.volume[None, :]
 apart = (new.position[:, None] - new.position[None, :]).abs()
-figure, axis = plt.subplots(figsize=(5, 3))
+figure, axis = plt.subplots(figsize=(7, 4))
 table = {"chance": apart[other].mean().item()}
 for (name, of_stage), colour in zip(ask.items(), (plots.BLUE, plots.ORANGE, plots.GREY), strict=True):
     torch.manual_seed(0)
@@ -322,7 +340,7 @@ for (name, of_stage), colour in zip(ask.items(), (plots.BLUE, plots.ORANGE, plot
     table[name] = apart[torch.arange(len(z)), nearest].mean().item()
     curve = pd.Series(similarity[other]).groupby((apart[other] * 10).round().numpy() / 10).mean()
     axis.plot(curve, color=colour, marker="o", markersize=4, label=name)
-axis.axvline(parameters.threshold, color="0.8", zorder=0)
+axis.axvline(stage.threshold, color="0.8", zorder=0)
 axis.set(xlabel="distance of positions", ylabel="mean cosine similarity", title="slices of different new subjects")
 axis.legend(frameon=False)
 plt.show()
@@ -334,42 +352,24 @@ pd.Series(table, name="the nearest slice of another new subject is so far away")
 # similarity falls smoothly, without a step at t: chains cannot be cut. Knowing the place is not yet knowing the heart:
 # `33_pcl_semi` asks whether Dice gains.
 #
-# **Try it.** Set `threshold = 0.1` at the top and run all cells again: what happens to the curve, and what to the table?
+# ## What to notice
+# * "Near" is no class: a chain of positives has no ends that are alike.
+# * The same threshold means different things in a stack of ten slices and in a CT of 258.
+# * A loss that falls most (`instance`) need not be the one that knows most.
 #
-# ## Exercise: count the positives
-# A batch holds all 10 slices of one volume, two views of each: 20 rows. The threshold is 0.3. How many positives has the anchor
-# at position 0.5? Count on paper, and put the number below.
-
-# %%
-answer = None  # your number
-
-
-# %%
-def check(answer):
-    if answer is None:
-        return "not answered yet"
-    hints = {
-        13: "a distance of exactly 0.3 is not below 0.3",
-        10: "nearly: no row is a positive of itself",
-        8: "nearly: the other view of its own slice is a positive, too",
-        5: "those are the slices; each has two views, and one of these rows is the anchor",
-    }
-    place = (torch.arange(10) + 1) / 10
-    truth = position_pairs(place.repeat(2), 0.3).positive[4].sum().item()
-    hint = "no: which of 0.1, 0.2, ... 1.0 are nearer to 0.5 than 0.3?"
-    return "right" if answer == truth else hints.get(answer, hint)
-
-
-check(answer)
-
-# %% [markdown]
-# <details><summary><b>Solution</b> (try first)</summary>
+# ## Summary
+# * Position p = m/n. Slices with |p - q| < t are positives, of any patient; all others are negatives.
+# * The share of positives is 1 - (1 - t)² in long volumes, and a staircase in short ones.
+# * With `denominator="all"` positives compete: the nearest can be pushed away.
+# * t = ∞ makes all alike, a tiny t is nearly SimCLR, and positions of partitions give `pcl-partition`.
+# * Learned positions carry over to new patients. If that helps Dice is another question.
 #
-# 0.3, 0.4, 0.5, 0.6 and 0.7 are nearer than 0.3; 0.2 and 0.8 are at the threshold and negative. Five slices with two views are
-# ten rows, and one of them is the anchor: 9. (So its term of the loss cannot fall below $\log 9\approx 2.20$.)
-# </details>
+# ## Exercises
+# [94_positional_contrast](94_positional_contrast.ipynb): count positives, write the rule, predict the share, and four statements.
 #
-# The same in code, checked:
-
-# %%
-print(f"5 * 2 - 1 = {5 * 2 - 1}: {check(5 * 2 - 1)}; lowest term {log(9):.2f}")
+# ## Where to read on
+# * Next lesson: [13_cluster_contrast](13_cluster_contrast.ipynb). Does it help a segmenter? [33_pcl_semi](33_pcl_semi.ipynb); which t?
+#   [35_pcl_threshold](35_pcl_threshold.ipynb); where slices lie: [36_pcl_embedding](36_pcl_embedding.ipynb).
+# * The code: `clseg/pairs.py` (`position_pairs`).
+# * D. Zeng et al., MICCAI 2021, [arXiv:2106.09157](https://arxiv.org/abs/2106.09157), and [their code](https://github.com/dewenzeng/positional_cl).
+# * P. Khosla et al., *Supervised contrastive learning* (the loss with several positives), NeurIPS 2020, [arXiv:2004.11362](https://arxiv.org/abs/2004.11362).

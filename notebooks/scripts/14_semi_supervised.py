@@ -1,0 +1,226 @@
+# %% [markdown]
+# # Can unlabelled images teach while we fine-tune?
+# **Pre-training uses unlabelled images before the first mask is seen. Semi-supervised fine-tuning uses them at the same time: the network
+# teaches itself, and the question is what it may believe.**
+#
+# **Goals.** After this lesson you can (1) say what a mean teacher is, (2) make pseudo-labels and choose which pixels count, (3) say when
+# a network's own labels help and when they repeat its mistakes.
+#
+# **You need** [02_few_labels](02_few_labels.ipynb). **About 30 minutes**, one of them computing. Nothing is downloaded.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from ipywidgets import FloatSlider, interact
+
+from clseg import plots
+from clseg.augment import cutmix_boxes, strong_view
+from clseg.data.phantom import phantom_dataset
+from clseg.data.prepare import prepare
+from clseg.loop import step_generator
+from clseg.recipes.weak_to_strong import consistency_loss, pseudo_labels
+from clseg.settings import Geometry, MeanTeacherRecipe, NetworkConfig, SupervisedRecipe, WeakToStrongRecipe
+from clseg.train import finetune, scores
+
+plt.rcParams.update(plots.STYLE)
+store = prepare(phantom_dataset(subjects=24), Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
+labelled, unlabelled, tested = store.subjects[:2], store.subjects[2:12], store.subjects[12:]
+config = NetworkConfig(filters=[8, 16, 32, 32], norm_momentum=0.1)
+
+# %% [markdown]
+# ## The idea in one picture
+# Take a slice without a mask. Change it in two ways. The *weak* view is hardly changed; the *strong* view has other brightness, contrast and blur, and
+# boxes from another slice. Whatever a *teacher* is sure of on the weak view, a *student* must say on the strong one.
+
+# %%
+shown = store.batch(store.rows(unlabelled)[[4, 34, 63]]).image
+generator = step_generator(0, "views", 5)
+strong, box = strong_view(shown, generator), cutmix_boxes(shown, generator, share=1.0)
+mixed = torch.where(box[:, None], strong.roll(1, dims=0), strong)
+plots.volume_grid(
+    torch.stack([shown, strong, mixed], dim=1).flatten(0, 1)[:, 0],
+    title="three slices, three views each",
+    titles=["weak", "strong", "with a box"] * 3,
+)
+
+# %% [markdown]
+# Shapes stay where they are: otherwise the labels of the weak view would not fit.
+#
+# ## Who is the teacher?
+# The *mean teacher* is the running average of the student's weights: after every step
+# $$w'\leftarrow a\,w'+(1-a)\,w.$$
+# By hand: with $a=0.9$, a student weight that jumps from 0 to 1 gives the teacher 0.1 after one step, 0.19 after two, 0.27 after three. Slowly,
+# and with the formula for n steps, $1-a^n$:
+
+
+# %% tags=["nbval-check-output"]
+def slow_average(weights, a):
+    """The teacher's weight after each of the student's weights."""
+    teacher, path = 0.0, []
+    for weight in weights:
+        teacher = a * teacher + (1 - a) * weight
+        path.append(teacher)
+    return path
+
+
+slow = slow_average([1.0] * 50, 0.9)
+print(f"slow, after 1, 2, 3, 50 steps: {slow[0]:.2f}, {slow[1]:.2f}, {slow[2]:.2f}, {slow[49]:.2f}")
+print(f"formula after 50 steps: {1 - 0.9**50:.2f}, the same: {abs(slow[49] - (1 - 0.9**50)) < 1e-12}")
+
+# %% [markdown]
+# Why average? A single step may go astray; an average of many steps changes slowly and is mostly better than the last of them.
+#
+# ## Pseudo-labels by hand
+# For a pixel the teacher gives a probability to every class. Its *pseudo-label* is the most probable class, and it counts only if that
+# probability is at least the *confidence* c. Four pixels, two classes:
+
+# %%
+probability = torch.tensor([[0.97, 0.60, 0.30, 0.02], [0.03, 0.40, 0.70, 0.98]])  # [classes, pixels]
+logits = probability.log()[None, :, None]  # [1, classes, 1, 4]: an image of one row
+label, sure = pseudo_labels(logits, 0.95)
+pd.DataFrame(
+    {"p(class 0)": probability[0], "p(class 1)": probability[1], "label": label[0, 0], "sure at 0.95": sure[0, 0]}
+)
+
+
+# %% [markdown]
+# The student pays cross-entropy on the sure pixels only, and the sum is divided by the number of *all* pixels: if few are sure, this loss counts
+# little. The slow loop and the package:
+
+
+# %% tags=["nbval-check-output"]
+def slow_consistency(student_probability, label, sure):
+    """Minus the log of what the student gives to the pseudo-label, over sure pixels, by all pixels."""
+    total = 0.0
+    for pixel in range(4):
+        if sure[pixel]:
+            total += -np.log(student_probability[label[pixel], pixel])
+    return total / 4
+
+
+student = torch.tensor([[0.80, 0.50, 0.50, 0.40], [0.20, 0.50, 0.50, 0.60]])
+slow = slow_consistency(student.numpy(), label[0, 0].tolist(), sure[0, 0].tolist())
+fast = consistency_loss(student.log()[None, :, None], label, sure).item()
+print(f"slow {slow:.4f}, package {fast:.4f}, the same: {abs(slow - fast) < 1e-6}")
+
+# %% [markdown]
+# ## What changes when the confidence changes?
+# A segmenter from two labelled subjects looks at slices that it has never seen. Which of its pixels become pseudo-labels, and how many of these are
+# right? (The masks are there to look it up; the network does not get them.)
+
+# %%
+supervised = finetune(store, labelled, SupervisedRecipe(), steps=120, network=config, seed=0).network.eval()
+rows = store.rows(unlabelled)
+every = store.batch(rows)
+with torch.no_grad():
+    every_logits = supervised(every.image)
+
+
+def believed(confidence=0.9):
+    """Pseudo-labels of one slice at a confidence, and over all slices how many there are and how many are right."""
+    label, sure = pseudo_labels(every_logits, confidence)
+    right = label == every.label
+    number = 4
+    _, axes = plt.subplots(1, 4, figsize=(11, 3.4))
+    pictures = {
+        "slice": every.image[number, 0],
+        "reference": every.label[number],
+        "pseudo-label": torch.where(sure[number], label[number], -1),
+        "sure and wrong": (sure & ~right)[number],
+    }
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        look = {"cmap": "gray"} if title in ("slice", "sure and wrong") else {"cmap": "viridis", "vmin": -1, "vmax": 3}
+        axis.imshow(picture, **look)
+        axis.set_title(title)
+        axis.set_axis_off()
+    heart = every.label > 0
+    share, correct = sure[heart].float().mean(), right[heart & sure].float().mean()
+    plt.suptitle(
+        f"confidence {confidence:.2f}: {share:.0%} of the heart's pixels are sure, {correct:.0%} of those right"
+    )
+    plt.show()
+
+
+believed()
+
+# %% tags=["nbval-check-output"]
+called = every_logits.argmax(dim=1) > 0  # over all slices
+for confidence in (0.5, 0.7, 0.9):
+    label, sure = pseudo_labels(every_logits, confidence)
+    counts, right = sure & called, label == every.label
+    print(
+        f"confidence {confidence}: {counts.sum() / called.sum():.1f} of the called pixels count, {right[counts].float().mean():.1f} of them are right"
+    )
+
+# %% tags=["slider"]
+_ = interact(believed, confidence=FloatSlider(value=0.9, min=0.3, max=0.99, step=0.01, continuous_update=False))
+
+# %% [markdown]
+# Purple: not sure. A higher confidence leaves fewer pixels and more of them are right. But not all: a network can be sure and wrong, and its own labels will
+# never correct *that*. Where is it unsure? Along borders, of course, so the pixels that would teach most are left out.
+#
+# ## Does it help?
+# Three recipes from the same first weights, the same two labelled subjects and as many steps: `supervised`; `mean teacher` (the student predicts what the
+# teacher predicts, on noisy images); `weak to strong`. They are tested on 12 new subjects.
+
+# %%
+recipes = {
+    "supervised": SupervisedRecipe(),
+    "mean teacher": MeanTeacherRecipe(),
+    "weak to strong": WeakToStrongRecipe(confidence=0.9),
+}
+tables = {}
+
+
+def measured(name, seed=0):
+    """Mean Dice of every test subject."""
+    result = finetune(store, labelled, recipes[name], 150, network=config, seed=seed, unlabelled=unlabelled)
+    return pd.DataFrame(scores(result.network, store, tested)).groupby("subject")["dice"].mean()
+
+
+tables["supervised"] = measured("supervised")
+tables["mean teacher"] = measured("mean teacher")
+
+# %%
+tables["weak to strong"] = measured("weak to strong")
+dice = pd.DataFrame(tables)
+figure, axis = plt.subplots(figsize=(7, 3.8))
+for _, values in dice.iterrows():
+    axis.plot(range(3), values, "-", color=plots.GREY, alpha=0.4)
+axis.plot(range(3), dice.mean(), "D", color=plots.RED, markersize=9, label="mean")
+axis.set(xticks=range(3), ylabel="Dice of a test subject", title="a line is a test subject")
+axis.set_xticklabels(list(dice))
+axis.legend()
+plt.show()
+
+# %% tags=["nbval-check-output"]
+for name, values in dice.items():
+    print(f"{name}: mean Dice of {len(dice)} test subjects {values.mean():.1f}")
+
+# %% [markdown]
+# One draw and one seed: enough to see *how* it is done, not to say which is best (lesson [02](02_few_labels.ipynb) says why). The comparison with intervals,
+# and the question whether pre-training still helps when fine-tuning uses the unlabelled scans itself, are for studies.
+#
+# ## What to notice
+# * Pre-training shapes *features*; pseudo-labels shape *decisions*. They can be combined.
+# * The teacher is never trained by a gradient.
+# * Confidence trades many pseudo-labels against right ones. Sure and wrong is the danger.
+#
+# ## Summary
+# * A mean teacher is a running average of the student's weights.
+# * A pseudo-label is the teacher's most probable class; it counts where the probability is at least the confidence.
+# * Weak-to-strong: sure on the weak view, required on the strong view, whose shapes are the same.
+# * The loss is divided by all pixels, so unsure images count little.
+# * Compare on the same draws, with as many steps, on subjects that nobody trained on.
+#
+# ## Exercises
+# [96_semi_supervised](96_semi_supervised.ipynb): the memory of a teacher, pseudo-labels in code, an average by hand, and four statements.
+#
+# ## Where to read on
+# * Next: [15_end_to_end](15_end_to_end.ipynb), a small study of your own. How the papers compare: [32_glcl_comparison](32_glcl_comparison.ipynb).
+# * The code: `clseg/recipes/weak_to_strong.py`, `mean_teacher.py`, `average.py`.
+# * A. Tarvainen, H. Valpola, *Mean teachers*, NeurIPS 2017, [arXiv:1703.01780](https://arxiv.org/abs/1703.01780).
+# * K. Sohn et al., *FixMatch*, NeurIPS 2020, [arXiv:2001.07685](https://arxiv.org/abs/2001.07685).
+# * L. Yang et al., *UniMatch*, CVPR 2023, [arXiv:2208.09910](https://arxiv.org/abs/2208.09910).
