@@ -18,6 +18,8 @@ import ipykernel.kernelapp
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
+from clseg.study.processes import end_with_parent
+
 
 def _forked() -> BaseContext:
     """Where processes are forked; numerical libraries get one thread there, a run asks for more itself."""
@@ -28,11 +30,6 @@ def _forked() -> BaseContext:
     return context
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
     os.setsid()  # signals to the kernel's group reach nobody else
     os.chdir(folder)
@@ -41,7 +38,7 @@ def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.pop("JPY_PARENT_PID", None)  # ipykernel's own watch looks at the wrong process, the fork server
     sys.argv = ["ipykernel_launcher", *arguments]
     ipykernel.kernelapp.launch_new_instance(argv=arguments)

@@ -153,7 +153,7 @@ def _resolve(
     ):
         if name not in valid:
             raise RequestError(f"{what} {name!r} is not known, {nearest(name, valid)}")
-    tree = budget.model_dump(exclude={"name", "title", "network_3d", "set"}) | methods[method].model_dump(
+    tree = budget.model_dump(exclude={"name", "title", "network_3d", "set", "draws"}) | methods[method].model_dump(
         exclude={"title"}
     )
     tree |= {"method": method, "profile": budget.name, "protocol": protocol, "unlabelled": None}

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from clseg import paths, probe
 from clseg.study import archive, runs
 from clseg.study.grid import Grid, RunFailed
+from clseg.study.processes import end_with_parent
 from clseg.study.runs import Run
 
 RUNS = [
@@ -40,6 +41,7 @@ LOSSES = ["run", "step", "loss"]
 PROBES = ["run", *probe.COLUMNS]
 ORDER = {"runs": RUNS[1:6], "scores": SCORES[:4], "losses": LOSSES[:2], "probes": PROBES[:1]}
 POINTS = 60
+DECIMALS = 4
 WRITE_SECONDS = 20.0
 
 
@@ -100,7 +102,7 @@ def write(rows: Rows, profile: str, dataset: str) -> None:
     folder = place(profile, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     for name in reversed(ORDER):
-        archive.write_table(folder / f"{name}.csv", getattr(rows, name), "%.4f")
+        archive.write_table(folder / f"{name}.csv", getattr(rows, name), f"%.{DECIMALS}f")
 
 
 def collect(done: Iterable[Run]) -> Rows:
@@ -129,7 +131,8 @@ def collect(done: Iterable[Run]) -> Rows:
             probes.append(run.read("probe").assign(run=run.name)[PROBES])
     kept = [[table for table in tables if len(table)] or tables[:1] for tables in (scores, losses, probes)]
     whole = {"labelled": "Int64", "draw": "Int64"}  # of a pre-training there are none
-    return Rows(pd.DataFrame(about, columns=RUNS).astype(whole), *map(pd.concat, kept))
+    tables = pd.DataFrame(about, columns=RUNS).astype(whole), *map(pd.concat, kept)
+    return Rows(*(table.round(DECIMALS) for table in tables))  # as `write` keeps them
 
 
 def missing(grid: Grid, rows: Rows) -> list[Run]:
@@ -149,7 +152,7 @@ def _do(run: Run) -> str:
 @contextmanager
 def _processes(jobs: int, running: Mapping[Future, Run]) -> Iterator[Callable[[Run], Future]]:
     """What does a run in one of `jobs` processes; those that still do one at the end are killed."""
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         yield lambda run: pool.submit(_do, run)
     finally:

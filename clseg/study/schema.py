@@ -67,6 +67,7 @@ class ProfileConfig(Budget):
     name: Name
     title: str
     set: dict[str, list[str]] = {}  # overrides at this scale, of a method or of all ("*")
+    draws: Count | None = None  # at most so many of a study's draws, and of its seeds
     network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
 

@@ -11,6 +11,7 @@
 # %%
 from dataclasses import replace
 
+import torch
 import yaml
 from IPython.display import display
 
@@ -57,12 +58,12 @@ if stage_config.stage == "contrast":
         runs.do(run.parent)
     work = replace(runs.stage_work(run, store, split), slices=min(stage_config.slices, 8))
     cluster = pseudo_classes(work, stage_config)[1] if stage_config.pairs == "cluster" else None
-    images, pairs = draw_batch(work, stage_config, 0, cluster)
+    views, pairs = draw_batch(work, stage_config, 0, cluster)
     display(plots.pairs_matrix(pairs))
 
 # %%
 if stage_config.stage == "contrast":
-    display(plots.volume_grid(images[:16], title="the views of one batch (at most 16)"))
+    display(plots.volume_grid(torch.cat(views)[:16], title="the views of one batch (at most 16)"))
 
 # %% [markdown]
 # ## Training

@@ -6,8 +6,8 @@
 # You will see: which subjects are labelled, the loss and the validation Dice, the scores of every test subject, and a test
 # subject's masks. Seconds under `smoke`, minutes under `laptop` on a CPU.
 #
-# The checkpoint is chosen on the validation subjects; test subjects are scored once, after training. Scores of the last
-# step are kept beside those of the best (`metrics_last.csv`).
+# Test subjects are scored once, after training: by the network of the last step, which needs no validation subject, or,
+# with `finetune.checkpoint=best`, by that of the best step on the validation subjects.
 
 # %%
 import yaml

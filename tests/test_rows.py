@@ -1,0 +1,118 @@
+"""Rows that outlive a machine: what is missing is computed, what is there is not, and tables follow from rows alone."""
+
+import pandas as pd
+import pytest
+
+from clseg import paths
+from clseg.study import archive, grid, rows
+from clseg.study.files import known_names, read_study
+from clseg.study.parameters import override_study
+from clseg.study.results import write_results
+
+SMALL = [
+    *("study.methods=[random, gd]", "study.labelled=[1]", "dataset.options.subjects=10", "finetune.steps=4"),
+    *("dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1", "pretrain.steps=3"),
+]
+
+
+def plan(*more):
+    study, overrides = override_study(read_study("quickstart"), [*SMALL, *more])
+    return grid.expand(study, "phantom", "smoke", overrides)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """Rows of one method, then of both; the folder of the committed tables and what each call returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        committed = tmp_path_factory.mktemp("committed")
+        patch.setattr(paths, "COMMITTED", committed)
+        patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("out")))
+        first = rows.extend(plan("study.methods=[random]"))
+        both = rows.extend(plan())
+        yield committed, first, both
+
+
+@pytest.fixture
+def committed(extended, monkeypatch, tmp_path):
+    """The committed tables, on a machine that has no run folders."""
+    monkeypatch.setattr(paths, "COMMITTED", extended[0])
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+
+
+def test_what_is_missing_is_computed_and_added(extended):
+    _, first, both = extended
+    assert first.runs["method"].tolist() == ["random"]
+    assert sorted(both.runs["method"]) == ["", "gd", "random"]  # a pre-training is of no single method
+    assert both.runs["kind"].value_counts().to_dict() == {"finetune": 2, "pretrain": 1}
+    assert len(both.scores) == 2 * 3 * 3  # runs, test subjects, structures
+    pd.testing.assert_frame_equal(
+        both.scores[both.scores["run"].isin(first.runs["run"])].reset_index(drop=True),
+        first.scores.reset_index(drop=True),
+    )
+    assert len(both.probes) == 1
+    assert both.losses["step"].tolist() == [1, 2, 3]
+
+
+def test_a_fresh_clone_has_nothing_to_do(committed, monkeypatch):
+    monkeypatch.setattr(rows, "_do", lambda run: pytest.fail("a run was started"))
+    again = rows.extend(plan())
+    assert len(again.runs) == 3
+    assert not rows.missing(plan(), again)
+    assert len(rows.missing(plan("finetune.steps=5"), again)) == 2  # what decides numbers is in the name
+
+
+def test_other_code_has_no_rows(committed, monkeypatch):
+    monkeypatch.setattr("clseg.study.runs.code_digest", lambda modules: "another")
+    assert len(rows.missing(plan(), rows.read("smoke", "phantom"))) == 2
+
+
+def test_seeds_come_one_after_the_other():
+    study, _ = override_study(read_study("acdc"), ["study.labelled=[1]"])
+    todo = rows.missing(grid.expand(study, "acdc", "laptop"), rows.NONE)
+    seeds = [run.parameters.seed for run in todo]
+    assert seeds == sorted(seeds)
+    assert {run.method for run in todo[: len(todo) // 3]} == set(study.methods)
+
+
+def test_the_time_is_kept(extended, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    found = rows.extend(plan("finetune.steps=100000"), minutes=0.02)
+    assert found.runs.empty
+    assert not (tmp_path / "committed").exists()
+
+
+def test_of_a_run_that_both_have_the_first_is_kept(extended):
+    _, _, both = extended
+    other = rows.Rows(both.runs.assign(seconds=-1.0), both.scores.assign(dice=-1.0), both.losses, both.probes)
+    kept = both + other
+    assert (kept.runs["seconds"] >= 0).all()
+    assert len(kept.scores) == len(both.scores)
+    assert len((rows.NONE + both).runs) == 3
+
+
+def _committed():
+    for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
+        for name in known_names("studies"):
+            if (folder / name / "table.csv").is_file():
+                yield pytest.param(*folder.parts[-2:], name, id="/".join((*folder.parts[-2:], name)))
+
+
+@pytest.mark.parametrize(("profile", "dataset", "name"), list(_committed()))
+def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name, tmp_path):
+    whole = grid.expand(read_study(name), dataset, profile)
+    found = rows.read(profile, dataset).of(run.name for run in whole.all)
+    there = rows.place(profile, dataset) / name
+    command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"
+    write_results(whole, found, tmp_path, command)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (there / path.name).read_bytes(), path.name
+
+
+def test_the_committed_rows_are_whole():
+    for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
+        have = rows.read(*folder.parts[-2:])
+        assert have.runs["run"].is_unique
+        assert set(have.scores["run"]) == set(have.runs["run"][have.runs["kind"] == "finetune"])
+        assert not have.scores.duplicated(["run", "subject", "phase", "class_name"]).any()
+        assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
