@@ -257,18 +257,27 @@ def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 @styled
-def ranks(table: pd.DataFrame) -> Figure:
-    """Mean rank of every method (1 is best) with its 95 % interval over test subjects; tidy `table` (`stats.ranks`)."""
-    table = stats.ranks(table)
-    figure, (axes,) = _panels(1, 1, 5, 0.19 * len(table) + 0.7)
-    for place, (row, error) in enumerate(zip(table.itertuples(), _errors(table, "rank").T, strict=True)):
-        look = {"color": style(row.method)[0], "marker": "o", "elinewidth": 1.6}
-        axes.errorbar(row.rank_mean, place, xerr=error[:, None], **look)
-    axes.set_yticks(range(len(table)), table["method"])
+def forest(contrasts: pd.DataFrame, margin: float = stats.MARGIN) -> Figure:
+    """Differences of Dice between two methods with their 95 % intervals, a line each; grey: what does not matter.
+
+    contrasts: `stats.contrasts`; where they were declared, the verdict stands beside each.
+    """
+    if contrasts.empty:
+        return _nothing("no contrast has a common run")
+    table = contrasts.iloc[::-1].reset_index(drop=True)
+    figure, (axes,) = _panels(1, 1, 7.5, 0.26 * len(table) + 0.9)
+    axes.axvspan(-margin, margin, color=GREY, alpha=0.2, linewidth=0)
+    axes.axvline(0, color=BLACK, linewidth=0.8)
+    for place, row in table.iterrows():
+        colour, marker, _ = style(row["method"])
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.8)
+        axes.plot(row["difference"], place, color=colour, marker=marker)
+        axes.annotate(row["verdict"], (1.01, place), xycoords=("axes fraction", "data"), va="center")
+    names = [f"{row.method} - {row.baseline}, {row.labelled} labelled" for row in table.itertuples()]
+    axes.set_yticks(range(len(table)), names)
     axes.grid(axis="x")
-    axes.invert_yaxis()
-    about = f"{table['n_cells'].max()} cells, {table['cells_left_out'].max()} left out that not all methods have"
-    axes.set(xlabel="mean rank, 1 is best", title=f"{_subjects(table)}\n{about}")
+    over = "; ".join(sorted(set(table["interval_over"])))
+    axes.set(xlabel=f"difference of Dice (95 % intervals over {over})")
     return figure
 
 

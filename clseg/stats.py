@@ -1,25 +1,46 @@
-"""From the tidy result table to means, intervals and paired tests; the unit of all of them is the test subject.
+r"""From the tidy result table to means, intervals and contrasts.
 
-The volumes, structures and runs of one subject are no independent observations: they are averaged inside the subject
-before anything is resampled or tested. Rows where reference and prediction are both empty carry NaN (`metrics.score`):
-they are counted, and in no mean. Missed structures count with Dice 0 and the image diagonal as HD95.
+A score depends on who was tested, on who was labelled (the draw) and on the seed of training. All three are random: the
+next study would have others. So a mean is of an array y[subject, draw, seed], and what is uncertain about it comes from
+each of the three: with the means over the other two factors, of variance $s_f^2$ over the $n_f$ levels of factor f,
+
+$$v_f = s_f^2 / n_f, \quad \mathrm{Var}(\bar y) \approx \sum_f v_f, \quad
+  \mathrm{df} = (\textstyle\sum_f v_f)^2 / \sum_f (v_f^2 / (n_f - 1))$$
+
+(Satterthwaite 1946), and the interval is $\bar y \pm t_{df} \sqrt{\sum_f v_f}$. What two factors do together is counted
+in both, so the interval is rather too wide than too narrow. Intervals over patients alone, as usually printed, say
+nothing of other labelled patients or seeds. Why not a bootstrap: resampling three seeds or five draws gives intervals
+that are too narrow (`tests/benchmarks/coverage.py` measures both; `paper_figures/benchmarks/coverage.json`).
+
+Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
+empty carry NaN (`metrics.score`): they are counted, and in no mean. Missed structures count with Dice 0 and the image
+diagonal.
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, wilcoxon
+from scipy.stats import t as student
 
 GROUP = ["study", "dataset", "profile", "labelled"]  # what is compared with each other; never averaged across
 CELL = ["study", "dataset", "profile", "method", "labelled"]
 RUN = ["draw", "seed"]
+FACTORS = ("subjects", "draws", "seeds")
+MARGIN = 0.02  # of Dice: less does not matter
+LEVEL = 0.05
+NO_TESTS = ("smoke",)  # profiles whose numbers prove only that everything runs
 SUMMARY_COLUMNS = [
     *[*CELL, "n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],
-    *["dice_mean", "dice_low", "dice_high", "dice_sd_draws"],
+    *["dice_mean", "dice_low", "dice_high", "interval_over", "dice_sd_draws", "dice_sd_seeds"],
     *["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows", "empty_rows"],
 ]
-EFFECTS = ["median_difference", "rank_biserial", "p", "p_holm"]
-COMPARISON_COLUMNS = [*CELL, "baseline", "n_subjects", "n_runs", "runs_left_out", *EFFECTS, "note"]
-RANK_COLUMNS = ["method", "rank_mean", "rank_low", "rank_high", "n_subjects", "n_cells", "cells_left_out"]
+CONTRAST_COLUMNS = [
+    *["study", "dataset", "profile", "labelled", "method", "baseline", "family"],
+    *["n_subjects", "n_draws", "n_seeds", "runs_left_out", "difference", "low", "high", "interval_over"],
+    *["p", "p_holm", "verdict"],
+]
 
 
 def per_subject(table: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +57,92 @@ def per_draw(table: pd.DataFrame) -> pd.DataFrame:
     return per_subject(table).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
 
 
+def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """The 95 % interval of a mean, and the two-sided p of 0, from the means of the levels of each random factor.
+
+    levels: an array [n_f] for every factor, n_f > 1; none gives NaN. The equations stand at the top of the module.
+    Coverage in simulation, where 95 % is wanted: 93.7 to 97.1 %, that of a bootstrap of patients alone 55 to 89 %
+    (`paper_figures/benchmarks/coverage.json`).
+    """
+    terms = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in levels]
+    variance = sum(v for v, _ in terms)
+    if not terms:
+        return np.nan, np.nan, np.nan
+    if variance < 1e-18:  # nothing varies
+        return mean, mean, float(abs(mean) < 1e-12)
+    df = variance**2 / sum(v**2 / n for v, n in terms)
+    half = float(student.ppf(1 - LEVEL / 2, df)) * variance**0.5
+    return mean - half, mean + half, float(2 * student.sf(abs(mean) / variance**0.5, df))
+
+
+def mean_interval(values: pd.Series) -> tuple[float, float, float, float, str]:
+    """Mean of values by (subject, draw, seed), its `crossed_interval` (low, high, p), and the factors that it is over.
+
+    A factor of a single level adds nothing and is not named. Where every draw tests other subjects (cross-validation),
+    subjects are part of the draw, and draws are counted in their place.
+    """
+    cells = values.groupby(["draw", "seed", "subject"]).mean().dropna()
+    draws = cells.reset_index().groupby("subject")["draw"].nunique()
+    nested = cells.index.get_level_values("draw").nunique() > 1 and (draws == 1).all()
+    levels = {}
+    for name, factor in zip(FACTORS, ("subject", "draw", "seed"), strict=True):
+        means = cells.groupby(factor).mean().to_numpy()
+        if len(means) > 1 and not (nested and factor == "subject"):
+            levels[name] = means
+    mean = float(cells.mean())
+    return mean, *crossed_interval(mean, list(levels.values())), ", ".join(levels)
+
+
+def whole_seeds(runs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Of (draw, seed) pairs those of seeds that have every draw; all where no seed has."""
+    runs = set(runs)
+    draws = {draw for draw, _ in runs}
+    whole = {(draw, seed) for draw, seed in runs if all((other, seed) in runs for other in draws)}
+    return whole or runs
+
+
+def _indexed(rows: pd.DataFrame) -> pd.Series:
+    return rows.set_index(["subject", "draw", "seed"])["dice"]
+
+
+def _of_runs(rows: pd.DataFrame, runs: set[tuple[int, int]]) -> pd.DataFrame:
+    return rows[[run in runs for run in zip(rows["draw"], rows["seed"], strict=True)]]
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
+
+    * `dice_mean`, `dice_low`, `dice_high`, `interval_over`: `mean_interval`, under `smoke` without the interval.
+      `dice_sd_draws`, `dice_sd_seeds`: standard deviation (n - 1) of the means of draws and of seeds. `hd95_mean`, over
+      runs inside each subject first, is in `hd95_unit`; NaN where a cell mixes mm and px.
+    * `n_runs`: pairs of draw and seed that count. `runs_missing`: those that another method of the same group has and
+      this one lacks. Where it is not 0 the draws may be easier or harder than the others'; `contrasts` pairs them.
+    * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
+      structure x run); `empty_rows`: rows where both are empty.
+    """
+    subjects = per_subject(table)
+    runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
+    rows = []
+    for cell, raw in table.groupby(CELL):
+        own = subjects[(subjects[CELL] == list(cell)).all(axis=1)]
+        units, empty = sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
+        runs = set(zip(own["draw"], own["seed"], strict=True))
+        lacking = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
+        own = _of_runs(own, counted := whole_seeds(runs))
+        scored_subjects = own.dropna(subset="dice")["subject"].nunique()
+        mean, low, high, _, over = mean_interval(_indexed(own)) if scored_subjects else (np.nan,) * 4 + ("",)
+        if cell[CELL.index("profile")] in NO_TESTS:
+            low, high, over = np.nan, np.nan, ""
+        sd = [own.groupby(["draw", "seed"])["dice"].mean().groupby(factor).mean().std() for factor in RUN]
+        hd95 = own.groupby("subject")["hd95"].mean().mean() if len(units) == 1 else np.nan
+        missed, scored = raw["missed"].sum(), len(raw) - empty
+        row = [*cell, scored_subjects, own["draw"].nunique(), own["seed"].nunique(), len(counted), lacking]
+        row += [mean, low, high, over, *sd, hd95, "+".join(units)]
+        row += [missed, missed / scored if scored else np.nan, scored, empty]
+        rows.append(row)
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+
+
 def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over subjects; `values` [n], one per subject, NaN if n < 2.
 
@@ -46,63 +153,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 
     chosen = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])  # [resamples, n] -> [resamples]
     return float(low), float(high)
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
-
-    * `dice_mean`: over draws and seeds inside each test subject, then over test subjects; `dice_low`, `dice_high`: its
-      95 % bootstrap interval, which says how far it depends on who was tested; how far on who was labelled says
-      `dice_sd_draws`, the standard deviation (n - 1) of the means of the draws. `hd95_mean`, averaged likewise, is in
-      `hd95_unit`; NaN where a cell mixes mm and px.
-    * `runs_missing`: pairs of draw and seed that another method of the same group has and this one lacks. Where it is
-      not 0 the draws may be easier or harder than the others'; `compare` pairs them.
-    * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
-      structure x run); `empty_rows`: rows where both are empty.
-    """
-    subjects = per_subject(table)
-    runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
-    of_draw, of_cell, rows = per_draw(table).groupby(CELL)["dice"].std(), subjects.groupby(CELL), []
-    for cell, raw in table.groupby(CELL):
-        own, units, empty = of_cell.get_group(cell), sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
-        runs = set(zip(own["draw"], own["seed"], strict=True))
-        lacking = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
-        means = own.groupby("subject")[["dice", "hd95"]].mean()
-        dice, hd95 = means["dice"].dropna().to_numpy(), means["hd95"].mean() if len(units) == 1 else np.nan
-        missed, scored = raw["missed"].sum(), len(raw) - empty
-        row = [*cell, len(dice), own["draw"].nunique(), own["seed"].nunique(), len(runs), lacking]
-        row += [dice.mean() if len(dice) else np.nan, *bootstrap_interval(dice), of_draw[cell]]
-        row += [hd95, "+".join(units), missed, missed / scored if scored else np.nan, scored, empty]
-        rows.append(row)
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
-
-
-def ranks(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean rank of every method (1 is best, ties share theirs), best first (`RANK_COLUMNS`).
-
-    Methods are ranked by Dice in every cell (`GROUP`, `RUN`, subject), ranks averaged inside each test subject, then
-    over them, with a 95 % bootstrap interval. Cells that not all methods have are left out, and counted; `benchmark`,
-    which has more labels, is not ranked.
-    """
-    subjects = per_subject(table[table["method"] != "benchmark"])
-    cells = subjects.pivot(index=[*GROUP, *RUN, "subject"], columns="method", values="dice")
-    complete = cells.round(12).dropna()  # what differs by rounding is equal
-    means = complete.rank(axis=1, ascending=False).groupby(["dataset", "subject"]).mean()  # [subjects, methods]
-    counts = [len(means), len(complete), len(cells) - len(complete)]
-    rows = [[method, rank.mean(), *bootstrap_interval(rank.to_numpy()), *counts] for method, rank in means.items()]
-    return pd.DataFrame(rows, columns=RANK_COLUMNS).sort_values(["rank_mean", "method"], ignore_index=True)
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    r"""Holm's adjusted p-values, for sorted p $\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\,p_{(j)})$.
-
-    `p` [m]; NaN stays NaN and does not count in m. Source: S. Holm, Scand. J. Statist. 6 (1979) 65-70.
-    """
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
-    adjusted = np.full(p.shape, np.nan)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
-    return adjusted
 
 
 def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
@@ -121,35 +171,71 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
     return float(wilcoxon(difference).pvalue), effect, note
 
 
-def compare(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
-    """Paired test (`signed_rank_test`) of every method against `baseline` with as many labels (`COMPARISON_COLUMNS`).
+def holm(p: np.ndarray) -> np.ndarray:
+    r"""Holm's adjusted p-values, for sorted p $\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\,p_{(j)})$.
 
-    Pairs are test subjects: the difference of each is averaged over the draws and seeds that both methods have
-    (`n_runs`; `runs_left_out` counts the others) and in which both have a value for it; with folds that is one.
-    `median_difference` is method minus baseline; `p_holm` is corrected over the methods of one `GROUP`. A method
-    without common runs keeps its row, with n 0 and a note; `benchmark` only where the baseline has as many labels.
+    `p` [m]; NaN stays NaN and does not count in m. Source: S. Holm, Scand. J. Statist. 6 (1979) 65-70.
     """
-    rows = []
-    for group, members in per_subject(table).groupby(GROUP):
-        values = members.pivot(index="subject", columns=["method", *RUN], values="dice")
-        methods = values.columns.unique("method")
-        base = values[baseline] if baseline in methods else values.iloc[:, :0].droplevel("method", axis=1)
-        for method in methods.drop(baseline, errors="ignore"):
-            if method == "benchmark" and base.empty:
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return adjusted
+
+
+def verdict(low: float, high: float, p_holm: float, margin: float = MARGIN) -> str:
+    """What a declared contrast says, in words.
+
+    "no difference that matters": the whole interval is within ± `margin`. Else, where Holm's p is below .05, "helps" or
+    "harms" by the side of the interval. Everything else is "not known": the data allow a gain as well as nothing.
+    """
+    if np.isnan(low) or np.isnan(p_holm):
+        return "not known"
+    if -margin < low and high < margin:
+        return "no difference that matters"
+    if p_holm < LEVEL:
+        return "helps" if low + high > 0 else "harms"
+    return "not known"
+
+
+def contrasts(table: pd.DataFrame, declared: Sequence[Sequence[str]] = (), margin: float = MARGIN) -> pd.DataFrame:
+    """Differences of Dice between two methods with as many labels, on the same subjects, draws and seeds.
+
+    `declared`: pairs (method, baseline) that a protocol named before there were numbers; they are one family over all
+    numbers of labels, with Holm's p and a `verdict`. Without any, every method is compared with `random`, `family`
+    "exploratory": an interval, and neither. A pair without a common run has no row. None under `smoke`.
+    Columns: `CONTRAST_COLUMNS`; `difference`, `low`, `high`: method minus baseline (`mean_interval`); `runs_left_out`:
+    pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
+    """
+    rows, family = [], "declared" if declared else "exploratory"
+    for group, members in per_subject(table[~table["profile"].isin(NO_TESTS)]).groupby(GROUP):
+        methods = sorted(set(members["method"]))
+        for method, baseline in declared or [(method, "random") for method in methods if method != "random"]:
+            if not {method, baseline} <= {*methods}:
                 continue
-            own = values[method]  # [subjects, runs]
-            runs = own.columns.intersection(base.columns)
-            difference = (own[runs] - base[runs]).mean(axis=1).dropna().to_numpy()
-            row = dict(zip(GROUP, group, strict=True)) | {"method": method, "baseline": baseline, "n_runs": len(runs)}
-            row |= {"n_subjects": len(difference), "runs_left_out": len(own.columns.union(base.columns)) - len(runs)}
-            if len(difference):
-                row["median_difference"] = float(np.median(difference))
-                row["p"], row["rank_biserial"], row["note"] = signed_rank_test(difference)
-            else:
-                row["note"] = f"no {'subject' if len(runs) else 'run'} in common with {baseline}"
-            rows.append(row)
-    result = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
-    result[EFFECTS] = result[EFFECTS].astype(float)
-    for _, family in result.groupby(GROUP):
-        result.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())
+            own, base = (_indexed(members[members["method"] == name]) for name in (method, baseline))
+            runs = [set(zip(*map(each.index.get_level_values, RUN), strict=True)) for each in (own, base)]
+            common = whole_seeds(runs[0] & runs[1]) if runs[0] & runs[1] else set()
+            difference = (own - base).dropna()
+            kept = [index[1:] in common for index in difference.index]
+            if not any(kept):
+                continue
+            difference = difference[kept]
+            counts = [difference.index.get_level_values(name).nunique() for name in ("subject", *RUN)]
+            mean, low, high, p, over = mean_interval(difference)
+            row = [*group, method, baseline, family, *counts, len((runs[0] | runs[1]) - common)]
+            rows.append([*row, mean, low, high, over, p, np.nan, ""])
+    result = pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
+    if declared and len(result):
+        result["p_holm"] = holm(result["p"].to_numpy(float))
+        result["verdict"] = [
+            verdict(*row, margin) for row in zip(result["low"], result["high"], result["p_holm"], strict=True)
+        ]
     return result
+
+
+def why_no_tests(table: pd.DataFrame) -> str:
+    """A sentence where a table is of a profile without intervals and tests, else nothing."""
+    if set(table["profile"]) <= {*NO_TESTS}:
+        return "Profile smoke proves that every row runs: no intervals, tests or conclusions are drawn from it."
+    return ""

@@ -108,7 +108,7 @@ def test_dry_run_prints_the_grid_and_trains_nothing(small_grid, tmp_path, monkey
 def test_a_grid_leaves_tables_figures_and_executed_notebooks(whole):
     root, output = whole
     folder = root / "paper_figures/smoke/phantom/quickstart"
-    assert {"table.csv", "summary.csv", "comparison.csv", "provenance.json"} <= {path.name for path in folder.iterdir()}
+    assert {"table.csv", "summary.csv", "contrasts.csv", "provenance.json"} <= {path.name for path in folder.iterdir()}
     assert str(folder) in output
     done = list(root.glob("runs/phantom/smoke/*/status.json"))
     assert len(done) == 3

@@ -362,16 +362,15 @@ def test_threshold_curve_shows_dice_over_the_share_of_positives():
     assert above.get_xlim() == below.get_xlim()
 
 
-def test_ranks_are_dots_best_on_top():
-    (axes,) = drawn(plots.ranks(tidy(subjects=8))).axes
-    table = stats.ranks(tidy(subjects=8))
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["gd+lr", "gd", "gr", "random"]
-    assert axes.yaxis.get_inverted()
-    np.testing.assert_allclose(np.concatenate(means(axes)), [[mean, n] for n, mean in enumerate(table["rank_mean"])])
-    (lows, highs) = np.array([c.get_segments()[0][:, 0] for c in axes.collections]).T
-    np.testing.assert_allclose(lows, table["rank_low"])
-    np.testing.assert_allclose(highs, table["rank_high"])
-    assert "n = 8 test subjects\n72 cells, 0 left out" in axes.get_title()
+def test_a_contrast_is_a_line_with_its_interval_and_verdict():
+    found = stats.contrasts(tidy(subjects=8).assign(profile="laptop"), [("gd", "random")])
+    (axes,) = drawn(plots.forest(found)).axes
+    names = [f"gd - random, {row.labelled} labelled" for row in found.itertuples()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[::-1]
+    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() == plots.BLUE]
+    assert sorted(map(tuple, spans)) == pytest.approx(sorted(zip(found["low"], found["high"], strict=True)))
+    assert {text.get_text() for text in axes.texts} == set(found["verdict"])
+    assert "no contrast" in drawn(plots.forest(found.iloc[:0])).texts[0].get_text()
 
 
 def test_embedding_has_a_column_per_method_and_a_row_per_colouring():

@@ -1,11 +1,12 @@
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from clseg import stats
+from clseg import paths, stats
 
 NAN = float("nan")
 
@@ -16,7 +17,7 @@ def rows(method, labelled, draw, dice_of, seed=0, **more):
         {
             "study": "s",
             "dataset": "d",
-            "profile": "smoke",
+            "profile": "laptop",
             "method": method,
             "labelled": labelled,
             "draw": draw,
@@ -86,21 +87,23 @@ def test_summary_literal():
     assert result.loc["benchmark", "runs_missing"] == 0  # its number of labelled subjects is its own
 
 
-def test_seeds_are_averaged_before_draws():
+def test_a_seed_without_all_draws_does_not_count():
     table = pd.DataFrame(
         rows("gd", 1, 1, {"a": [0.2]}, seed=0) + rows("gd", 1, 1, {"a": [0.4]}, seed=1) + rows("gd", 1, 2, {"a": [0.5]})
     )
     assert stats.per_draw(table)["dice"].tolist() == pytest.approx([0.3, 0.5])
     cell = stats.summary(table).iloc[0]
-    assert cell[["n_draws", "n_seeds", "n_runs"]].tolist() == [2, 2, 3]
-    assert cell["dice_sd_draws"] == pytest.approx(np.std([0.3, 0.5], ddof=1))
+    assert cell[["n_draws", "n_seeds", "n_runs"]].tolist() == [2, 1, 2]
+    assert cell["dice_mean"] == pytest.approx(0.35)
+    assert cell["dice_sd_draws"] == pytest.approx(np.std([0.2, 0.5], ddof=1))
+    assert stats.whole_seeds([(1, 0), (2, 1)]) == {(1, 0), (2, 1)}  # no seed has both draws
 
 
 def test_profiles_and_units_are_never_averaged():
     table = study()
     paper = table.assign(profile="paper", dice=table["dice"] - 0.3)
     both = stats.summary(pd.concat([table, paper]))
-    assert both.groupby("profile")["dice_mean"].mean()["smoke"] == pytest.approx(
+    assert both.groupby("profile")["dice_mean"].mean()["laptop"] == pytest.approx(
         stats.summary(table)["dice_mean"].mean()
     )
     table.loc[table["subject"] == "p00", "hd95_unit"] = "px"
@@ -120,7 +123,7 @@ def test_subject_of_whom_nothing_is_scored_does_not_count():
 def test_order_of_rows_does_not_matter():
     table = study()
     shuffled = table.sample(frac=1, random_state=1)
-    for function in (stats.per_subject, stats.per_draw, stats.summary, stats.compare, stats.ranks):
+    for function in (stats.per_subject, stats.per_draw, stats.summary, stats.contrasts):
         pd.testing.assert_frame_equal(function(shuffled), function(table), check_exact=True)
 
 
@@ -134,9 +137,9 @@ def test_better_predictions_never_lower_the_summary():
 def test_empty_table_gives_empty_tables():
     empty = study().iloc[:0]
     assert stats.summary(empty).columns.tolist() == stats.SUMMARY_COLUMNS
-    assert stats.compare(empty).columns.tolist() == stats.COMPARISON_COLUMNS
+    assert stats.contrasts(empty).columns.tolist() == stats.COMPARISON_COLUMNS
     nothing = pd.DataFrame(columns=empty.columns)  # no types either
-    assert len(stats.summary(nothing)) == len(stats.compare(nothing)) == 0
+    assert len(stats.summary(nothing)) == len(stats.contrasts(nothing)) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- bootstrap
@@ -156,14 +159,6 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
         low, high = stats.bootstrap_interval(random.normal(0.7, 0.1, 20), resamples=1000)
         covered += low <= 0.7 <= high
     assert 0.88 < covered / 400 < 0.98  # nominal 0.95; a percentile interval of 20 subjects has about 0.93
-
-
-def test_interval_is_that_of_subjects_not_of_rows():
-    """Ten copies of every subject's rows (more runs with the same values) must not narrow the interval."""
-    table = study(draws=(1,))
-    copies = pd.concat([table.assign(draw=draw) for draw in range(1, 11)])
-    columns = ["dice_low", "dice_high"]
-    np.testing.assert_allclose(stats.summary(copies)[columns], stats.summary(table)[columns], atol=1e-12)
 
 
 def test_interval_is_repeatable_contains_the_mean_and_needs_two_subjects():
@@ -216,112 +211,122 @@ def test_few_tied_differences_cannot_be_significant():
     assert "only 4" in note
 
 
-def test_compare_finds_the_gain_and_pairs_subjects():
-    table = study(subjects=20, gain={"random": 0, "gd": 0.08, "gr": 0.0}, draws=(1, 2, 3), seed=4)
-    result = stats.compare(table).set_index(["method", "labelled"])
-    assert sorted(result.index) == [("gd", 1), ("gd", 2), ("gr", 1), ("gr", 2)]
-    assert (result["n_subjects"] == 20).all()
-    assert (result["n_runs"] == 3).all()
-    subjects = stats.per_subject(table).groupby(["method", "labelled", "subject"])["dice"].mean()
-    difference = subjects["gd", 1] - subjects["random", 1]
-    row = result.loc["gd", 1]
-    assert row["median_difference"] == pytest.approx(difference.median())
-    assert row["p"] == pytest.approx(scipy_stats.wilcoxon(difference).pvalue)
-    for labelled in (1, 2):  # one family per number of labelled subjects
-        family = result.xs(labelled, level="labelled")
-        np.testing.assert_allclose(family["p_holm"], stats.holm(family["p"]))
+# -------------------------------------------------------------------------------- patients, draws and seeds are random
 
 
-def test_compare_is_antisymmetric():
-    table = study(seed=2)
-    there = stats.compare(table)
-    back = stats.compare(table, baseline="gd")
-    np.testing.assert_allclose(there["median_difference"], -back["median_difference"])
-    np.testing.assert_allclose(there["rank_biserial"], -back["rank_biserial"])
-    np.testing.assert_allclose(there["p"], back["p"])
+def test_crossed_interval_by_hand():
+    # v = 0.5 / 2 and 0.02 / 4; df = 0.255² / (0.25² / 1 + 0.005² / 3)
+    low, high, p = stats.crossed_interval(0.3, [np.array([0.0, 1.0]), np.array([0.1, 0.1, 0.3, 0.3]) * 1.0])
+    v = [0.5 / 2, np.var([0.1, 0.1, 0.3, 0.3], ddof=1) / 4]
+    df = sum(v) ** 2 / (v[0] ** 2 / 1 + v[1] ** 2 / 3)
+    half = scipy_stats.t.ppf(0.975, df) * sum(v) ** 0.5
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half))
+    assert p == pytest.approx(2 * scipy_stats.t.sf(0.3 / sum(v) ** 0.5, df))
 
 
-def test_compare_uses_common_runs_only():
-    table = study(draws=(1, 2, 3), labelled=(1,))
-    without = table[~((table["method"] == "gd") & (table["draw"] == 3))]
-    common = table[table["draw"] < 3]
-    row, expected = stats.compare(without).iloc[0], stats.compare(common).iloc[0]
-    assert (row["n_runs"], row["runs_left_out"], expected["runs_left_out"]) == (2, 1, 0)
-    assert row["median_difference"] == expected["median_difference"]
-    assert row["p"] == expected["p"]
-    assert stats.summary(without).set_index("method")["runs_missing"].to_dict() == {"gd": 1, "random": 0}
+def test_with_one_factor_it_is_the_t_interval_of_scipy():
+    values = np.random.default_rng(0).normal(0.1, 0.2, 12)
+    expected = scipy_stats.ttest_1samp(values, 0)
+    low, high, p = stats.crossed_interval(values.mean(), [values])
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert p == pytest.approx(expected.pvalue)
 
 
-def test_compare_pairs_a_subject_in_the_runs_in_which_both_methods_have_it():
-    table = study(labelled=(1,))
-    whole = stats.compare(table)
-    table.loc[(table["subject"] == "p03") & (table["method"] == "gd") & (table["draw"] == 2), "dice"] = NAN
-    assert stats.compare(table)["n_subjects"].tolist() == [12]
-    # folds: every subject is tested in one draw only
-    number = table["subject"].str[1:].astype(int)
-    folds = stats.compare(table[number % 2 == table["draw"] % 2])
-    assert folds["n_subjects"].tolist() == [12]
-    assert folds["n_runs"].tolist() == whole["n_runs"].tolist()
-    assert folds["p"].notna().all()
+def test_what_does_not_vary_has_no_width_and_what_has_one_level_no_interval():
+    assert stats.crossed_interval(0.2, [np.array([0.2, 0.2])]) == (0.2, 0.2, 0.0)
+    assert stats.crossed_interval(0.0, [np.array([0.0, 0.0])]) == (0.0, 0.0, 1.0)
+    assert np.isnan(stats.crossed_interval(0.2, [])).all()
 
 
-def test_compare_says_what_it_cannot_compare():
-    table = study(labelled=(1, 2), gain={"random": 0, "gd": 0.05})
-    lonely = table[~((table["method"] == "random") & (table["labelled"] == 2))]
-    benchmark = table[(table["method"] == "gd") & (table["labelled"] == 2)].assign(method="benchmark", labelled=78)
-    result = stats.compare(pd.concat([lonely, benchmark])).set_index("labelled")
-    assert result.index.tolist() == [1, 2]  # benchmark has no random with 78 to be compared with
-    assert result.loc[2, "note"] == "no run in common with random"
-    assert (result.loc[2, "n_subjects"], result.loc[2, "runs_left_out"]) == (0, 3)
-    assert np.isnan(result.loc[2, ["p", "p_holm", "median_difference"]].astype(float)).all()
-    others = table.replace({"subject": {f"p{n:02}": f"q{n:02}" for n in range(12)}})
-    strangers = pd.concat([table[table["method"] == "random"], others[others["method"] == "gd"]])
-    assert set(stats.compare(strangers)["note"]) == {"no subject in common with random"}
+def test_the_interval_says_what_it_is_over():
+    one = study(draws=(1,), labelled=(1,))
+    assert set(stats.summary(one)["interval_over"]) == {"subjects"}
+    assert set(stats.summary(study(labelled=(1,)))["interval_over"]) == {"subjects, draws"}
+    two = pd.concat([study(labelled=(1,)), study(seed=1, labelled=(1,)).assign(seed=1)])
+    assert set(stats.summary(two)["interval_over"]) == {"subjects, draws, seeds"}
+    folds = [rows("gd", 1, fold, {f"{fold}{k}": [0.1 * fold + 0.01 * k] for k in range(4)}) for fold in (1, 2, 3)]
+    nested = stats.summary(pd.DataFrame(itertools.chain(*folds))).iloc[0]  # subjects are part of their fold
+    assert nested["interval_over"] == "draws"
+    half = scipy_stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
+    assert (nested["dice_low"], nested["dice_high"]) == pytest.approx((0.215 - half, 0.215 + half))
 
 
-def test_ablated_methods_are_compared_with_their_own_baseline():
-    table = study(labelled=(2,), gain={"gd": 0.0, "gd [stages.0.temperature=0.5]": -0.1})
-    row = stats.compare(table, baseline="gd").iloc[0]
-    assert row["method"] == "gd [stages.0.temperature=0.5]"
-    assert row["median_difference"] < 0
+def test_draws_that_differ_widen_the_interval():
+    def cell(shift):
+        dice = {draw: {f"p{k}": [0.5 + 0.01 * k + shift * draw] for k in range(9)} for draw in (1, 2, 3)}
+        return stats.summary(pd.DataFrame(itertools.chain(*(rows("gd", 1, *one) for one in dice.items()))))
+
+    same, unlike = cell(0.0), cell(0.1)
+    width = [(s["dice_high"] - s["dice_low"]).iloc[0] for s in (same, unlike)]
+    assert width[1] > 3 * width[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- ranks
+def test_smoke_has_no_intervals_and_no_tests():
+    table = study().assign(profile="smoke")
+    assert stats.summary(table)[["dice_low", "dice_high"]].isna().all(axis=None)
+    assert stats.contrasts(table).empty
+    assert stats.contrasts(table, [("gd", "random")]).empty
+    assert "no intervals, tests or conclusions" in stats.why_no_tests(table)
+    assert stats.why_no_tests(study()) == ""
 
 
-def test_ranks_by_hand():
+# ---------------------------------------------------------------------------------------------------------- contrasts
+
+
+def test_a_contrast_pairs_subjects_draws_and_seeds():
     table = pd.DataFrame(
-        rows("gd", 1, 1, {"a": [0.9], "b": [0.5]})
-        + rows("gr", 1, 1, {"a": [0.8], "b": [0.5 + 1e-15]})  # equal but for rounding
-        + rows("random", 1, 1, {"a": [0.1], "b": [0.7]})
-        + rows("gd", 2, 1, {"a": [0.9], "b": [0.9]})
-        + rows("gr", 2, 1, {"a": [0.8], "b": [0.6]})  # random is missing: two cells left out
-        + rows("benchmark", 1, 1, {"a": [1.0], "b": [1.0]})
-    )
-    result = stats.ranks(table)
-    assert result.columns.tolist() == stats.RANK_COLUMNS
-    # a: gd 1, gr 2, random 3; b: random 1, gd and gr share 2 and 3
-    assert result[["method", "rank_mean"]].to_numpy().tolist() == [["gd", 1.75], ["random", 2.0], ["gr", 2.25]]
-    assert (result[["n_subjects", "n_cells", "cells_left_out"]] == [2, 2, 2]).all(axis=None)
-    assert result.set_index("method").loc["gd", ["rank_low", "rank_high"]].tolist() == [1.0, 2.5]
+        rows("random", 1, 1, {"a": [0.1], "b": [0.5]})
+        + rows("random", 1, 2, {"a": [0.3], "b": [0.7]})
+        + rows("gd", 1, 1, {"a": [0.2], "b": [0.8]})
+        + rows("gd", 1, 2, {"a": [0.4], "b": [1.0]})
+        + rows("gd", 1, 3, {"a": [0.9], "b": [0.9]})
+    )  # differences 0.1, 0.3, 0.1, 0.3: draws agree
+    (row,) = stats.contrasts(table, [("gd", "random")]).to_dict("records")
+    assert (row["method"], row["baseline"], row["family"]) == ("gd", "random", "declared")
+    assert row["difference"] == pytest.approx(0.2)
+    assert (row["n_subjects"], row["n_draws"], row["n_seeds"], row["runs_left_out"]) == (2, 2, 1, 1)
+    half = scipy_stats.t.ppf(0.975, 1) * (0.02 / 2) ** 0.5
+    assert (row["low"], row["high"]) == pytest.approx((0.2 - half, 0.2 + half))
 
 
-def test_ranks_do_not_depend_on_scale_and_are_of_subjects():
-    table = study(gain={"random": 0, "gd": 0.05, "gr": 0.02})
-    result = stats.ranks(table)
-    assert result["method"].tolist() == ["gd", "gr", "random"]
-    assert result["rank_mean"].sum() == pytest.approx(1 + 2 + 3)
-    easier = table.assign(dice=table["dice"] * table["subject"].map({f"p{n:02}": 0.5 + n / 30 for n in range(12)}))
-    pd.testing.assert_frame_equal(stats.ranks(easier), result)
-    copies = pd.concat([table.assign(draw=table["draw"] + 3 * n) for n in range(4)])  # more runs, the same subjects
-    columns = ["rank_mean", "rank_low", "rank_high", "n_subjects"]
-    np.testing.assert_allclose(stats.ranks(copies)[columns].astype(float), result[columns].astype(float))
+def test_declared_contrasts_are_one_family_over_all_numbers_of_labels():
+    table = study(gain={"random": 0, "gd": 0.2, "gr": 0.0})
+    found = stats.contrasts(table, [("gd", "random"), ("gr", "random"), ("absent", "random")])
+    assert len(found) == 4  # two numbers of labels
+    assert found["p_holm"].tolist() == pytest.approx(stats.holm(found["p"].to_numpy()).tolist())
+    assert found.set_index(["method", "labelled"])["verdict"].loc["gd"].tolist() == ["helps", "helps"]
+    swapped = stats.contrasts(table, [("random", "gd")])
+    assert swapped["verdict"].tolist() == ["harms", "harms"]
+    assert swapped["difference"].tolist() == pytest.approx((-found[found["method"] == "gd"]["difference"]).tolist())
 
 
-def test_ranks_of_methods_without_a_common_cell():
-    table = study(labelled=(1, 2))
-    apart = table[(table["method"] == "gd") == (table["labelled"] == 1)]
-    result = stats.ranks(apart)
-    assert result["cells_left_out"].tolist() == [72, 72]
-    assert result["rank_mean"].isna().all()
-    assert stats.ranks(table.iloc[:0]).empty
+def test_what_was_not_declared_is_exploratory_and_gets_no_verdict():
+    found = stats.contrasts(study())
+    assert found["family"].tolist() == ["exploratory"] * 2
+    assert found["p_holm"].isna().all()
+    assert found["verdict"].tolist() == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p_holm", "expected"),
+    [
+        (0.01, 0.05, 0.01, "helps"),
+        (0.01, 0.05, 0.06, "not known"),  # the other tests of the family count, too
+        (-0.05, -0.01, 0.01, "harms"),
+        (-0.015, 0.015, 0.9, "no difference that matters"),
+        (0.001, 0.015, 0.01, "no difference that matters"),
+        (-0.02, 0.02, 0.9, "not known"),
+        (-0.05, 0.10, 0.5, "not known"),
+        (NAN, NAN, NAN, "not known"),
+    ],
+)
+def test_verdicts(low, high, p_holm, expected):
+    assert stats.verdict(low, high, p_holm) == expected
+
+
+def test_coverage_is_what_the_committed_simulation_says():
+    folder = paths.COMMITTED / "benchmarks"
+    for row in json.loads((folder / "coverage.json").read_text())["rows"]:
+        assert 0.93 <= row["crossed interval"] <= 0.98, row
+        assert row["p < .05 of nothing"] <= 0.07, row
+        assert row["bootstrap of patients alone"] < row["crossed interval"], row

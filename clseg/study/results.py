@@ -27,10 +27,10 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     table = found.table(grid.study.name, grid.place, grid.profile)
     archive.write_table(folder / "table.csv", table)
     archive.write_table(folder / "summary.csv", stats.summary(table))
-    tested = stats.compare(table)
+    tested = stats.contrasts(table, grid.study.contrasts)
     for column in ("p", "p_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
-    archive.write_table(folder / "comparison.csv", tested)
+    archive.write_table(folder / "contrasts.csv", tested)
     stages = set(found.runs["run"][found.runs["kind"] == "pretrain"])
     archive.write_table(folder / "pretraining.csv", found.losses[found.losses["run"].isin(stages)])
     about = {
@@ -38,11 +38,20 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "runs": {"expected": len(grid.all), "done": len(found.runs)},
         "made": {name: sorted(set(found.runs[name])) for name in ("commit", "device", "precision", "torch")},
         "training_seconds": round(float(found.runs["seconds"].sum()), 1),
+        "seconds_of_a_run": _seconds(found),
         "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
         "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
         "subjects": _subjects(grid, table),
     }
     archive.write_json(folder / "provenance.json", about)
+
+
+def _seconds(found: Rows) -> dict[str, dict[str, float]]:
+    """Mean seconds of training of a run: of each stage and, by number of labels, of each method; by device."""
+    runs = found.runs.assign(what=found.runs["run"].str.replace(r"-(labelled|seed).*", "", regex=True))
+    labelled = runs["labelled"].map(lambda n: "" if pd.isna(n) else f", {n} labelled")
+    means = runs.assign(what=runs["what"] + labelled).groupby(["device", "what"])["seconds"].mean().round(1)
+    return {device: means[device].to_dict() for device in means.index.unique("device")}
 
 
 def _subjects(grid: Grid, table: pd.DataFrame) -> dict[str, str]:
@@ -63,7 +72,7 @@ class Results:
     folder: Path
     table: pd.DataFrame
     summary: pd.DataFrame
-    comparison: pd.DataFrame
+    contrasts: pd.DataFrame
     provenance: dict[str, Any]
     pretraining: pd.DataFrame
     missing: list[str]
@@ -90,15 +99,22 @@ class Results:
     @property
     def dice(self) -> str:
         """Means with intervals, a line per method and number of labelled subjects."""
-        numbers = ["n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
-        return self.summary[["method", "labelled", *numbers]].round(2).to_string(index=False)
+        numbers = ["n_subjects", "n_draws", "n_seeds", "dice_mean", "dice_low", "dice_high", "dice_sd_draws"]
+        shown = self.summary[["method", "labelled", *numbers]].round(2)
+        return shown.dropna(axis="columns", how="all").to_string(index=False)
 
     @property
     def tests(self) -> str:
-        """Paired tests against `random`, a line per method and number of labelled subjects."""
-        columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial"]
-        tested = self.comparison[columns].round(3)
-        return tested.assign(p_holm=self.comparison["p_holm"].map("{:.1e}".format)).to_string(index=False)
+        """Contrasts with intervals and verdicts, a line each; or why there are none."""
+        if why := stats.why_no_tests(self.table):
+            return why
+        columns = ["method", "baseline", "labelled", "n_subjects", "n_draws", "n_seeds", "difference", "low", "high"]
+        shown = self.contrasts[columns].round(3)
+        if (self.contrasts["family"] == "declared").any():
+            shown = shown.assign(
+                p_holm=self.contrasts["p_holm"].map("{:.2g}".format), verdict=self.contrasts["verdict"]
+            )
+        return shown.to_string(index=False)
 
     @property
     def distances(self) -> pd.DataFrame:
@@ -122,8 +138,8 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     places = own, paths.COMMITTED / own.relative_to(paths.out_root() / "paper_figures")
     if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
-    names = ("table", "summary", "comparison", "pretraining")
-    table, summary, comparison, pretraining = (archive.read_table(folder / f"{name}.csv") for name in names)
+    names = ("table", "summary", "contrasts", "pretraining")
+    table, summary, contrasts, pretraining = (archive.read_table(folder / f"{name}.csv") for name in names)
     there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
     benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
     missing = []
@@ -132,7 +148,7 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
         if cell not in (benchmark if run.experiment.all_labels else there):
             missing.append(f"{run.method}, {run.key['labelled']} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
-    return Results(folder, table, summary, comparison, provenance, pretraining, missing, command)
+    return Results(folder, table, summary, contrasts, provenance, pretraining, missing, command)
 
 
 def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +199,10 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
             complete, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in complete:
                 run = running.pop(future)
-                if error := future.exception():
+                if isinstance(error := future.exception(), BrokenExecutor):
+                    remedy = "memory may be full; the same command goes on at its last checkpoint"
+                    raise RunFailed(f"{run.folder}: its process was killed ({remedy})")
+                if error:
                     failed[run.name] = f"{type(error).__name__}: {error}"
                     tqdm.write(f"{run.name} failed: {error}")
                     continue

@@ -60,6 +60,5 @@ print(curve.round(2).to_string(index=False))
 #
 # ## Against no pre-training
 
-# %% tags=["nbval-check-output"]
-columns = ["method", "labelled", "n_subjects", "n_runs", "median_difference", "rank_biserial", "p_holm"]
-print(results.comparison[columns].round(2).to_string(index=False))
+# %%
+print(results.tests)
