@@ -8,13 +8,15 @@ TORCHVISION := torchvision==0.29.2
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help study test results validate bench notebooks lab lint lock
+.PHONY: help study test results validate bench notebooks students site lab lint lock
 help:
 	@echo "make study      the label-fraction study on the phantom: ./runs and ./paper_figures"
 	@echo "make test       all tests, and every notebook executed again"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make validate   a small grid, then all its run notebooks executed again from scratch: same numbers"
 	@echo "make bench      speed and memory against other projects, on a quiet machine: paper_figures/benchmarks"
+	@echo "make site       notebooks, pages and reference as HTML that needs no server: build/site/docs/index.html"
+	@echo "make students   lessons and exercises without solutions: build/students.zip"
 	@echo "make notebooks  rebuild and execute all notebooks from notebooks/scripts"
 	@echo "make lint       ruff over code and notebooks"
 	@echo "make lock       resolve requirements.lock anew from pyproject.toml"
@@ -43,6 +45,14 @@ bench: $(STAMP)
 
 notebooks: $(STAMP)
 	$(VENV)/bin/python notebooks/build.py
+
+students:
+	mkdir -p build
+	$(PYTHON) -m zipfile -c build/students.zip notebooks/0[24]_*.ipynb notebooks/1?_*.ipynb notebooks/9?_*.ipynb GLOSSARY.md
+
+# Pages as they are committed: nothing is executed.
+site: $(STAMP)
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . build/site
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ in every figure: its colour is that of its family (Okabe and Ito's, which colour
 
 import io
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,24 @@ from clseg import paths, stats
 from clseg.errors import RequestError
 
 GREY, ORANGE, SKY, GREEN, YELLOW = "#767676", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
-BLUE, RED, PINK, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
+BLUE, RED, PINK, BLACK, INDIGO = "#0072B2", "#D55E00", "#CC79A7", "#000000", "#332288"
 FAMILIES = {
     GREY: ["random"],
-    BLUE: ["gd", "gr", "gd-", "simclr"],
+    BLUE: ["gd", "gd-"],
+    INDIGO: ["gr", "simclr"],
     RED: ["gd+lr", "gr+lr", "gd+ld", "lr"],
     GREEN: ["pcl", "pcl-partition"],
     PINK: ["ufc", "ufc-negatives"],
     SKY: ["rotation", "inpainting", "context_restoration", "pirl"],
-    ORANGE: ["mixup", "self_training", "adversarial", "gan_augmentation", "mean_teacher"],
+    ORANGE: ["weak_to_strong", "mean_teacher", "mixup", "self_training", "adversarial", "gan_augmentation"],
     BLACK: ["benchmark", "gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
 }
 STYLES = {  # method -> colour, marker, line
-    method: (colour, "osD^v"[place], ["-", "--", ":", "-.", (0, (1, 3))][place])
+    method: (colour, "osD^vX"[place], ["-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1))][place])
     for colour, methods in FAMILIES.items()
     for place, method in enumerate(methods)
 }
-UNKNOWN = (YELLOW, "P", "-")  # a method of one's own
+OWN = ["#882255", "#44AA99", "#999933", "#661100"]  # of methods of one's own (Tol's, for colour-blind readers)
 ON_ONE_AXIS = 8  # methods; of more, each has a panel
 STRUCTURES = [BLUE, ORANGE, SKY, PINK, YELLOW, GREEN, RED]  # contours of class 7, 1, 2, ... on grey
 GROUPS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]  # subjects, partitions, clusters
@@ -102,8 +104,14 @@ def _array(values: Any) -> np.ndarray:
 
 
 def style(method: str) -> tuple[str, str, Any]:
-    """Colour, marker and line of a method; an ablated value, or a remark, changes none."""
-    return STYLES.get(method.partition(" ")[0], UNKNOWN)
+    """Colour, marker and line of a method; an ablated value, or a remark, changes none.
+
+    A method of the matched arm looks like its published counterpart; followed by consistency it keeps the colour.
+    """
+    name = method.partition(" ")[0].removeprefix("matched-")
+    if name.endswith("+weak_to_strong"):
+        return style(name.removesuffix("+weak_to_strong"))[0], "*", (0, (5, 1))
+    return STYLES.get(name) or (OWN[zlib.crc32(name.encode()) % len(OWN)], "P", "-")
 
 
 def _range(values: pd.Series) -> str:

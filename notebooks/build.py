@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -39,6 +40,15 @@ LARGEST_BYTES = 1_000_000
 CELL_LIMIT_S = 900
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # two threads sum in another order: other last digits
 
+# What JupyterLab would write on opening a notebook, so that none is changed by being looked at.
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
 WIDGET = re.compile(r"application/vnd\.jupyter\.widget")
 # What a reader's machine cannot have or the next run will not repeat. A "/" between words, the tail of a URL and the
 # end of an HTML tag are not the start of a path.
@@ -116,8 +126,8 @@ def convert(script: Path) -> NotebookNode:
     notebook = jupytext.read(script, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(
         {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
+            "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+            "language_info": LANGUAGE | {"version": platform.python_version()},
         }
     )
     for index, cell in enumerate(notebook.cells):
@@ -170,8 +180,8 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Drops progress bars, what cells with the tag `slider` show (a static page moves none; the picture stands before
-    it) and the interpreter's version, and gives pictures a palette of 256 colours, a third of the bytes."""
+    """Drops progress bars and what cells with the tag `slider` show (a page moves none; the picture stands before it),
+    and gives pictures a palette of 256 colours, a third of the bytes."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
@@ -183,8 +193,6 @@ def clean(notebook: NotebookNode) -> None:
             for output in cell.outputs:
                 if picture := output.get("data", {}).get("image/png"):
                     output.data["image/png"] = _with_palette(picture)
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
 
 
 def _with_palette(picture: str) -> str:
@@ -253,6 +261,8 @@ def _drift(stem: str, source: NotebookNode, text: str) -> list[str]:
     if here != there:
         first = next(index for index in range(len(here) + 1) if here[index : index + 1] != there[index : index + 1])
         return [f"{stem}: cell {first} is not what the script says (source, tags or cell id); build it again"]
+    for book in (notebook, source):
+        book.metadata.get("language_info", {}).pop("version", None)  # of whoever built it
     if notebook.metadata != source.metadata:
         return [f"{stem}: the notebook's metadata is not that of a build; build it again"]
     return []

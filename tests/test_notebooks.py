@@ -4,6 +4,7 @@ That the notebooks run and find the same numbers is nbval's part of the same pyt
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -242,3 +243,58 @@ def test_nbval_compares_numbers_and_passes_over_warnings(built, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "1 failed, 9 passed" in done.stdout, done.stdout + done.stderr
     assert "FAILED notebooks/wrong.ipynb::Cell 2" in done.stdout
+
+
+LESSONS = [stem for stem in build.stems() if re.match(r"0[24]_|1\d_", stem)]
+PAGES = [*PROJECT.glob("*.md"), *build.FOLDER.glob("*.ipynb"), *build.FOLDER.glob("solutions/*.ipynb")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """The text of a page: all of a Markdown file, the text cells of a notebook; code in it left out."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.sub(r"```.*?```|`[^`\n]*`|\$[^$]*\$", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("http:", "https:")):
+            assert target.startswith("https://"), target
+        else:
+            assert (page.parent / target.partition("#")[0]).exists(), (
+                f"{page.name} links to {target}, which is not there"
+            )
+
+
+@pytest.mark.parametrize("stem", LESSONS)
+def test_a_lesson_is_made_to_the_pattern(stem):
+    text = prose(build.FOLDER / f"{stem}.ipynb")
+    wanted = [
+        "**Goals.**",
+        "**You need**",
+        "minutes**",
+        "## What to notice",
+        "## Summary",
+        "## Exercises",
+        "## Where to read on",
+    ]
+    places = [text.find(part) for part in wanted]
+    assert -1 not in places, wanted[places.index(-1)]
+    assert places == sorted(places)
+    summary = text[text.index("## Summary") : text.index("## Exercises")]
+    assert 4 <= summary.count("\n* ") <= 6
+    code = build.script_of(stem).read_text(encoding="utf-8")
+    assert '# %% tags=["slider"]' in code
+
+
+@pytest.mark.parametrize("stem", LESSONS)
+def test_a_lesson_needs_the_core_alone(stem):
+    code = build.script_of(stem).read_text(encoding="utf-8")
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("# "))
+    modules = re.findall(r"^(?:from|import) (clseg[\w.]*)", code, re.MULTILINE)
+    assert modules
+    assert not [name for name in modules if name.startswith(("clseg.study", "clseg.tools"))]

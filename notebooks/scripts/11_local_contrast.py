@@ -181,6 +181,7 @@ tiny_near = torch.tensor([[1, 3], [0, 2], [1, 3]])  # the negatives of regions 0
 # ## The loss, slowly
 # With $s(x,y)=\cos(x,y)/\tau$, the term of region $r$ in map $a$, compared with map $b$, is
 # $$t(a,b,r)=-\log\frac{e^{s(a_r,b_r)}}{e^{s(a_r,b_r)}+\sum_{m\in N(r)}\left[e^{s(a_r,a_m)}+e^{s(a_r,b_m)}\right]}$$
+#
 # $L^R$ is its mean over images, regions and both directions. $L^D$ adds the same region of *other* images, those of the same
 # partition, as further positives: the terms $t(\text{first}_i,\text{first}_j,r)$ join the mean.
 

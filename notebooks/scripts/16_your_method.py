@@ -55,7 +55,7 @@ training_subjects, tested = store.subjects[:12], store.subjects[12:]
 #
 # ## As Python: a rule of your own
 # What is wrong with positions? At the threshold a pair at 0.34 is a positive and one at 0.36 a negative, though they show nearly the same. Idea: **near is
-# alike, far is not, and in between nobody says anything.** One picture, for an anchor at position 0.5:
+# alike, far is not, and in between nobody says anything.** One picture:
 
 
 # %%

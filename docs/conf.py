@@ -1,0 +1,55 @@
+"""The site: `make site` turns pages and notebooks, as committed, into HTML that needs no server and no network.
+
+Sphinx with MyST-NB takes executed notebooks with their pictures, keeps relative links between pages and notebooks, and
+its search needs no server. Formulas become MathML, which browsers draw themselves: MathJax would be fetched.
+"""
+
+import ast
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ("pairs", "losses", "regions", "models", "augment", "settings", "cluster", "loop", "train", "metrics", "stats")
+
+project = "clseg"
+author = copyright = "the clseg authors"
+extensions = ["myst_nb"]
+root_doc = "docs/index"
+include_patterns = ["*.md", "notebooks/*.ipynb", "docs/*.md"]
+html_theme = "furo"
+html_title = "clseg"
+html_copy_source = False
+html_math_renderer = "mathml"
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header", "myst.xref_missing", "misc.highlighting_failure", "mystnb.unknown_mime_type"]
+
+
+def api() -> str:
+    """The public functions and classes of the core with their docstrings, as a page."""
+    parts = ["# Reference\n\nThe core of the package: what lessons use.\n"]
+    for name in (*CORE, "plots", "teach"):
+        tree = ast.parse((ROOT / "clseg" / f"{name}.py").read_text(encoding="utf-8"))
+        parts.append(f"## clseg.{name}\n\n{ast.get_docstring(tree)}\n")
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                about = ast.get_docstring(node) or ""
+                arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+                parts.append(f"### {node.name}\n\n```python\n{node.name}{arguments}\n```\n\n{about}\n")
+    return "\n".join(parts)
+
+
+def formula(self, node: nodes.Node, display: str) -> None:
+    """Writes a formula as MathML."""
+    self.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app) -> None:
+    (ROOT / "docs" / "reference.md").write_text(api(), encoding="utf-8")
+    inline, block = (lambda self, node, kind=kind: formula(self, node, kind) for kind in ("inline", "block"))
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
