@@ -29,6 +29,6 @@ def prepared_root() -> Path:
     return runs_root() / "prepared"
 
 
-def results_dir(profile: str, dataset: str, study: str) -> Path:
-    """Tables, charts and provenance of one study."""
-    return out_root() / "paper_figures" / profile / dataset / study
+def results_dir(profile: str, dataset: str, study: str, out: Path | None = None) -> Path:
+    """Tables, charts and provenance of one study, under the output root or another one."""
+    return (out or out_root()) / "paper_figures" / profile / dataset / study

@@ -120,7 +120,10 @@ def _range(values: pd.Series) -> str:
 
 
 def _subjects(table: pd.DataFrame) -> str:
-    return f"95 % intervals over n = {_range(table['n_subjects'])} test subjects"
+    over = "; ".join(sorted({*table["interval_over"].dropna()} - {""}))
+    return (
+        f"{f'95 % intervals over {over}' if over else 'no intervals'}, n = {_range(table['n_subjects'])} test subjects"
+    )
 
 
 def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "published.csv") -> pd.DataFrame:
@@ -154,7 +157,7 @@ def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, method: str, label:
     look = {"color": colour, "marker": marker, "zorder": 3}
     axes.errorbar(x, rows["dice_mean"], yerr=_errors(rows), linestyle=line, elinewidth=1.6, label=label, **look)
     hollow = rows["runs_missing"] > 0
-    axes.plot(x[hollow], rows["dice_mean"][hollow], linestyle="none", markerfacecolor="white", **look)
+    axes.plot(x[hollow], rows["dice_mean"][hollow], linestyle="none", markerfacecolor="white", **look | {"zorder": 5})
 
 
 @styled

@@ -121,7 +121,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
       structure x run); `empty_rows`: rows where both are empty.
     """
     subjects = per_subject(table)
-    runs_of_group = {key: set(zip(rows["draw"], rows["seed"], strict=True)) for key, rows in subjects.groupby(GROUP)}
+    runs_of_group = {
+        key: whole_seeds(zip(own["draw"], own["seed"], strict=True)) for key, own in subjects.groupby(GROUP)
+    }
     rows = []
     for cell, raw in table.groupby(CELL):
         own = subjects[(subjects[CELL] == list(cell)).all(axis=1)]

@@ -91,7 +91,7 @@ def test_label_curve_names_axes_counts_and_n():
     assert axes.get_xscale() == "log"
     assert figure.get_supxlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
-    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over n = 6 test subjects"
+    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over subjects; subjects, draws, n = 6 test subjects"
     assert "one draw" not in legend(figure)
 
 
@@ -181,9 +181,12 @@ def test_label_curve_of_little():
 def test_styles_are_fixed_and_tell_methods_apart():
     assert len({str(style) for style in plots.STYLES.values()}) == len(plots.STYLES)
     assert plots.style("gd") == plots.style("gd [stages.0.temperature=0.5]")
-    assert plots.style("gd")[0] == plots.style("gr")[0] != plots.style("gd+lr")[0]
-    assert plots.style("my_method") == plots.UNKNOWN
-    assert set(read_methods()) <= set(plots.STYLES)
+    assert len({plots.style(name)[0] for name in ("random", "gr", "gd", "gd+lr", "pcl", "ufc", "weak_to_strong")}) == 7
+    assert plots.style("my_method")[0] in plots.OWN
+    assert plots.style("matched-gd") == plots.style("gd")
+    assert plots.style("matched-gd+weak_to_strong") == (plots.BLUE, "*", (0, (5, 1)))
+    plain = {name.removeprefix("matched-").removesuffix("+weak_to_strong") for name in read_methods()}
+    assert plain <= set(plots.STYLES)
 
 
 def test_families_differ_for_colour_blind_readers():
@@ -368,7 +371,7 @@ def test_a_contrast_is_a_line_with_its_interval_and_verdict():
     names = [f"gd - random, {row.labelled} labelled" for row in found.itertuples()]
     assert [label.get_text() for label in axes.get_yticklabels()] == names[::-1]
     spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() == plots.BLUE]
-    assert sorted(map(tuple, spans)) == pytest.approx(sorted(zip(found["low"], found["high"], strict=True)))
+    assert np.array(sorted(map(tuple, spans))) == pytest.approx(found[["low", "high"]].sort_values("low").to_numpy())
     assert {text.get_text() for text in axes.texts} == set(found["verdict"])
     assert "no contrast" in drawn(plots.forest(found.iloc[:0])).texts[0].get_text()
 

@@ -137,7 +137,7 @@ def test_better_predictions_never_lower_the_summary():
 def test_empty_table_gives_empty_tables():
     empty = study().iloc[:0]
     assert stats.summary(empty).columns.tolist() == stats.SUMMARY_COLUMNS
-    assert stats.contrasts(empty).columns.tolist() == stats.COMPARISON_COLUMNS
+    assert stats.contrasts(empty).columns.tolist() == stats.CONTRAST_COLUMNS
     nothing = pd.DataFrame(columns=empty.columns)  # no types either
     assert len(stats.summary(nothing)) == len(stats.contrasts(nothing)) == 0
 

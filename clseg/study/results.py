@@ -1,8 +1,10 @@
 """What a study leaves: tables, statistics, provenance and figures."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -179,3 +181,15 @@ def draw_figures(grid: Grid, parameters: dict[str, str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     execute_notebook(paths.NOTEBOOKS / f"{study.notebook}.ipynb", target, parameters)
     return target
+
+
+def committed_figures(grid: Grid, folder: Path) -> None:
+    """Execute the study's figure notebook on the committed tables; its charts go beside them."""
+    about = {"study": grid.study.name, "dataset": grid.place, "profile": grid.profile}
+    with TemporaryDirectory() as out:
+        target = Path(out) / "figures.ipynb"
+        execute_notebook(paths.NOTEBOOKS / f"{grid.study.notebook}.ipynb", target, about, CLSEG_OUT=out)
+        for chart in folder.glob("*.png"):
+            chart.unlink()
+        for chart in paths.results_dir(*folder.parts[-3:], out=Path(out)).glob("*.png"):
+            shutil.copy(chart, folder)

@@ -110,10 +110,10 @@ def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace)
 
 
 def _results(arguments: argparse.Namespace) -> int:
-    """Tables of every study that has committed rows."""
+    """Tables and charts of every study that has committed rows."""
     from clseg import paths
     from clseg.study import grid, rows
-    from clseg.study.results import write_results
+    from clseg.study.results import committed_figures, write_results
 
     for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
         profile, dataset = folder.parts[-2:]
@@ -128,6 +128,7 @@ def _results(arguments: argparse.Namespace) -> int:
                 continue
             command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"
             write_results(plan, found, folder / name, command)
+            committed_figures(plan, folder / name)
             lacking = len(rows.missing(plan, have))
             print(f"{profile}/{dataset}/{name}: {len(plan.finetune) - lacking} fine-tunings, {lacking} missing")
     return 0
@@ -231,7 +232,7 @@ def _positive(text: str) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
     "pretrain": (_pretrain, "one pre-training, and the stages before it; torchrun starts it on several GPUs"),
-    "results": (_results, "tables of the project's studies made anew from the committed rows"),
+    "results": (_results, "tables and charts of the project's studies made anew from the committed rows"),
     "table": (_table, "all finished runs below a folder as one tidy table"),
     "check": (_check, "what is in a folder of scans, and what is wrong with it"),
     "predict": (_predict, "segment new images with the weights of a fine-tuning"),

@@ -53,3 +53,9 @@ print(axes[columns].round(2).to_string(index=False))
 
 # %%
 print(results.tests)
+
+# %% [markdown]
+# ## All means
+
+# %% tags=["nbval-check-output"]
+print(results.dice)

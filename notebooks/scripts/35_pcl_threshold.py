@@ -62,3 +62,9 @@ print(curve.round(2).to_string(index=False))
 
 # %%
 print(results.tests)
+
+# %% [markdown]
+# ## All means
+
+# %% tags=["nbval-check-output"]
+print(results.dice)

@@ -153,7 +153,7 @@ if len(growth):
 # references as before, views differ by at most 0.000015 of the image range, labels not at all. Training enlarges such
 # differences until two runs differ like two seeds. So: the same 24 fine-tunings before (commit ece8f66) and after (ac7eaf8),
 # phantom, profile `smoke`, two labelled subjects, six seeds; Dice averaged over 16 test subjects and three structures. Repeat with
-# `clseg run four_answers --dataset phantom --profile smoke --set study.methods=[random,gd,gd+lr,pcl] --set study.labelled=[2] --set
+# `clseg run glcl_comparison --dataset phantom --profile smoke --set study.methods=[random,gd,gd+lr,pcl] --set study.labelled=[2] --set
 # study.draws=[1] --set study.seeds=[0,1,2,3,4,5]` at either commit.
 
 # %%
