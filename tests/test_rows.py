@@ -29,7 +29,7 @@ def extended(tmp_path_factory):
         patch.setenv("CLSEG_OUT", str(tmp_path_factory.mktemp("out")))
         first = rows.extend(plan("study.methods=[random]"))
         both = rows.extend(plan())
-        yield committed, first, both
+    return committed, first, both
 
 
 @pytest.fixture
@@ -116,3 +116,18 @@ def test_the_committed_rows_are_whole():
         assert set(have.scores["run"]) == set(have.runs["run"][have.runs["kind"] == "finetune"])
         assert not have.scores.duplicated(["run", "subject", "phase", "class_name"]).any()
         assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
+
+
+def test_the_table_of_the_readme_is_that_of_the_rows():
+    summary = pd.read_csv(paths.COMMITTED / "laptop/acdc/acdc/summary.csv").set_index(["method", "labelled"])
+    lines = (paths.PROJECT / "README.md").read_text(encoding="utf-8").splitlines()
+    methods = ["random", "matched-gr", "matched-gd", "matched-pcl", "matched-ufc", "weak_to_strong"]
+    for labelled in (1, 2, 8, 77):
+        cells = []
+        for method in methods:
+            if (method, labelled) in summary.index:
+                row = summary.loc[(method, labelled)]
+                cells.append(f"{row['dice_mean']:.2f} ({row['dice_low']:.2f} to {row['dice_high']:.2f})")
+            else:
+                cells.append("-")
+        assert "| " + " | ".join([f"{labelled} labelled", *cells]) + " |" in lines
