@@ -21,7 +21,7 @@ from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.data.splits import make_split
 from clseg.settings import ContrastStage, Geometry, NetworkConfig, SeededProtocol, SupervisedRecipe
-from clseg.stats import bootstrap_interval, signed_rank_test
+from clseg.stats import bootstrap_interval, signed_rank_test, verdict
 from clseg.train import finetune, pretrain, scores
 
 plt.rcParams.update(plots.STYLE)
@@ -160,16 +160,7 @@ by_draw = table.groupby(["draw", "method"])["dice"].mean().unstack()
 print(
     f"mean difference {difference.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}, p = {p:.2g} (Wilcoxon, n = {len(difference)})"
 )
-verdict = (
-    "helps"
-    if low > matters
-    else "harms"
-    if high < -matters
-    else "no difference that matters"
-    if -matters < low and high < matters
-    else "not known"
-)
-print(f"verdict at a margin of {matters}: {verdict}")
+print(f"verdict at a margin of {matters}: {verdict(low, high, p, matters)}")
 by_draw.round(2)
 
 # %% [markdown]
