@@ -22,7 +22,7 @@
 #
 # **You do research** (an hour to see it all): [01_data](01_data.ipynb) (5 minutes) and this notebook (5), then what the papers' tables become on one
 # footing: [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb), [33_pcl_semi](33_pcl_semi.ipynb),
-# [37_ufc_skin](37_ufc_skin.ipynb), [41_four_answers](41_four_answers.ipynb) (5 each); what happens in one run: [20_pretrain](20_pretrain.ipynb),
+# [37_ufc_skin](37_ufc_skin.ipynb), [42_which_method](42_which_method.ipynb) (5 each); what happens in one run: [20_pretrain](20_pretrain.ipynb),
 # [21_finetune](21_finetune.ipynb); what it costs: [40_benchmarks](40_benchmarks.ipynb). The command line is in the [README](../README.md).
 #
 # **You have scans of your own** (20 minutes to a first result): [03_your_data](03_your_data.ipynb) checks the folder, pre-trains, fine-tunes and segments. Read

@@ -21,7 +21,7 @@ from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.data.splits import make_split
 from clseg.settings import ContrastStage, Geometry, NetworkConfig, SeededProtocol, SupervisedRecipe
-from clseg.stats import bootstrap_interval, signed_rank_test
+from clseg.stats import bootstrap_interval, signed_rank_test, verdict
 from clseg.train import finetune, pretrain, scores
 
 plt.rcParams.update(plots.STYLE)
@@ -160,16 +160,7 @@ by_draw = table.groupby(["draw", "method"])["dice"].mean().unstack()
 print(
     f"mean difference {difference.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}, p = {p:.2g} (Wilcoxon, n = {len(difference)})"
 )
-verdict = (
-    "helps"
-    if low > matters
-    else "harms"
-    if high < -matters
-    else "no difference that matters"
-    if -matters < low and high < matters
-    else "not known"
-)
-print(f"verdict at a margin of {matters}: {verdict}")
+print(f"verdict at a margin of {matters}: {verdict(low, high, p, matters)}")
 by_draw.round(2)
 
 # %% [markdown]
@@ -205,6 +196,6 @@ print("what this run varied: draws 3; what it did not vary: 1 image size, 1 leng
 # 4. *Explain:* swap your paragraph with a neighbour's. Underline every claim that no output supports.
 #
 # ## Where to read on
-# * Next: [16_your_method](16_your_method.ipynb). The same on real patients: [30_glcl_strategies](30_glcl_strategies.ipynb), [41_four_answers](41_four_answers.ipynb).
+# * Next: [16_your_method](16_your_method.ipynb). The same on real patients: [30_glcl_strategies](30_glcl_strategies.ipynb), [42_which_method](42_which_method.ipynb).
 # * The code: `clseg/train.py` (one page), `clseg/stats.py`, `clseg/data/splits.py`.
 # * A. Reinke et al., *Understanding metric-related pitfalls*, Nature Methods 2024, [doi.org/10.1038/s41592-023-02150-0](https://doi.org/10.1038/s41592-023-02150-0).
