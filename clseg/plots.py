@@ -51,12 +51,13 @@ GROUPS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]  # subjects, partiti
 TAGS = ("V", "V2")  # read in the source; read where another work quotes it. Nothing else is ever printed or drawn
 PUBLISHED_COLUMNS = ["source", "study", "dataset", "method", "labelled", "metric", "value", "tag", "note"]
 STYLE: Any = {
-    **{"figure.constrained_layout.use": True, "font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 5.5},
-    **dict.fromkeys(["axes.titlesize", "axes.labelsize", "figure.titlesize", "figure.labelsize"], 9),
+    **{"figure.constrained_layout.use": True, "font.size": 12, "lines.linewidth": 1.2, "lines.markersize": 5.5},
+    **dict.fromkeys(["axes.titlesize", "axes.labelsize", "figure.titlesize", "figure.labelsize"], 12),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.linewidth": 0.5, "grid.alpha": 0.4, "axes.axisbelow": True},
-    **{"image.interpolation": "nearest", "figure.dpi": 100},
+    **{"image.interpolation": "nearest", "figure.dpi": 150},
 }
+ROOM = 1.4  # times the sizes below, which were drawn for small print
 styled = rc_context(STYLE)
 MaybeTable = pd.DataFrame | None
 
@@ -77,7 +78,7 @@ def _panels(count: int, columns: int, width: float, height: float, **shared: boo
     """A figure of `count` axes in rows of at most `columns`, `width` x `height` inches each."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(4.5, columns * width + 0.4), rows * height + 0.4))
+    figure = Figure(figsize=(max(6.0, columns * width * ROOM + 0.5), rows * height * ROOM + 0.6))
     axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
     for axis in axes[count:]:
         axis.remove()
@@ -211,8 +212,11 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
         panel.scatter([], [], s=7, color=GREY, label="one draw")
     if (curves["runs_missing"] > 0).any():
         panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer draws than others")
-    _legend(figure, panels, loc="outside right upper")
-    figure.supxlabel(f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else "")
+    _legend(
+        figure, panels, **{"loc": "outside right upper"} if several else {"loc": "outside lower center", "ncols": 3}
+    )
+    below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
+    (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
     figure.suptitle(f"{', '.join(place.iloc[0])}\n{_subjects(summary)}")
     return figure
