@@ -89,7 +89,7 @@ def test_label_curve_names_axes_counts_and_n():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "8"]
     assert axes.get_xticks().tolist() == [1, 2, 8]
     assert axes.get_xscale() == "log"
-    assert figure.get_supxlabel() == "labelled subjects (draws of them: 3)"
+    assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
     assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over subjects; subjects, draws, n = 6 test subjects"
     assert "one draw" not in legend(figure)

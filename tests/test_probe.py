@@ -1,0 +1,69 @@
+"""What a pre-training learned: floors and bounds by hand, ranks and probes of what is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from clseg import probe
+from clseg.losses import contrastive_loss
+from clseg.models import Encoder, GlobalHead
+from clseg.pairs import cluster_pairs, instance_pairs
+from clseg.settings import NetworkConfig
+
+VIEWS = instance_pairs(torch.arange(4).repeat(2))  # one positive and six negatives of each row
+
+
+def test_the_floor_is_the_loss_of_collapsed_embeddings():
+    assert probe.floor(VIEWS, 0.1, "all") == pytest.approx(math.log(7))
+    assert probe.floor(VIEWS, 0.1, "pair") == pytest.approx(math.log(7))
+    classes = cluster_pairs(torch.arange(6), torch.arange(6) // 3)  # two positives, three negatives
+    assert probe.floor(classes, 0.5, "all") == pytest.approx(math.log(5))
+
+
+def test_no_embedding_goes_below_the_bound_and_the_best_reaches_it():
+    classes = cluster_pairs(torch.arange(4), torch.arange(4) // 2)
+    best = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    for denominator in ("all", "pair"):
+        bound = probe.bound(classes, 0.5, denominator)
+        assert contrastive_loss(best, classes, 0.5, denominator).item() == pytest.approx(bound, abs=1e-6)
+        random = torch.randn(200, 4, 3, generator=torch.Generator().manual_seed(0))
+        assert min(contrastive_loss(z, classes, 0.5, denominator).item() for z in random) > bound
+    assert probe.bound(VIEWS, 0.1, "pair") == pytest.approx(6 * math.exp(-20), rel=1e-4)
+
+
+def test_effective_rank_counts_directions():
+    random = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    assert probe.effective_rank(random) == pytest.approx(8, abs=0.1)
+    assert probe.effective_rank(random[:, :1] @ torch.ones(1, 8)) == pytest.approx(1)
+
+
+def test_a_linear_probe_reads_what_is_there():
+    random = np.random.default_rng(0)
+    feature, group = random.normal(size=(120, 5)), np.arange(120) // 10
+    assert probe.linear_probe(feature, feature @ np.arange(5.0), group) > 0.99
+    assert probe.linear_probe(feature, random.normal(size=120), group) < 0.2
+    assert np.isnan(probe.linear_probe(feature, np.ones(120), group))
+    assert np.isnan(probe.linear_probe(feature[:10], feature[:10, 0], group[:10]))
+
+
+def test_a_probe_changes_nothing_and_knows_a_collapsed_network(store):
+    config = NetworkConfig(filters=[4, 8, 8])
+    torch.manual_seed(0)
+    encoder, head = Encoder(store.channels, config), GlobalHead(config, store.size, "pool")
+    views = [store.batch(store.rows(store.subjects[:1])[:4]).image] * 2
+    batch = [VIEWS.positive, VIEWS.negative, *views]
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    found = probe.probe(encoder, head, [batch], [batch], store, store.subjects[:4], 0.1, "pair")
+    assert list(found) == probe.COLUMNS
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    assert found["floor"] == pytest.approx(math.log(7))
+    assert found["held_out_subjects"] == 4
+    assert found["loss"] == found["loss_held_out"]
+    torch.nn.init.zeros_(head.layers[-1].weight)
+    torch.nn.init.ones_(head.layers[-1].bias)
+    dead = probe.probe(encoder, head, [batch], [], store, [], 0.1, "pair")
+    assert dead["learned"] == pytest.approx(0, abs=1e-6)
+    assert dead["cosine"] == pytest.approx(1)
+    assert np.isnan([dead["loss_held_out"], dead["position_r2"]]).all()
