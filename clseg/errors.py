@@ -39,6 +39,17 @@ def writing(path: Path | str, remedy: str) -> Iterator[None]:
         raise RequestError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from None
 
 
+def once(sentences: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Of sentences that differ only in numbers and in the names given with each, the first, and how many there are."""
+    kinds: dict[str, list[str]] = {}
+    for sentence, names in sentences:
+        kind = sentence
+        for name in sorted(names, key=len, reverse=True):
+            kind = kind.replace(name, "*")
+        kinds.setdefault(re.sub(r"[-+.\de]*\d+", "#", kind), []).append(sentence)
+    return [some[0] + f" ({len(some)} such files, this is the first)" * (len(some) > 1) for some in kinds.values()]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """'did you mean X?' for the nearest valid name, or the list of valid names when none is near."""
     valid = sorted(map(str, valid))

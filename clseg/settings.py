@@ -143,8 +143,9 @@ class DatasetConfig(Strict):
 
     @property
     def photographs(self) -> bool:
-        """Whether its images are photographs, in colour and without a header, and not NIfTI files."""
-        return self.adapter == "pairs" and ".nii" not in str(self.options["images"]).lower()
+        """Whether its images are photographs, in colour and without a header, and not NIfTI files or the like."""
+        name = str(self.options.get("images", "")).lower()
+        return self.adapter == "pairs" and not any(end in name for end in (".nii", ".mgz", ".mgh", ".hdr", ".img"))
 
 
 class Optimisation(Strict):

@@ -15,10 +15,11 @@ from clseg.study import runs
 from clseg.study.files import read_dataset
 from clseg.study.parameters import FinetuneParameters
 from clseg.tools import cli
+from clseg.tools.export import read_weights
 from clseg.tools.predict import cases, predict
 
 SMALL = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=1"]
-FEW = ["finetune.steps=30", "finetune.validate_every=10"]
+FEW = ["finetune.steps=30", "finetune.validate_every=10", "geometry.spacing_mm=9.5"]  # 32 of them hold every phantom
 OBLIQUE = np.array([[-1.1, 0.2, 0.1, 30], [0.2, -1.2, 0.1, -7], [-0.1, 0.1, 2.0, 11], [0, 0, 0, 1]])
 
 
@@ -128,9 +129,9 @@ def test_channels_come_from_one_file_each_or_from_a_4_d_file(weights, tmp_path):
     assert b.shape == (30, 36, 9)
     assert predict(two, tmp_path / "in" / "a_0001.nii.gz", tmp_path / "one") == (1, 0)
     np.testing.assert_array_equal(nib.load(tmp_path / "one" / "a.nii.gz").dataobj, a.dataobj)
-    with pytest.raises(RequestError, match=r"a_0000.*channel"):
-        predict(weights(), tmp_path / "in", tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(RequestError, match=r"b\.nii\.gz: its 1 file.*channel.*the other 2 of 3 images are segmented"):
+        predict(weights(), tmp_path / "in", tmp_path / "each")
+    assert set(files_of(tmp_path / "each")) == {"a_0000.nii.gz", "a_0001.nii.gz", "prediction.json"}
     save(tmp_path / "single" / "b.nii.gz", channels[1])
     predict(weights(), tmp_path / "single", tmp_path / "of the single")
     predict(weights(channel=1), tmp_path / "in" / "b.nii.gz", tmp_path / "of the second")
@@ -138,17 +139,19 @@ def test_channels_come_from_one_file_each_or_from_a_4_d_file(weights, tmp_path):
     np.testing.assert_array_equal(single.dataobj, second.dataobj)
 
 
-def test_files_are_grouped_by_channel_numbers_only_where_they_are_such(tmp_path):
+def test_files_are_grouped_by_channel_numbers_only_where_they_are_such(weights, tmp_path):
+    two = read_weights(weights(channels=2))[1]
+    (tmp_path := tmp_path / "in").mkdir()
     names = ["a_0000.nii.gz", "a_0001.nii", "scan_2019.nii.gz", "scan_2020.nii.gz", "b_0001.nii", "c.nii", "._c.nii"]
     for name in [*names, "notes.txt", "d_0000_0000.nii"]:
         (tmp_path / name).touch()
-    found = {case: [path.name for path in files] for case, files in cases(tmp_path, False).items()}
+    found = {case: [path.name for path in files] for case, files in cases(tmp_path, two).items()}
     assert found.pop("a") == names[:2]
     assert found.pop("d_0000") == ["d_0000_0000.nii"]
     assert found == {name.split(".")[0]: [name] for name in names[2:6]}
     (tmp_path / "c.nii.gz").touch()
     with pytest.raises(RequestError, match=r"c\.nii"):
-        cases(tmp_path, False)
+        cases(tmp_path, two)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
@@ -184,8 +187,7 @@ def test_what_is_done_is_not_done_again_and_nothing_else_is_overwritten(weights,
     with pytest.raises(RequestError, match="not of these weights"):
         predict(weights(seed=1), tmp_path / "in", out)
     (tmp_path / "in").rename(tmp_path / "elsewhere")
-    with pytest.raises(RequestError, match="not of these weights"):
-        predict(weights(), tmp_path / "elsewhere", out)
+    assert predict(weights(), tmp_path / "elsewhere", out, keep=True) == (2, 2)  # the same images
     assert files_of(out) == before
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.nii.gz").write_bytes(b"by hand")

@@ -3,11 +3,13 @@
 Every adapter answers with the same `Volume`. Whatever is wrong with a file is a `RequestError` that names it.
 """
 
-import gzip
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import h5py
 import nibabel as nib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clseg import paths
 from clseg.data import phantom
@@ -25,6 +27,40 @@ from clseg.errors import UNPRINTABLE, RequestError, nearest, reading
 from clseg.settings import DatasetConfig
 
 Classes = Mapping[int, str]  # label value -> name
+Options = Mapping[str, Any]  # `DatasetConfig.options`
+VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".img")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+CHOICES = {"undeclared": ["error", "background"], "orient": [True, False], "label_header": ["own", "image"]}
+ORIENTATION = 0x0112  # EXIF
+BLURRED = 8  # values between the least and the greatest
+ROUNDING = 1e-3  # how far a label value may be from a whole number, and, if it is larger, 1e-5 of its own
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file is a NIfTI or the like, with a header, by its name."""
+    return path.name.lower().endswith(VOLUMES)
+
+
+def whole_numbers(label: np.ndarray, source: Path, options: Options) -> tuple[np.ndarray, list[str]]:
+    """Values of a label file as whole numbers, and a note where they were rounded; `RequestError` if they are not such.
+
+    With `threshold` among the options a value is 1 from there on, else 0.
+    """
+    if "threshold" in options:
+        return (label >= options["threshold"]).astype(np.uint8), []
+    if label.dtype.kind != "f":
+        return label, []
+    if unknown := np.count_nonzero(~np.isfinite(label)):
+        raise RequestError(f"{source}: the mask holds NaN in {unknown} voxels; write the value of a class there, or 0")
+    rounded = np.rint(label)
+    apart = np.abs(label - rounded)
+    if (between := apart > np.maximum(ROUNDING, 1e-5 * np.abs(rounded))).any():
+        values = np.unique(label[between])
+        several = f"{values[0]:.4g} to {values[-1]:.4g}" if len(values) > 1 else f"{values[0]:.4g}"
+        remedy = "resample it with nearest neighbours, or set options.threshold, for a probability 0.5"
+        raise RequestError(f"{source}: the mask is soft or was resampled: it holds values {several}; {remedy}")
+    notes = [f"values of the mask are off by {apart.max():.0e} and were rounded"] if apart.any() else []
+    return rounded, notes
 
 
 def class_indices(label: np.ndarray, classes: Classes, source: Path, undeclared: str = "error") -> np.ndarray:
@@ -34,48 +70,181 @@ def class_indices(label: np.ndarray, classes: Classes, source: Path, undeclared:
     if undeclared == "background":
         label = np.where(np.isin(label, values), label, 0)
     elif unknown := [value for value in np.unique(label).tolist() if value not in values]:
-        shown, declared = (", ".join(map(str, some)) for some in (unknown[:5], values))
-        raise RequestError(f"{source}: holds label values {shown}, declared are {declared}; correct file or `classes`")
+        shown, declared = (", ".join(f"{value:g}" for value in some) for some in (unknown[:5], values))
+        remedy = "correct file or `classes`, or set options.undeclared to background"
+        raise RequestError(f"{source}: holds label values {shown}, declared are {declared}; {remedy}")
     return order.astype(np.uint8)[np.searchsorted(values, label, sorter=order)]
 
 
-def _nifti(path: Path) -> nib.Nifti1Image:
-    """A NIfTI file in memory; of a compressed one the checksum is verified."""
-    data = path.read_bytes()
-    data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+def _unzipped(data: bytes) -> bytes:
+    """What a gzip file holds, its checksums verified; bytes after its end are not looked at."""
+    parts = []
+    while data[:2] == b"\x1f\x8b":
+        stream = zlib.decompressobj(wbits=31)
+        parts.append(stream.decompress(data))
+        if not stream.eof:
+            raise EOFError("the gzip stream has no end")
+        data = stream.unused_data
+    if not parts:
+        raise ValueError("it is no gzip file")
+    return b"".join(parts)
+
+
+def _volume_file(path: Path) -> nib.spatialimages.SpatialImage:
+    """A NIfTI or MGH file, or a pair of header and voxels, in memory; of a compressed one the checksum is verified."""
+    name = path.name.lower()
     with nib.imageglobals.LoggingOutputSuppressor():  # what is wrong is an exception, too
+        if name.endswith((".hdr", ".img")):
+            return nib.load(path)
+        data = path.read_bytes()
+        data = _unzipped(data) if name.endswith(("gz", ".mgz")) else data
+        if name.endswith((".mgz", ".mgh")):
+            return nib.MGHImage.from_bytes(data)
         return (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
 
 
-def nifti_volume(ref: VolumeRef, classes: Classes, orient: bool, undeclared: str = "error") -> Volume:
-    """One volume from its NIfTI files; with `orient` every axis is turned toward its dominating positive world axis."""
-    arrays, affines = [], []  # [C, Z, Y, X] as stored
-    for path in ref.files:
+def _spacing_mm(file: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, list[str]]:
+    """Size of a voxel along x, y, z as stored, and a note where header and affine do not agree.
+
+    It is that of `pixdim`, as ITK has it: some tools write an affine (sform) without scale. The affine's columns stand
+    in for a `pixdim` that is no length.
+    """
+    columns, zooms = nib.affines.voxel_sizes(file.affine), np.abs(np.array(file.header.get_zooms()[:3], float))
+    spacing = np.where(np.isfinite(zooms) & (zooms > 0), zooms, columns)
+    if np.allclose(spacing, columns, rtol=0.01, atol=0):
+        return columns, []
+    pixdim, scale = (" x ".join(f"{mm:.5g}" for mm in three) for three in (spacing, columns))
+    return spacing, [f"its affine says voxels of {scale} mm, its pixdim {pixdim} mm: pixdim is taken"]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How stored axes (0 is x) become X, Y and Z: which ones, whether they are reversed, and what Z runs along."""
+
+    axes: tuple[int, ...] = (0, 1, 2)
+    flips: tuple[bool, ...] = (False, False, False)
+    slice_axis: str = ""
+
+    def array(self, data: np.ndarray) -> np.ndarray:
+        """[C, z, y, x] as stored to [C, Z, Y, X]."""
+        turned = data.transpose(0, *(3 - axis for axis in reversed(self.axes)))
+        return np.flip(turned, [3 - k for k in range(3) if self.flips[k]])
+
+    def affine(self, affine: np.ndarray, shape: list[int]) -> np.ndarray:
+        """That of (X, Y, Z), from the stored one and its shape (z, y, x)."""
+        turn = np.zeros((4, 4))
+        turn[3, 3] = 1
+        for k, axis in enumerate(self.axes):
+            turn[axis, k], turn[axis, 3] = (-1, shape[2 - axis] - 1) if self.flips[k] else (1, 0)
+        return affine @ turn
+
+
+def _order(affine: np.ndarray, spacing: np.ndarray, slice_axis: str) -> _Order:
+    """Z is the axis nearest to the world axis `slice_axis`, "" for that of thick slices, else of the third stored axis;
+    X and Y are the others in the order of the world; each runs to its positive side. Oblique thick slices, as of
+    short-axis views of the heart, stay slices whatever `slice_axis` is.
+    """
+    world = nib.io_orientation(affine)  # of stored axes x, y, z: number and sign of their dominating world axis
+    numbers, most = world[:, 0].astype(int).tolist(), int(spacing.argmax())
+    thick = spacing[most] > 1.5 * np.sort(spacing)[1]
+    oblique = np.abs(affine[:3, most]).max() < 0.9 * np.linalg.norm(affine[:3, most])
+    along = "xyz".index(slice_axis) if slice_axis and not (thick and oblique) else numbers[most if thick else 2]
+    axes = [numbers.index(number) for number in sorted({0, 1, 2} - {along})] + [numbers.index(along)]
+    return _Order(tuple(axes), tuple(bool(world[axis, 1] < 0) for axis in axes), "xyz"[along])
+
+
+def usual_slice_axis(refs: Iterable[VolumeRef], dataset: DatasetConfig) -> str:
+    """The world axis ("x", "y" or "z") along which slices of most volumes run; "" where axes are kept.
+
+    Only headers are read; a file that cannot be read does not count.
+    """
+    counts: Counter[str] = Counter()
+    if dataset.adapter in ("msd", "pairs") and not dataset.photographs and dataset.options.get("orient", True):
+        for ref in refs:
+            with suppress(Exception), nib.imageglobals.LoggingOutputSuppressor():
+                file = nib.load(ref.images[0])
+                counts[_order(file.affine, _spacing_mm(file)[0], "").slice_axis] += 1
+    return max(counts, key=lambda axis: (counts[axis], axis), default="")
+
+
+def _apart(shape: list[int], affine: np.ndarray, other_shape: list[int], other: np.ndarray) -> str:
+    """In words, how a grid (shape: z, y, x) differs from another one; "" if corners lie within a tenth of a voxel."""
+    if shape != other_shape:
+        return f"has shape {shape} (z, y, x) and not {other_shape}"
+    corners = list(product(*[(0, n) for n in reversed(shape)], [1]))  # (x, y, z, 1)
+    size = nib.affines.voxel_sizes(other)
+    if np.linalg.norm(corners @ (affine - other).T, axis=1).max() <= 0.1 * size.min():
+        return ""
+    if np.array_equal(np.abs(affine[:3, :3]), np.eye(3)) and not np.allclose(size, 1):
+        return "has the right shape, but its header was lost: the affine is that of a file without one"
+    own = nib.affines.voxel_sizes(affine)
+    cosines = ((affine[:3, :3] / own) * (other[:3, :3] / size)).sum(0)  # of each axis with its like
+    if (np.abs(cosines) < 0.99).any():
+        return "has the right shape, but its axes are turned"
+    if not np.allclose(own, size, rtol=0.01):
+        mine, theirs = (" x ".join(f"{mm:.4g}" for mm in three) for three in (own, size))
+        return f"has the right shape, but voxels of {mine} mm and not {theirs} mm"
+    if mirrored := [name for name, cosine in zip("xyz", cosines, strict=True) if cosine < 0]:
+        return f"has the right shape, but its affine mirrors {' and '.join(mirrored)}"
+    shift = np.linalg.norm(affine[:3, 3] - other[:3, 3])
+    return f"has the right shape, but is shifted by {shift:.4g} mm" if shift > 0 else "is turned a little"
+
+
+def nifti_volume(ref: VolumeRef, classes: Classes, options: Options, slice_axis: str = "") -> Volume:
+    """One volume from its NIfTI, MGH or header-and-voxels files.
+
+    With `orient` among the options, the default, every axis is turned toward its dominating positive world axis, and
+    axes are put in one order: slices run along the world axis `slice_axis` ("": across thick slices, else along the
+    third stored axis), rows and columns along the others as the world has them; `Volume.as_stored` is the way back.
+    `nan`: what stands for intensities that are none. `label_header: image`: voxels of the mask are those of the image,
+    whatever its header says. `undeclared` and `threshold`: of label values.
+    """
+    arrays, notes = [], []
+    order, grid, affine, spacing = _Order(), [], np.eye(4), np.ones(3)  # those of the first file
+    names = [*ref.images, *filter(None, [ref.label])]
+    for number, path in enumerate(names):
         with reading(path, "NIfTI"):
-            file = _nifti(path)
+            file = _volume_file(path)
             shape, kind = list(file.shape), file.get_data_dtype()
             if len(shape) not in (3, 4) or 0 in shape or kind.kind not in "biuf":
                 raise RequestError(f"{path}: has shape {shape} of type {kind}; a 3-D image of numbers is needed")
             data = np.asarray(file.dataobj).T
-        arrays.append(data.reshape(-1, *data.shape[-3:]))
-        affines.append(own := np.asarray(file.affine, dtype=float))
-        if not np.isfinite(own).all() or np.linalg.matrix_rank(own[:3, :3]) < 3:
+        own, shape = np.asarray(file.affine, dtype=float), list(data.shape[-3:])
+        if not np.isfinite(own).all() or np.isnan(nib.io_orientation(own)).any():
             raise RequestError(f"{path}: its affine is not invertible; repair the header")
-        affine, grid, shape = affines[0], list(arrays[0].shape[1:]), list(data.shape[-3:])
-        corners = list(product(*[(0, n) for n in reversed(grid)], [1]))  # (x, y, z, 1)
-        apart_mm = np.linalg.norm(corners @ (own - affine).T, axis=1).max()
-        if shape != grid or apart_mm > 0.1 * nib.affines.voxel_sizes(affine).min():
-            name = ref.images[0].name
-            raise RequestError(f"{path}: grid {shape} or affine is not that of {name} {grid}; resample it")
-    world = nib.io_orientation(affine)  # of array axes x, y, z: number and sign of their dominating world axis
-    flips = tuple(orient and sign < 0 for sign in world[::-1, 1].tolist())
-    arrays = [np.flip(array, [axis + 1 for axis in range(3) if flips[axis]]) for array in arrays]
+        if not number:
+            grid, affine = shape, own
+            spacing, notes = _spacing_mm(file)
+            order = _order(own, spacing, slice_axis) if options.get("orient", True) else order
+        turn, is_label = order, bool(ref.label) and number == len(ref.images)
+        if not (is_label and options.get("label_header") == "image" and shape == grid):
+            if (problem := _apart(shape, own, grid, affine)) and options.get("orient", True):
+                turn = _order(own, spacing, order.slice_axis)  # the same grid may be stored in another order
+                there, here = (one.affine(*about) for one, *about in ((turn, own, shape), (order, affine, grid)))
+                sizes = [list(one.array(np.empty((1, *s))).shape[1:]) for one, s in ((turn, shape), (order, grid))]
+                problem = _apart(sizes[0], there, sizes[1], here) and problem
+            if problem:
+                remedy = "resample it to the image's grid"
+                if is_label and shape == grid:
+                    remedy = "if they lie on each other voxel by voxel, set options.label_header to image"
+                    remedy += ", which takes the header of the image" + "; else resample it" * ("lost" not in problem)
+                raise RequestError(f"{path}: the grid is not that of {ref.images[0].name}: it {problem}; {remedy}")
+        arrays.append(turn.array(data.reshape(-1, *shape)))
     with np.errstate(over="ignore"):  # infinity is refused
         image = np.concatenate(arrays[: len(ref.images)], dtype=np.float32, casting="unsafe")
-    label = class_indices(arrays[-1], classes, ref.label, undeclared) if ref.label else None
-    label = label[0] if label is not None and len(label) == 1 else label
-    spacing_mm, axis = tuple(nib.affines.voxel_sizes(affine)[::-1].tolist()), "xyz"[int(world[2, 0])]
-    return Volume(image, label, spacing_mm, ref.subject, ref.phase, affine, flips, axis if orient else "")
+    if "nan" in options:
+        image = np.where(np.isfinite(image), image, np.float32(options["nan"]))
+    label = None
+    if ref.label:
+        label, rounded = whole_numbers(arrays[-1], ref.label, options)
+        label, notes = class_indices(label, classes, ref.label, options.get("undeclared", "error")), notes + rounded
+        label = label[0] if len(label) == 1 else label
+    if order.slice_axis and order.slice_axis != _order(affine, spacing, "").slice_axis:
+        notes = [*notes, f"its slices run along another axis than those of most: it is cut anew, along {slice_axis}"]
+    axes, flips = tuple(2 - axis for axis in reversed(order.axes)), order.flips[::-1]
+    spacing_mm = tuple(spacing[list(order.axes)][::-1].tolist())
+    about = {"affine": affine, "axes": axes, "flips": flips, "slice_axis": order.slice_axis, "notes": tuple(notes)}
+    return Volume(image, label, spacing_mm, ref.subject, ref.phase, **about)
 
 
 def _scan_acdc(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
@@ -116,10 +285,10 @@ def _scan_acdc_h5(folder: Path) -> Iterator[VolumeRef]:
             yield VolumeRef(subject, phase, images, images[0], folder)
 
 
-def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volume:
+def _read_acdc(ref: VolumeRef, dataset: DatasetConfig, classes: Classes, *_: Any) -> Volume:
     if ref.images[0].suffix != ".h5":
         # the headers carry no patient orientation (identity); as stored, the basal slice is first, as in the h5 copy
-        return nifti_volume(ref, classes, orient=False)
+        return nifti_volume(ref, classes, {"orient": False})
     images, labels = [], []
     for path in ref.images:
         with reading(path, "HDF5"), h5py.File(path) as file:
@@ -210,25 +379,92 @@ def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in found.items()]
 
 
-def photograph(path: Path, channels: int) -> np.ndarray:
-    """Any file that Pillow reads, in colour or grey, as uint8 [C, 1, Y, X]."""
+def _picture(path: Path) -> tuple[Image.Image, str]:
+    """A picture as it is meant to be seen, turned as its camera says, and its format.
+
+    `RequestError` if it cannot be read, or holds several pages.
+    """
     with reading(path, "image file"), Image.open(path) as file:
-        if file.mode[0] in "IF":  # Pillow would clip them
-            raise RequestError(f"{path}: has pixels of type {file.mode}; convert it to 8 bits")
-        data = np.asarray(file.convert("RGB" if channels == 3 else "L"))
-    return np.moveaxis(np.atleast_3d(data), 2, 0)[:, None]
+        pages, kind = getattr(file, "n_frames", 1), file.format or ""
+        if pages > 1 and kind != "MPO":  # a photograph and its preview
+            remedy = "save each as a file of its own, or a volume as NIfTI"
+            raise RequestError(f"{path}: holds {pages} pages and one picture is needed; {remedy}")
+        return ImageOps.exif_transpose(file), kind
 
 
-def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes) -> Volume:
+def _turned(path: Path) -> bool:
+    """Whether its camera's orientation turns a picture."""
+    with Image.open(path) as file:
+        return file.getexif().get(ORIENTATION, 1) != 1
+
+
+def photograph(path: Path, channels: int) -> np.ndarray:
+    """Any file that Pillow reads, in colour or grey, upright: [C, 1, Y, X], uint8, or as stored where it is deeper."""
+    file, _ = _picture(path)
+    with reading(path, "image file"):
+        deep = file.mode[0] in "IF"  # Pillow would clip them
+        data = np.asarray(file if deep else file.convert("RGB" if channels == 3 else "L"))
+    data = np.moveaxis(np.atleast_3d(data), 2, 0)[:, None]
+    return np.repeat(data, channels, axis=0) if deep else data
+
+
+def mask_picture(path: Path, options: Options) -> np.ndarray:
+    """The label values [1, Y, X] of a picture: those of its palette, of grey, or of its transparency.
+
+    With `threshold` among the options they are 1 from there on, else 0. `RequestError` where values are not classes:
+    in colour, blurred at the borders, or changed by JPEG.
+    """
+    file, kind = _picture(path)
+    with reading(path, "image file"):
+        if kind in ("JPEG", "MPO"):
+            file = file.convert("L")
+        data = np.asarray(file.convert("L") if file.mode == "1" else file)
+    data = np.moveaxis(np.atleast_3d(data), 2, 0)  # [C, Y, X]
+    if file.mode in ("LA", "RGBA") and data[-1].min() == data[-1].max():
+        data = data[:-1]
+    elif file.mode in ("LA", "RGBA") and (data[:-1] == data[:-1, :1, :1]).all():
+        data = data[-1:]
+    if len(data) > 1 and (data != data[:1]).any():
+        remedy = "save classes as grey values or as a palette"
+        raise RequestError(f"{path}: the mask is in colour; {remedy}")
+    data, _ = whole_numbers(data[:1], path, options)
+    values = np.unique(data)
+    inner = values[(values != 0) & (values != values[-1])]
+    blurred = len(inner) >= BLURRED and values[-2] > 2 * len(inner)
+    if options.get("undeclared") != "background" and (blurred or (inner.size and kind in ("JPEG", "MPO"))):
+        why = "JPEG, which is lossy" if kind in ("JPEG", "MPO") else "blurred or interpolated"
+        remedy = f"save plain classes as PNG, or set options.threshold, such as {values[-1] // 2 + 1}"
+        raise RequestError(f"{path}: the mask is {why}: it holds {len(values)} values; {remedy}")
+    return data
+
+
+def label_values(ref: VolumeRef, options: Options) -> np.ndarray:
+    """The whole numbers that a volume's label file holds, whatever is declared; `RequestError` if it holds others."""
+    if is_volume(ref.label):
+        with reading(ref.label, "NIfTI"):
+            data = np.asarray(_volume_file(ref.label).dataobj)
+        return np.unique(whole_numbers(data, ref.label, options)[0])
+    return np.unique(mask_picture(ref.label, options))
+
+
+def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes, slice_axis: str = "") -> Volume:
     """A volume from NIfTI files or photographs, by the options of `msd` and `pairs`."""
-    undeclared, channel = dataset.options.get("undeclared", "error"), dataset.options.get("channel")
-    if undeclared not in ("error", "background"):
-        raise RequestError(f"options.undeclared: must be error or background (given: {undeclared!r})")
-    if ".nii" not in ref.images[0].suffixes:
+    options = dataset.options
+    for name, valid in CHOICES.items():
+        if (given := options.get(name, valid[0])) not in valid:
+            raise RequestError(f"options.{name}: must be {' or '.join(map(str, valid))} (given: {given!r})")
+    for name in ("nan", "threshold"):
+        if isinstance(options.get(name, 0), str | bool):
+            raise RequestError(f"options.{name}: must be a number (given: {options[name]!r})")
+    undeclared, channel = options.get("undeclared", "error"), options.get("channel")
+    if not is_volume(ref.images[0]):
         image = photograph(ref.images[0], dataset.channels).astype(np.float32)
-        label = class_indices(photograph(ref.label, 1)[0], classes, ref.label, undeclared) if ref.label else None
-        return Volume(image, label, None, ref.subject, ref.phase)
-    volume = nifti_volume(ref, classes, dataset.options.get("orient", True) is True, undeclared)
+        label = mask_picture(ref.label, options) if ref.label else None
+        label = class_indices(label, classes, ref.label, undeclared) if ref.label else None
+        notes = ("is turned upright, as its camera's orientation (EXIF) says; its mask must lie so, too",)
+        notes = notes if _turned(ref.images[0]) else ()
+        return Volume(image, label, None, ref.subject, ref.phase, notes=notes)
+    volume = nifti_volume(ref, classes, options, slice_axis)
     last = len(volume.image) - 1
     if channel is not None and (type(channel) is not int or not 0 <= channel <= last):
         raise RequestError(f"{ref.source}: has channels 0 to {last}; options.channel is {channel!r}")
@@ -243,11 +479,12 @@ def _scan_phantom(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     return [VolumeRef(f"phantom{number:03d}", phase, (), None, folder, stamp) for number, phase in frames]
 
 
+COMMON = ["undeclared", "nan", "label_header", "threshold"]
 ADAPTERS = {  # what lists volumes without opening them, what reads one, and its options
     "phantom": (_scan_phantom, lambda ref, *_: phantom.phantom_volume(ref.subject, ref.phase), ["subjects"]),
     "acdc": (_scan_acdc, _read_acdc, []),
-    "msd": (_scan_msd, _read_files, ["channel"]),
-    "pairs": (_scan_pairs, _read_files, ["images", "labels", "undeclared", "orient"]),
+    "msd": (_scan_msd, _read_files, ["channel", *COMMON]),
+    "pairs": (_scan_pairs, _read_files, ["images", "labels", "orient", *COMMON]),
 }
 
 
@@ -318,6 +555,10 @@ def listed(dataset: DatasetConfig) -> Subjects:
     return Subjects(tuple(sorted({ref.subject for ref in refs})), tuple(sorted(labelled)))
 
 
-def read(ref: VolumeRef, dataset: DatasetConfig) -> Volume:
-    """One checked volume; `RequestError` names the file that cannot be used."""
-    return checked(ADAPTERS[dataset.adapter][1](ref, dataset, class_names(dataset, ref.root)), ref.source, ref.label)
+def read(ref: VolumeRef, dataset: DatasetConfig, slice_axis: str = "") -> Volume:
+    """One checked volume; `RequestError` names the file that cannot be used.
+
+    slice_axis: the world axis that slices of NIfTI files run along, as `usual_slice_axis` finds it for a data set.
+    """
+    _, read_one, _ = ADAPTERS[dataset.adapter]
+    return checked(read_one(ref, dataset, class_names(dataset, ref.root), slice_axis), ref.source, ref.label)

@@ -8,6 +8,7 @@ for the block around it, so that pairs and sampling are those of 2-D.
 import hashlib
 import json
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,14 +20,14 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from clseg import paths
-from clseg.data.formats import class_names, read, scan
+from clseg.data.formats import class_names, read, scan, usual_slice_axis
 from clseg.data.store import Store, fit, places
 from clseg.data.volume import Volume, VolumeRef
 from clseg.digest import digest
-from clseg.errors import RequestError, reading, writing
+from clseg.errors import RequestError, once, reading, writing
 from clseg.settings import DatasetConfig, Geometry, Normalisation
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 FILES = ("images.f16", "labels.u8", "native_labels.zlib")
 MOST_VOXELS = 2**31  # of one volume
 
@@ -111,6 +112,15 @@ def to_network(
     return slices.clamp(-65504, 65504).half().numpy(), classes.numpy()  # the range of float16
 
 
+def cut_voxels(label: np.ndarray, resampled: Sequence[int], size: Sequence[int]) -> int:
+    """How many of the labelled voxels [Z, Y, X] lie outside of the centre that `to_network` keeps of a plane."""
+    inside = []
+    for native, have, want in zip(label.shape[1:], resampled[1:], size, strict=True):
+        place, first = (np.arange(native) + 0.5) * have / native, int((have - want) / 2)
+        inside.append((place >= first) & (place < first + want))
+    return np.count_nonzero(label) - np.count_nonzero(label[:, inside[0]][:, :, inside[1]])
+
+
 def _stamps(refs: list[VolumeRef]) -> list[list]:
     """Subject, phase and the name, size and modification time of every file of every volume."""
     stamps = []
@@ -126,7 +136,8 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     """The prepared store of a data set at a geometry: built the first time, opened afterwards.
 
     Where the data set's folder is absent, a store that was made of it elsewhere will do. One volume is in memory at a
-    time; processes that ask at once build it once. `RequestError` if the data are wrong.
+    time; processes that ask at once build it once. `RequestError` if the data are wrong. With `progress`, what was
+    decided about files and what the grid cuts off is told, each once.
     """
     deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
     asked = {"version": STORE_VERSION, "geometry": geometry.model_dump()}
@@ -141,7 +152,10 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     if not folder.is_dir():
         with writing(folder, "choose another --out"):
             _build(folder, dataset, geometry, refs, progress, digest(asked))
-    return Store(folder)
+    store = Store(folder)
+    for note in json.loads((folder / "notes.json").read_text(encoding="utf-8")) if progress else ():
+        print(f"{dataset.name}: {note}", file=sys.stderr)
+    return store
 
 
 def _made_elsewhere(name: str, asked: str) -> Store | None:
@@ -167,17 +181,19 @@ def _build(
         partial.mkdir()
         try:
             bar = tqdm(refs, f"prepare {dataset.name}", unit="volume", disable=not progress)
-            _write(partial, dataset, geometry, bar, asked)
+            _write(partial, dataset, geometry, bar, asked, usual_slice_axis(refs, dataset))
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef], asked: str) -> None:
+def _write(
+    folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Iterable[VolumeRef], asked: str, slice_axis: str
+) -> None:
     volumes, plane, declared, seen = [], geometry.plane or geometry.size[-2:], dataset.channels, {}
-    content = {name: hashlib.sha256() for name in FILES}
+    content, notes, cut = {name: hashlib.sha256() for name in FILES}, [], []
     for ref in refs:
-        volume = read(ref, dataset)
+        volume = read(ref, dataset, slice_axis)
         require_new(volume, ref, seen, dataset.twins)
         channels, *native = volume.image.shape
         if channels != declared:
@@ -186,6 +202,10 @@ def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
         resampled, labelled = resampled_size(volume, geometry), volume.label is not None
         normalised = normalise(volume, dataset.normalisation, ref.source)
         image, label = to_network(normalised, volume.label, resampled, plane)
+        name = ref.images[0].relative_to(ref.root).as_posix() if ref.images else ref.subject
+        notes += [(f"{name}: {note}", [name]) for note in volume.notes]
+        if labelled:
+            cut.append((cut_voxels(volume.label, resampled, plane), np.count_nonzero(volume.label), name))
         native_label = zlib.compress(volume.label.tobytes(), level=1) if labelled else b""
         for name, data in zip(FILES, (image.tobytes(), label.tobytes(), native_label), strict=True):
             with open(folder / name, "ab") as file:
@@ -202,3 +222,10 @@ def _write(folder: Path, dataset: DatasetConfig, geometry: Geometry, refs: Itera
     index["content"] = digest([index, {name: of_file.hexdigest() for name, of_file in content.items()}])
     index["asked"] = asked
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    told = once(notes)
+    if lost := [(gone / whole, name) for gone, whole, name in cut if gone]:
+        share, (most, worst) = sum(gone for gone, _, _ in cut) / sum(whole for _, whole, _ in cut), max(lost)
+        where = f"in {len(lost)} of {len(cut)} volumes, most in {worst}: {100 * most:.2g} %"
+        remedy = "they count as missed; enlarge geometry.size or spacing_mm"
+        told.append(f"the grid {plane} cuts off {100 * share:.2g} % of the labelled voxels ({where}); {remedy}")
+    (folder / "notes.json").write_text(json.dumps(told), encoding="utf-8")

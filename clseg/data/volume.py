@@ -18,8 +18,22 @@ class Volume:
     subject: str
     phase: str  # "" where a subject has one volume
     affine: np.ndarray | None = None  # 4 x 4 of the NIfTI file as stored (axes x, y, z)
-    flips: tuple[bool, bool, bool] = (False, False, False)  # array axes (z, y, x) that were reversed on reading
+    axes: tuple[int, int, int] = (0, 1, 2)  # which axis of the file (z, y, x) became Z, Y and X
+    flips: tuple[bool, bool, bool] = (False, False, False)  # whether Z, Y and X are reversed
     slice_axis: str = ""  # world axis that slices are ordered along; "" where they are as stored
+    notes: tuple[str, ...] = ()  # what was decided about its files that a user should know, a sentence each
+
+    def as_stored(self, array: np.ndarray) -> np.ndarray:
+        """An array [..., Z, Y, X] with its last axes in the order and direction of the file (z, y, x)."""
+        lead = array.ndim - 3
+        turned = np.flip(array, [lead + axis for axis in range(3) if self.flips[axis]])
+        return turned.transpose(*range(lead), *(lead + axis for axis in np.argsort(self.axes).tolist()))
+
+
+def both(path: Path) -> list[Path]:
+    """The files of a volume: of a pair header and voxels, else itself."""
+    pair = {".hdr": ".img", ".img": ".hdr"}.get(path.suffix)
+    return [path, path.with_suffix(pair)] if pair else [path]
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,9 @@ class VolumeRef:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(filter(None, [*self.images, self.label])))
+        """All that it is read from, each once: of a pair, header and voxels."""
+        named = filter(None, [*self.images, self.label])
+        return tuple(dict.fromkeys(file for path in named for file in both(path)))
 
     @property
     def source(self) -> str:
@@ -49,7 +65,9 @@ def checked(volume: Volume, source: str | Path, label: Path | None = None) -> Vo
     if len(shape) != 4 or 0 in shape:
         problem = f"holds no 3-D image (shape {list(shape)})"
     elif not np.isfinite(volume.image).all():
-        problem = "holds intensities that are NaN or infinite"
+        bad = np.count_nonzero(~np.isfinite(volume.image))
+        problem = f"holds {bad} intensities that are NaN or infinite"
+        raise RequestError(f"{source}: {problem}; repair or remove the volume, or give options.nan a value such as 0")
     elif constant := [channel for channel, image in enumerate(volume.image) if image.min() == image.max()]:
         problem = f"channel {constant[0]} is constant"
     elif volume.label is not None and volume.label.shape != shape[1:]:

@@ -333,6 +333,8 @@ def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], table
         "channel": dataset.options.get("channel"),
         "photograph": dataset.photographs,
         "orient": dataset.adapter != "acdc" and dataset.options.get("orient", True),
+        "slice_axis": store.volumes["slice_axis"].mode()[0],
+        "nan": dataset.options.get("nan"),
         "classes": store.class_names,
         "label_values": store.label_values,
         "geometry": experiment.geometry.model_dump(),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError, model_validator
@@ -42,6 +42,8 @@ class Adaptation(Strict):
     channel: Natural | None  # of files with several, the one that is used
     photograph: bool
     orient: bool  # axes are turned toward the positive world axes on reading
+    slice_axis: Literal["", "x", "y", "z"] = ""  # the world axis along which slices run
+    nan: float | int | None = None  # what stands for intensities that are none
     classes: dict[str, str]  # class index from 1 on -> name
     label_values: list[LabelValue]  # in files, of the background and every class
     prefixes: dict[str, list[str]]

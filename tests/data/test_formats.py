@@ -13,6 +13,7 @@ from PIL import Image
 from clseg.data.formats import class_indices, class_names, read, scan
 from clseg.data.prepare import prepare
 from clseg.errors import RequestError
+from clseg.settings import Geometry
 from clseg.study.files import known_names, read_dataset
 
 # ---------------------------------------------------------------------------------------------------------------- ACDC
@@ -175,6 +176,105 @@ def test_every_axis_runs_toward_its_positive_world_axis(msd, describe, write_nif
     np.testing.assert_array_equal(volume.label, label.T)
     assert volume.flips == tuple(sign < 0 for sign in reversed(signs))
     np.testing.assert_allclose(volume.affine, upright @ turn, atol=1e-5)
+
+
+def header(path, data, sform=None, qform=None, pixdim=None, kind=nib.Nifti1Image):
+    """A NIfTI file whose sform, qform and pixdim may say different things, as tools leave it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = kind.header_class()
+    about.set_data_shape(data.shape)
+    about.set_data_dtype(data.dtype)
+    about.set_sform(sform, code=int(sform is not None))
+    about.set_qform(qform, code=int(qform is not None))
+    about.set_zooms((*pixdim, *[1] * (data.ndim - 3)))
+    nib.save(kind(data, None, about), path)
+
+
+SCALE = np.diag([1.5625, 1.4, 10.0, 1])
+PIXDIM = (1.5625, 1.4, 10)
+UNSCALED = np.array([[0, 1.0, 0, -7], [1, 0, 0, 3], [0, 0, 1, 9], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("sform", "qform", "told"),
+    [
+        (np.eye(4), None, True),
+        (np.eye(4), SCALE, True),
+        (np.diag([-1.0, -1, 1, 1]), SCALE, True),
+        (SCALE, SCALE, False),
+        (SCALE, None, False),
+        (None, SCALE, False),
+        (None, None, False),
+    ],
+)
+def test_voxels_are_of_pixdim_whatever_the_affine_says(sform, qform, told, kind, msd, describe, xyz):
+    for part, data in zip(("imagesTr", "labelsTr"), xyz(0), strict=True):
+        header(msd / part / "a.nii.gz", data, sform, qform, PIXDIM, kind)
+    volume = read(scan(describe())[0], describe())
+    assert volume.spacing_mm == pytest.approx(PIXDIM[::-1], rel=1e-6)
+    assert [note for note in volume.notes if "pixdim" in note] == list(volume.notes)
+    assert len(volume.notes) == told
+
+
+def test_pixdim_goes_with_its_axis_where_axes_are_put_in_order(msd, describe, xyz):
+    """Of an affine without scale whose x and y are exchanged, and of an image with channels."""
+    for part, data in zip(("imagesTr", "labelsTr"), xyz(0), strict=True):
+        header(msd / part / "a.nii.gz", data, UNSCALED, None, PIXDIM)
+    volume = read(scan(describe())[0], describe())
+    assert volume.spacing_mm == pytest.approx((10, 1.5625, 1.4))
+    np.testing.assert_array_equal(volume.image[0], xyz(0)[0].transpose(2, 0, 1))
+    header(msd / "imagesTr" / "a.nii.gz", np.stack([xyz(0)[0]] * 2, -1), UNSCALED, None, PIXDIM)
+    assert read(scan(describe())[0], describe(channels=2)).spacing_mm == pytest.approx((10, 1.5625, 1.4))
+
+
+def test_acdc_s_official_headers_give_the_spacing_of_pixdim(acdc, patient, xyz, capsys):
+    """Their sform is without scale; the images are resampled to the same millimetres as with one."""
+    folder = patient("", "patient001", 1, 12)
+    good = prepare(acdc, Geometry(size=[32, 32], spacing_mm=2.8), progress=False)
+    for path in folder.parent.glob("*/*_frame*.nii.gz"):
+        data = np.asarray(nib.load(path).dataobj)
+        header(path, data, np.eye(4), None, (1.5, 1.25, 10))
+    store = prepare(acdc, Geometry(size=[32, 32], spacing_mm=2.8))
+    assert store.volumes[["spacing_z", "spacing_y", "spacing_x"]].iloc[0].tolist() == [10, 1.25, 1.5]
+    assert store.content == good.content
+    said = capsys.readouterr().err
+    assert said.count("pixdim is taken") == 1
+    assert "(2 such files, this is the first)" in said
+
+
+def test_a_mask_may_be_stored_in_another_order_than_its_image(msd, describe, write_nifti, xyz):
+    _, label = xyz(0)
+    affine = np.diag([1.5, 1.4, 8, 1])
+    turn = affine @ np.array([[0, -1, 0, 33], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    write_nifti(msd / "labelsTr" / "a.nii.gz", label.transpose(1, 0, 2)[:, ::-1], turn)
+    volume = read(scan(describe())[0], describe())
+    np.testing.assert_array_equal(volume.label, label.T)
+
+
+LIKE = np.diag([1.5, 1.4, 8, 1])
+
+
+@pytest.mark.parametrize(
+    ("affine", "words"),
+    [
+        (np.eye(4), ["its header was lost", "set options.label_header to image, which takes the header of the image"]),
+        (np.diag([-1.0, -1, 1, 1]) @ LIKE, ["its affine mirrors x and y", "label_header to image", "else resample"]),
+        (LIKE + np.eye(4, k=3) * 3, ["is shifted by 3 mm"]),
+        (LIKE @ np.diag([2, 1, 1, 1]), ["voxels of 3 x 1.4 x 8 mm and not 1.5 x 1.4 x 8 mm"]),
+        (LIKE[:, [1, 0, 2, 3]], ["its axes are turned"]),
+    ],
+)
+def test_what_differs_between_mask_and_image_is_said_and_the_image_s_header_can_be_taken(
+    affine, words, msd, describe, write_nifti, xyz
+):
+    write_nifti(msd / "labelsTr" / "a.nii.gz", xyz(0)[1], affine)
+    with pytest.raises(RequestError) as error:
+        read(scan(describe())[0], describe())
+    assert [word for word in words if word not in str(error.value)] == []
+    assert ("resample" in str(error.value)) == ("lost" not in words[0])
+    dataset = describe(options={"label_header": "image"})
+    np.testing.assert_array_equal(read(scan(dataset)[0], dataset).label, xyz(0)[1].T)
 
 
 def test_label_values_become_indices_in_their_order():

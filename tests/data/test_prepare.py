@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clseg import paths
 from clseg.data import prepare as module
-from clseg.data.prepare import normalise, prepare, resampled_size, to_network
+from clseg.data.prepare import cut_voxels, normalise, prepare, resampled_size, to_network
 from clseg.data.splits import make_split
 from clseg.data.store import Store, to_native
 from clseg.data.volume import Volume
@@ -232,16 +232,85 @@ def test_channels(msd, describe, write_nifti, xyz):
         prepare(describe(), NATIVE, progress=False)
 
 
-def test_positions_are_unknown_where_slices_run_along_different_axes(msd, describe, write_nifti, xyz):
-    turned = np.array([[0, 0, 8.0, 0], [1.4, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 0, 1]])  # slices from left to right
-    write_nifti(msd / "imagesTs" / "c.nii.gz", xyz(2)[0], turned)
-    assert not prepare(describe(), NATIVE, progress=False).positions_known
+def rotated(affine, degrees, axis):
+    """An affine turned in the world around x (0), y or z."""
+    a, b = [k for k in range(3) if k != axis]
+    turn, angle = np.eye(4), np.deg2rad(degrees)
+    turn[[a, a, b, b], [a, b, a, b]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    return turn @ affine
+
+
+def test_a_folder_that_mixes_orders_is_made_one(msd, describe, write_nifti, xyz, capsys):
+    """Cubic voxels: nothing but the order of most says which axis is that of slices. One of three is stored y, z, x."""
+    for part, seed in (("imagesTr/a", 0), ("labelsTr/a", 0), ("imagesTr/b", 1), ("imagesTs/c", 2)):
+        write_nifti(msd / f"{part}.nii.gz", xyz(seed)[part.startswith("labels")], np.eye(4))
+    plain = prepare(describe(), NATIVE)
+    assert "axis" not in capsys.readouterr().err
+    for part in ("images", "labels"):
+        array = xyz(0)[part == "labels"].transpose(1, 2, 0)
+        write_nifti(msd / f"{part}Tr/a.nii.gz", array[::-1], np.eye(4)[:, [1, 2, 0, 3]] @ reversed_x(30))
+    mixed = prepare(describe(), NATIVE)
+    said = "imagesTr/a.nii.gz: its slices run along another axis than those of most: it is cut anew, along z"
+    assert said in capsys.readouterr().err
+    assert (mixed.content, mixed.folder == plain.folder) == (plain.content, False)
+
+
+def reversed_x(size):
+    """The index of an array whose first axis is reversed -> that of the other."""
+    turn = np.diag([-1.0, 1, 1, 1])
+    turn[0, 3] = size - 1
+    return turn
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 2, 1), (1, 2, 0), (1, 0, 2)])
+def test_thick_slices_are_slices_in_whichever_order_they_are_stored(order, msd, describe, write_nifti, xyz):
+    plain, affine = prepare(describe(), NATIVE, progress=False), np.diag([1.5, 1.4, 8, 1])
+    for part, seed in (("imagesTr/a", 0), ("labelsTr/a", 0), ("imagesTr/b", 1), ("imagesTs/c", 2)):
+        array = xyz(seed)[part.startswith("labels")].transpose(order)
+        write_nifti(msd / f"{part}.nii.gz", array[::-1], affine[:, [*order, 3]] @ reversed_x(len(array)))
+    assert prepare(describe(), NATIVE, progress=False).content == plain.content
+
+
+def test_oblique_thick_slices_stay_slices_and_positions_are_then_unknown(msd, describe, write_nifti, xyz):
+    """Short-axis views: their normals lie between the world's axes, nearer to another one in every second patient."""
+    for part, seed, degrees in (("imagesTr/a", 0, 40), ("imagesTr/b", 1, 40), ("imagesTs/c", 2, 50)):
+        write_nifti(msd / f"{part}.nii.gz", xyz(seed)[0], rotated(np.diag([1.5, 1.4, 8, 1]), degrees, 0))
+    (msd / "labelsTr" / "a.nii.gz").unlink()
+    store = prepare(describe(), NATIVE, progress=False)
+    assert store.volumes["slice_axis"].tolist() == ["z", "z", "y"]
+    assert store.volumes["spacing_z"].tolist() == pytest.approx([8, 8, 8])
+    assert not store.positions_known
+
+
+def test_labelled_voxels_that_the_grid_cuts_off_are_told_with_their_share(msd, describe, write_nifti, xyz, capsys):
+    image, label = np.zeros((60, 30, 5), np.float32), np.zeros((60, 30, 5), np.uint8)
+    label[4:12, 10:20], label[30:40, 10:12] = 1, 2  # 14 of 60 columns are cut on each side of 32
+    for part, array in (("imagesTr", image + label + np.arange(5)), ("labelsTr", label)):
+        write_nifti(msd / part / "a.nii.gz", array)
+    prepare(describe(), Geometry(size=[32, 32]))
+    said = capsys.readouterr().err
+    assert "the grid [32, 32] cuts off 80 % of the labelled voxels (in 1 of 1 volumes" in said
+    assert said.count("labelled voxels") == 1
+    prepare(describe(), Geometry(size=[32, 64]))
+    assert "labelled" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("native", "resampled", "size"), [(60, 60, 32), (61, 61, 32), (60, 45, 32), (20, 20, 32)])
+def test_what_is_counted_as_cut_is_what_the_network_does_not_see(native, resampled, size):
+    for column in range(native):
+        label = np.zeros((1, 8, native), np.uint8)
+        label[..., column] = 1
+        _, seen = to_network(np.zeros((1, 1, 8, native), np.float32), label, (1, 8, resampled), [8, size])
+        cut = cut_voxels(label, (1, 8, resampled), [8, size])
+        assert cut in (0, 8)
+        if native == resampled:
+            assert bool(cut) == (not seen.any())
 
 
 def test_second_time_opens_without_reading(dataset, monkeypatch):
     first = prepare(dataset, NATIVE, progress=False)
 
-    def read(ref, dataset):
+    def read(*_):
         raise AssertionError("a volume was read")
 
     monkeypatch.setattr(module, "read", read)
@@ -272,12 +341,30 @@ def test_key_follows_everything_that_decides(dataset, msd):
     assert len(seen) == 9
 
 
+def test_content_follows_images_masks_and_the_classes_of_dataset_json(dataset, msd, write_nifti, xyz):
+    def content():
+        return prepare(dataset, NATIVE, progress=False).content
+
+    seen = {content()}
+    os.utime(msd / "imagesTr" / "a.nii.gz", ns=(1, 1))  # the same files at another time
+    assert content() in seen
+    info = json.loads((msd / "dataset.json").read_text())
+    (msd / "dataset.json").write_text(json.dumps(info | {"labels": {"0": "background", "1": "core", "2": "rim"}}))
+    seen.add(content())
+    image, label = xyz(0)
+    write_nifti(msd / "labelsTr" / "a.nii.gz", np.where(label == 1, 2, label))
+    seen.add(content())
+    write_nifti(msd / "imagesTr" / "a.nii.gz", image + label)
+    seen.add(content())
+    assert len(seen) == 4
+
+
 def test_prepared_at_once_is_prepared_once(dataset, monkeypatch):
     reads, stores, read = [], [], module.read
 
-    def counted(ref, dataset):
+    def counted(ref, *others):
         reads.append(ref.subject)
-        return read(ref, dataset)
+        return read(ref, *others)
 
     monkeypatch.setattr(module, "read", counted)
     threads = [
@@ -293,10 +380,10 @@ def test_prepared_at_once_is_prepared_once(dataset, monkeypatch):
 
 
 def test_nothing_is_left_of_a_preparation_that_failed(dataset, monkeypatch):
-    def read(ref, dataset, read=module.read):
+    def read(ref, *others, read=module.read):
         if ref.subject == "c":
             raise KeyboardInterrupt
-        return read(ref, dataset)
+        return read(ref, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "read", read)
@@ -411,7 +498,7 @@ def test_what_stays_on_a_device_is_what_the_files_hold(dataset, geometry, monkey
     rows = files.rows(files.labelled_subjects)[[4, 0, 2]]
     expected = files.batch(rows, generator=torch.Generator().manual_seed(0))
     assert set(files._resident.values()) == {None}
-    monkeypatch.setattr(module, "resident_bytes", lambda _: 2**63)
+    monkeypatch.setattr("clseg.data.store.resident_bytes", lambda _: 2**63)
     one, other, hidden = (kept.rows([subject])[:1] for subject in kept.subjects)
     seen = kept.only(kept.subjects[:1], kept.subjects[1:2])
     found = kept.batch(rows, generator=torch.Generator().manual_seed(0))
