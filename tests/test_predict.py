@@ -1,10 +1,13 @@
 """Prediction: what fine-tuning scored, on the grid and with the label values of the user's own files."""
 
+import gzip
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clseg.data.formats import class_names, scan
@@ -16,7 +19,7 @@ from clseg.study.files import read_dataset
 from clseg.study.parameters import FinetuneParameters
 from clseg.tools import cli
 from clseg.tools.export import read_weights
-from clseg.tools.predict import cases, predict
+from clseg.tools.predict import cases, predict, segment_field
 
 SMALL = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=1"]
 FEW = ["finetune.steps=30", "finetune.validate_every=10", "geometry.spacing_mm=9.5"]  # 32 of them hold every phantom
@@ -103,6 +106,113 @@ def test_axes_that_are_stored_the_other_way_round_change_nothing(weights, tmp_pa
     predict(weights(orient=False), tmp_path / "in", tmp_path / "as stored")
     a, b = (np.asarray(nib.load(tmp_path / "as stored" / f"{name}.nii.gz").dataobj) for name in "ab")
     assert (a != b[::-1, ::-1, ::-1]).any()
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 2, 1), (1, 2, 0), (2, 1, 0)])
+def test_a_scan_stored_in_another_order_gets_the_same_mask_in_that_order(order, weights, tmp_path):
+    """Cubic voxels, so that only the weights know along which axis the network has seen slices."""
+    data, affine = noise((30, 36, 20)), np.diag([1.2, 1.2, 1.2, 1])
+    save(tmp_path / "in" / "a.nii.gz", data, affine)
+    save(tmp_path / "in" / "b.nii.gz", data.transpose(order), affine[:, [*order, 3]])
+    predict(weights(slice_axis="z"), tmp_path / "in", tmp_path / "out", keep=True)
+    a, b = (np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj) for name in "ab")
+    assert len(np.unique(a)) > 1
+    np.testing.assert_array_equal(b, a.transpose(order))
+    first, second = (np.load(tmp_path / "out" / f"{name}.npz")["probabilities"] for name in "ab")
+    np.testing.assert_array_equal(second, first.transpose(0, *(1 + axis for axis in order)))
+    predict(weights(slice_axis="y"), tmp_path / "in" / "a.nii.gz", tmp_path / "other")
+    assert (np.asarray(nib.load(tmp_path / "other" / "a.nii.gz").dataobj) != a).any()
+
+
+@pytest.mark.parametrize(("plane", "tiles"), [((32, 48), 1), ((33, 48), 2), ((64, 48), 3), ((100, 120), 24)])
+def test_a_field_larger_than_the_network_s_is_seen_whole(plane, tiles):
+    """A network that sees one pixel at a time says of every pixel the same as if it saw the field at once."""
+    torch.manual_seed(0)
+    network, sizes = torch.nn.Conv2d(1, 3, 1).eval(), []
+    network.register_forward_hook(lambda module, given, found: sizes.append(tuple(given[0].shape[2:])))
+    images = np.random.default_rng(0).normal(size=(2, 1, *plane)).astype(np.float16)
+    found = segment_field(network, images, [32, 48])
+    assert sizes == [(32, 48)] * tiles
+    torch.testing.assert_close(found, network(torch.from_numpy(images).float()).softmax(1))
+
+
+@pytest.mark.parametrize("size", [[32, 32], [8, 32, 32]])
+def test_an_organ_far_from_the_centre_is_segmented_as_in_a_narrow_field(size, weights, tmp_path):
+    """A scan of 30 columns, and one of 120 of which they are the first; the network sees 32 of them."""
+    data = noise((30, 36, 9), kind=np.float32)
+    wide = np.tile(data, (4, 1, 1))  # the same intensities, so the same percentiles
+    save(tmp_path / "in" / "narrow.nii.gz", data, np.diag([1.4, 1.4, 3, 1]))
+    save(tmp_path / "in" / "wide.nii.gz", wide, np.diag([1.4, 1.4, 3, 1]))
+    predict(weights(size=size), tmp_path / "in", tmp_path / "out")
+    narrow, whole = (np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj) for name in ("narrow", "wide"))
+    assert (narrow == whole[:30]).mean() > 0.6  # of what an untrained network says of noise; 0.25 by chance
+    for part in np.split(whole, 4):
+        assert (part != 0).any()
+
+
+def test_the_mask_of_a_scan_that_was_replaced_is_made_again(weights, tmp_path):
+    image, out = save(tmp_path / "in" / "a.nii.gz", noise()), tmp_path / "out"
+    save(tmp_path / "in" / "b.nii.gz", noise(seed=1))
+    assert predict(weights(), tmp_path / "in", out, keep=True) == (2, 0)
+    before = files_of(out)
+    os.utime(image, ns=(1, 1))  # copied anew, but the same
+    assert predict(weights(), tmp_path / "in", out) == (2, 2)
+    image.write_bytes((tmp_path / "in" / "b.nii.gz").read_bytes())
+    assert predict(weights(), tmp_path / "in", out) == (2, 1)
+    assert "a.npz" not in files_of(out)  # it was of the scan before
+    assert files_of(out)["b.nii.gz"] == before["b.nii.gz"]
+    a, b = (nib.load(out / f"{name}.nii.gz").get_fdata() for name in "ab")
+    np.testing.assert_array_equal(a, b)
+    assert predict(weights(), tmp_path / "in", out) == (2, 2)
+
+
+def test_texts_of_a_header_are_left_behind(weights, tmp_path):
+    image = nib.Nifti1Image(noise(), OBLIQUE)
+    image.header["descrip"], image.header["aux_file"], image.header["db_name"] = b"Jane Doe", b"Jane", b"Doe"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe, 1970"))
+    nib.save(image, tmp_path / "a.nii")
+    assert b"Jane" in (tmp_path / "a.nii").read_bytes()
+    predict(weights(), tmp_path / "a.nii", tmp_path / "out")
+    stored = gzip.decompress((tmp_path / "out" / "a.nii.gz").read_bytes())
+    assert b"Jane" not in stored
+    assert b"Doe" not in stored
+
+
+@pytest.mark.parametrize(("shape", "told"), [((30, 36, 9), 0), ((30, 36, 5), 1)])
+def test_3_d_weights_say_that_a_volume_is_thinner_than_what_they_see(shape, told, weights, tmp_path, capsys):
+    for name in "ab"[: 1 + told]:
+        save(tmp_path / "in" / f"{name}.nii.gz", noise(shape, seed=ord(name)))
+    predict(weights(size=[8, 32, 32]), tmp_path / "in", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert said.count("note: ") == told
+    assert ("a.nii.gz: has 5 slices and the weights see 8 at once" in said) == bool(told)
+    assert ("2 such files" in said) == bool(told)
+
+
+@pytest.mark.parametrize("ending", ["mgz", "mgh", "hdr", "NII.GZ"])
+def test_volumes_of_other_endings_get_nifti_masks_on_their_grid(ending, weights, tmp_path):
+    data, affine = noise(kind=np.float32), np.diag([-1.2, -1.2, 3, 1])
+    save(tmp_path / "in" / "a.nii", data, affine)
+    (tmp_path / "other").mkdir()
+    kinds = {"mgz": nib.MGHImage, "mgh": nib.MGHImage, "hdr": nib.Nifti1Pair}
+    if ending in kinds:
+        nib.save(kinds[ending](data, affine), tmp_path / "other" / f"a.{ending}")
+    else:
+        (tmp_path / "other" / f"a.{ending}").write_bytes(gzip.compress((tmp_path / "in" / "a.nii").read_bytes()))
+    for folder in ("in", "other"):
+        assert predict(weights(), tmp_path / folder, tmp_path / "out" / folder) == (1, 0)
+    first, second = (nib.load(tmp_path / "out" / folder / "a.nii.gz") for folder in ("in", "other"))
+    np.testing.assert_array_equal(second.dataobj, first.dataobj)
+    np.testing.assert_allclose(second.affine, first.affine, atol=1e-5)
+
+
+def test_numbered_scans_of_one_channel_are_not_channels(weights, tmp_path):
+    for number in range(3):
+        save(tmp_path / "in" / f"patient_{number:04d}.nii.gz", noise(seed=number))
+    save(tmp_path / "in" / "case_0000.nii.gz", noise(seed=7))  # as nnU-Net names the only channel
+    assert predict(weights(), tmp_path / "in", tmp_path / "out") == (4, 0)
+    made = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert made == {"case.nii.gz", *(f"patient_{number:04d}.nii.gz" for number in range(3))}
 
 
 def test_probabilities_are_those_of_the_label_map(weights, tmp_path):
@@ -202,13 +312,15 @@ def test_a_wrong_image_ends_in_one_sentence_and_the_others_stay(weights, tmp_pat
     save(tmp_path / "in" / "a.nii.gz", noise())
     save(tmp_path / "in" / "b.nii.gz", np.full((30, 36, 9), np.nan, np.float32))
     words = ["predict", "--weights", str(weights()), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    save(tmp_path / "in" / "c.nii.gz", noise(seed=2))
     assert cli.main(words) == 2
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("clseg: "))
     assert "b.nii.gz" in line
-    assert set(files_of(tmp_path / "out")) == {"a.nii.gz", "prediction.json"}
+    assert "the other 2 of 3 images are segmented" in line
+    assert set(files_of(tmp_path / "out")) == {"a.nii.gz", "c.nii.gz", "prediction.json"}
     (tmp_path / "in" / "b.nii.gz").unlink()
     assert cli.main(words) == 0
-    assert "1" in capsys.readouterr().out
+    assert "2 segmented, 2 of them before" in capsys.readouterr().out
 
 
 @pytest.mark.real_data
