@@ -36,7 +36,7 @@ def test_an_ablation_varies_one_key_and_names_it():
     plan = expand("glcl_ablation", "phantom")
     axes = read_study("glcl_ablation").axes
     varied = [run for run in plan.finetune if run.parameters.variant]
-    assert len(varied) == 3 * sum(len(axis.values) * len(axis.methods) for axis in axes)
+    assert len(varied) == sum(len(axis.values) * len(axis.methods) for axis in axes)
     run = next(run for run in varied if run.method == "gd [stages.0.temperature=0.5]")
     assert run.experiment.stages[0].temperature == 0.5
     assert run.parent.experiment.stages[0].temperature == 0.5

@@ -117,7 +117,7 @@ def test_no_committed_file_names_a_machine_or_a_registry():
 
 
 def test_what_is_made_is_not_committed_but_results_are():
-    names = [".venv/x", "runs/x", "data/x", "build/x", "clseg/__pycache__/x", "paper_figures/x", "clseg/data/x"]
+    names = [".venv/x", "out/x", "data/x", "build/x", "clseg/__pycache__/x", "paper_figures/x", "clseg/data/x"]
     ignored = subprocess.run(["git", "check-ignore", *names], cwd=PROJECT, capture_output=True, text=True, check=False)
     if ignored.returncode == 128:
         pytest.skip("not a git checkout")
