@@ -10,7 +10,7 @@ $$v_f = s_f^2 / n_f, \quad \mathrm{Var}(\bar y) \approx \sum_f v_f, \quad
 (Satterthwaite 1946), and the interval is $\bar y \pm t_{df} \sqrt{\sum_f v_f}$. What two factors do together is counted
 in both, so the interval is rather too wide than too narrow. Intervals over patients alone, as usually printed, say
 nothing of other labelled patients or seeds. Why not a bootstrap: resampling three seeds or five draws gives intervals
-that are too narrow (`tests/benchmarks/coverage.py` measures both; `paper_figures/benchmarks/coverage.json`).
+that are too narrow (`tests/benchmarks/coverage.py` measures both; `paper_figures/statistics/coverage.json`).
 
 Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
 empty carry NaN (`metrics.score`): they are counted, and in no mean. Missed structures count with Dice 0 and the image
@@ -62,7 +62,7 @@ def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, 
 
     levels: an array [n_f] for every factor, n_f > 1; none gives NaN. The equations stand at the top of the module.
     Coverage in simulation, where 95 % is wanted: 93.7 to 97.1 %, that of a bootstrap of patients alone 55 to 89 %
-    (`paper_figures/benchmarks/coverage.json`).
+    (`paper_figures/statistics/coverage.json`).
     """
     terms = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in levels]
     variance = sum(v for v, _ in terms)

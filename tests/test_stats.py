@@ -325,7 +325,7 @@ def test_verdicts(low, high, p_holm, expected):
 
 
 def test_coverage_is_what_the_committed_simulation_says():
-    folder = paths.COMMITTED / "benchmarks"
+    folder = paths.COMMITTED / "statistics"
     for row in json.loads((folder / "coverage.json").read_text())["rows"]:
         assert 0.93 <= row["crossed interval"] <= 0.98, row
         assert row["p < .05 of nothing"] <= 0.07, row
