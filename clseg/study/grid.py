@@ -130,7 +130,8 @@ def execute_notebook(source: Path, target: Path, parameters: dict[str, Any], **e
     _require_parameters(source)
     running, log = target.with_name(f"{target.stem}.running.ipynb"), target.with_suffix(".log")
     manager = type("Manager", (WarmKernelManager,), {"log_file": log, "environment": environment})
-    about = {"kernel_name": "python3", "kernel_manager_class": manager, "progress_bar": False, "cwd": paths.NOTEBOOKS}
+    about = {"kernel_name": "python3", "language": "python", "kernel_manager_class": manager}
+    about |= {"progress_bar": False, "cwd": paths.NOTEBOOKS}
     log.unlink(missing_ok=True)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that our schema checks
     try:

@@ -326,6 +326,6 @@ def write(dataset: DatasetConfig, path: Path) -> None:
     """The data set as a file that `clseg run STUDY --dataset FILE` takes; `RequestError` if it is there already."""
     if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in known_names("datasets"):
         raise RequestError(f"{path}: is there already, or a known data set, or no .yaml; choose another name")
-    text = yaml.safe_dump(dataset.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dataset.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
     with writing(path, "choose another place"):
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
