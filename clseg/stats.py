@@ -10,7 +10,7 @@ $$v_f = s_f^2 / n_f, \quad \mathrm{Var}(\bar y) \approx \sum_f v_f, \quad
 (Satterthwaite 1946), and the interval is $\bar y \pm t_{df} \sqrt{\sum_f v_f}$. What two factors do together is counted
 in both, so the interval is rather too wide than too narrow. Intervals over patients alone, as usually printed, say
 nothing of other labelled patients or seeds. Why not a bootstrap: resampling three seeds or five draws gives intervals
-that are too narrow (`tests/benchmarks/coverage.py` measures both; `paper_figures/statistics/coverage.json`).
+that are too narrow (`tests/interval_coverage.py` measures both; `paper_figures/statistics/coverage.json`).
 
 Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
 empty carry NaN (`metrics.score`): they are counted, and in no mean. Missed structures count with Dice 0 and the image

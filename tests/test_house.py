@@ -18,7 +18,7 @@ PACKAGE = Path(clseg.__file__).parent
 CORE, STUDY, TOOLS = "core", "clseg.study", "clseg.tools"
 PLAIN = {f"clseg.{name}" for name in ("pairs", "losses", "regions", "metrics", "stats")}
 SCIENCE = {"torch", "numpy", "pandas", "scipy"}
-# what `03_your_data` shows are the tools, what `00_start_here` shows is a study; the others are read with the core alone
+# what `03_your_data` shows are the tools, what `00_start_here` shows is a study; the others need the core alone
 LESSONS = {"00_start_here": {STUDY}, "01_data": {STUDY}, "03_your_data": {STUDY, TOOLS}}
 
 
@@ -170,7 +170,7 @@ def test_what_decides_numbers_changes_the_digest_of_what_uses_it(changed, file, 
     assert changed(file, old, new) == kinds
 
 
-# ------------------------------------------------------------------------------------------------------ without machinery
+# ---------------------------------------------------------------------------------------------------- without machinery
 
 
 def test_the_study_in_ten_lines_is_as_the_docstring_says(tmp_path, monkeypatch):

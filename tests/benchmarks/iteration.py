@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from common import Row, against, in_turn, temporary_root
 
 from clseg.loop import fit, optimiser_for
@@ -16,6 +17,7 @@ from clseg.losses import contrastive_loss
 from clseg.stages import STAGES
 from clseg.stages.contrast import draw_batch
 from clseg.study import runs
+from clseg.study.archive import Checkpoints
 from clseg.study.parameters import PretrainParameters
 
 TITLE = "pre-training iteration, end to end"
@@ -30,18 +32,20 @@ def contenders(method: str, profile: str, steps: int, with_step: bool) -> dict[s
     work = runs.stage_work(run, store, runs.split_of(run, store))
     stage, training = run.stage, STAGES[run.stage.stage](work, run.stage)
     encoder, head = training.learning["encoder"], training.learning["head"]
-    image, pairs = draw_batch(work, stage, 0)
+    views, pairs = draw_batch(work, stage, 0)
     optimiser = optimiser_for(training.learning.values(), stage)
 
     def end_to_end() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            fit(network, training, stage, steps, Path(folder), run.experiment)
+            keeper = Checkpoints(Path(folder), run.experiment.checkpoint_every, steps, run.code)
+            fit(network, training, stage, steps, run.experiment.precision, keeper=keeper)
 
     def in_memory(step: bool = False) -> None:
         network.train()
         for _ in range(steps):
             optimiser.zero_grad(set_to_none=True)
-            contrastive_loss(head(encoder(image)[-1]), pairs, stage.temperature, stage.denominator).backward()
+            embedding = torch.cat([head(encoder(view)[-1]) for view in views])
+            contrastive_loss(embedding, pairs, stage.temperature, stage.denominator).backward()
             if step:
                 optimiser.step()
 

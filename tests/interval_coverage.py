@@ -4,7 +4,7 @@ Simulated scores y[subject, draw, seed] with the variance of patients, draws, se
 together, and of the rest; in paired differences each is half as large. Beside the crossed interval: the bootstrap over
 subjects alone, as usually printed, and a percentile bootstrap crossed over the three.
 
-    python tests/benchmarks/coverage.py     two minutes; writes paper_figures/statistics/coverage.json
+    python tests/interval_coverage.py     two minutes; writes paper_figures/statistics/coverage.json
 """
 
 import json
@@ -77,5 +77,5 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    folder = Path(__file__).resolve().parents[2] / "paper_figures" / "statistics"
+    folder = Path(__file__).resolve().parents[1] / "paper_figures" / "statistics"
     (folder / "coverage.json").write_text(json.dumps(main(), indent=1) + "\n", encoding="utf-8")
