@@ -12,7 +12,8 @@ import torch
 
 from clseg.errors import RequestError
 from clseg.study import archive, grid
-from clseg.study.files import read_study
+from clseg.study.files import read_profile, read_study
+from clseg.study.parameters import override_study
 from clseg.tools import cli
 
 
@@ -36,10 +37,18 @@ def test_an_ablation_varies_one_key_and_names_it():
     plan = expand("glcl_ablation", "phantom")
     axes = read_study("glcl_ablation").axes
     varied = [run for run in plan.finetune if run.parameters.variant]
-    assert len(varied) == sum(len(axis.values) * len(axis.methods) for axis in axes)
+    assert len(varied) == 3 * sum(len(axis.values) * len(axis.methods) for axis in axes)
     run = next(run for run in varied if run.method == "gd [stages.0.temperature=0.5]")
     assert run.experiment.stages[0].temperature == 0.5
     assert run.parent.experiment.stages[0].temperature == 0.5
+
+
+def test_smoke_takes_one_draw_of_a_study_and_what_is_asked_for_by_name():
+    study = read_study("glcl_ablation")
+    assert study.within(read_profile("smoke")).draws == [1]
+    assert study.within(read_profile("laptop")).draws == study.draws == [1, 2, 3]
+    asked, _ = override_study(study.within(read_profile("smoke")), ["study.draws=[2, 3]"])
+    assert asked.draws == [2, 3]
 
 
 def test_an_override_that_no_method_can_take_is_refused():

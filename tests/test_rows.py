@@ -5,12 +5,18 @@ import pytest
 
 from clseg import paths
 from clseg.study import archive, grid, rows
-from clseg.study.files import known_names, read_study
+from clseg.study.files import known_names, read_profile, read_study
 from clseg.study.parameters import override_study
 from clseg.study.results import write_results
 
 SMALL = [
-    *("study.methods=[random, gd]", "study.labelled=[1]", "dataset.options.subjects=10", "finetune.steps=4"),
+    *(
+        "study.methods=[random, gd]",
+        "study.labelled=[1]",
+        "study.draws=[1]",
+        "dataset.options.subjects=10",
+        "finetune.steps=4",
+    ),
     *("dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1", "pretrain.steps=3"),
 ]
 
@@ -100,7 +106,7 @@ def _committed():
 
 @pytest.mark.parametrize(("profile", "dataset", "name"), list(_committed()))
 def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name, tmp_path):
-    whole = grid.expand(read_study(name), dataset, profile)
+    whole = grid.expand(read_study(name).within(read_profile(profile)), dataset, profile)
     found = rows.read(profile, dataset).of(run.name for run in whole.all)
     there = rows.place(profile, dataset) / name
     command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"

@@ -82,7 +82,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
         cells += [(m, f"{axis.key}={json.dumps(value)}") for value in axis.values for m in axis.methods]
     finetune: dict[str, Run] = {}
     notes: dict[str, None] = {}
-    for (method, variant), draw, seed in product(cells, study.draws[: budget.draws], study.seeds[: budget.draws]):
+    for (method, variant), draw, seed in product(cells, study.draws, study.seeds):
         shared = {"dataset": dataset, "profile": profile, "method": method, "variant": variant, "study": study.name}
         shared |= {name: getattr(study, name) for name in ("protocol", "dimensions", "pretrain_dataset")}
         shared |= {"seed": seed, "draw": draw, "overrides": applicable(common, methods[method])}

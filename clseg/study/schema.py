@@ -158,3 +158,7 @@ class StudyConfig(Strict):
     axes: list[Axis] = []
     set: dict[str, list[str]] = {}  # overrides of this study, by profile
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []  # declared: first minus second method
+
+    def within(self, profile: ProfileConfig) -> "StudyConfig":
+        """The study with no more of its draws and seeds than the profile asks for."""
+        return self.model_copy(update={"draws": self.draws[: profile.draws], "seeds": self.seeds[: profile.draws]})

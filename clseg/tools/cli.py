@@ -33,7 +33,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from clseg.study.results import draw_figures, write_results
 
     _set_roots(arguments)
-    study, overrides = override_study(read_study(arguments.study), arguments.set)
+    study = read_study(arguments.study).within(read_profile(arguments.profile))
+    study, overrides = override_study(study, arguments.set)
     study = study.model_copy(update={"pretrain_dataset": _absolute(study.pretrain_dataset)})
     named = {"study": arguments.study, "dataset": arguments.dataset or study.datasets[0], "profile": arguments.profile}
     named = {key: _absolute(name) for key, name in named.items()}
@@ -119,7 +120,7 @@ def _results(arguments: argparse.Namespace) -> int:
         profile, dataset = folder.parts[-2:]
         have = rows.read(profile, dataset)
         for name in arguments.studies or known_names("studies"):
-            study = read_study(name)
+            study = read_study(name).within(read_profile(profile))
             if dataset not in study.datasets:
                 continue
             plan = grid.expand(study, dataset, profile)
