@@ -169,6 +169,8 @@ def _resolve(
         if key[0] not in OVERRIDABLE:
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {nearest(key[0], OVERRIDABLE)}")
         tree = override(tree, key, value)
+        if key == ["finetune", "steps"]:  # for every number of labels, unless the next one says more
+            tree = override(tree, ["finetune", "steps_of"], {})
     experiment, stages = _validated(Experiment, tree, f"{dataset}, {profile}, {method}"), []
     for stage in experiment.stages:
         if getattr(stage, "pairs", "") == "position" and stage.threshold is None:
