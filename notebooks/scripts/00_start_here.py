@@ -51,6 +51,7 @@ print(
     f"{results.provenance['runs']['done']} runs, {results.provenance['training_seconds'] / 60:.0f} minutes of training"
 )
 print("missing:", *(results.missing or ["nothing"]))
+print(results.gaps)
 
 # %% [markdown]
 # ## Dice against labelled subjects

@@ -67,7 +67,7 @@ shown = pd.concat(
         for number in largest
     ]
 )
-images = store.batch(shown["row"].to_numpy()).image
+images = store.batch(shown["row"].to_numpy(copy=True)).image
 titles = [f"{c}: {s}, {p:.1f}" for c, s, p in zip(shown["cluster"], shown["subject"], shown["position"], strict=True)]
 plots.volume_grid(images, titles=titles, title="cluster: subject, position")
 
