@@ -34,7 +34,7 @@ print(results.gaps)
 # %%
 axes = ablation_axes(study, dataset, profile, results.summary)
 store = runs.open_store(resolve(dataset, profile, "pcl"), progress=False)
-position = torch.from_numpy(store.slices["position"].to_numpy())
+position = torch.from_numpy(store.slices["position"].to_numpy(copy=True))
 
 
 def share(threshold):
