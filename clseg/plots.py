@@ -1,12 +1,12 @@
 """Every figure of the study: functions of tables and arrays that return a matplotlib figure, which shows itself.
 
 Nothing goes through `pyplot`: no figure stays open, and none depends on what was drawn before. A method looks the same
-in every figure: its colour is that of its family (Okabe and Ito's, which colour-blind readers can tell apart).
+in every figure (`looks`): its colour and marker are those of its family (Okabe and Ito's colours, which colour-blind
+readers can tell apart), its line is its own, so that grey print tells all of them apart, too.
 """
 
 import io
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,24 @@ from clseg.errors import RequestError
 
 GREY, ORANGE, SKY, GREEN, YELLOW = "#767676", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, RED, PINK, BLACK, INDIGO = "#0072B2", "#D55E00", "#CC79A7", "#000000", "#332288"
-FAMILIES = {
-    GREY: ["random"],
-    BLUE: ["gd", "gd-"],
-    INDIGO: ["gr", "simclr"],
-    RED: ["gd+lr", "gr+lr", "gd+ld", "lr"],
-    GREEN: ["pcl", "pcl-partition"],
-    PINK: ["ufc", "ufc-negatives"],
-    SKY: ["rotation", "inpainting", "context_restoration", "pirl"],
-    ORANGE: ["weak_to_strong", "mean_teacher", "mixup", "self_training", "adversarial", "gan_augmentation"],
-    BLACK: ["benchmark", "gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
+FAMILIES = {  # colour, marker: methods
+    (GREY, "o"): ["random"],
+    (INDIGO, "s"): ["gr", "simclr"],
+    (BLUE, "D"): ["gd", "gd-"],
+    (RED, "^"): ["gd+lr", "gr+lr", "gd+ld", "lr"],
+    (GREEN, "v"): ["pcl", "pcl-partition"],
+    (PINK, "P"): ["ufc", "ufc-negatives"],
+    (SKY, "X"): ["rotation", "inpainting", "context_restoration", "pirl"],
+    (ORANGE, "p"): ["weak_to_strong", "mean_teacher", "mixup", "self_training", "adversarial", "gan_augmentation"],
+    (BLACK, "h"): ["benchmark", "gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
 }
+LINES = ["-", ":", (0, (1, 3)), (0, (7, 1, 1, 1)), (0, (7, 1, 1, 1, 1, 1)), (0, (9, 2))]  # of a family's methods
+MATCHED, CONSISTENT, BOTH = "--", "-.", (0, (3, 1, 1, 1, 1, 1))  # the matched arm; + weak_to_strong; both
 STYLES = {  # method -> colour, marker, line
-    method: (colour, "osD^vX"[place], ["-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1))][place])
-    for colour, methods in FAMILIES.items()
-    for place, method in enumerate(methods)
+    method: (*look, line) for look, methods in FAMILIES.items() for method, line in zip(methods, LINES, strict=False)
 }
-OWN = ["#882255", "#44AA99", "#999933", "#661100"]  # of methods of one's own (Tol's, for colour-blind readers)
-ON_ONE_AXIS = 8  # methods; of more, each has a panel
+OWN = [("#882255", "<"), ("#44AA99", ">"), ("#999933", "d"), ("#661100", "H")]  # of methods that are in no family
+ON_ONE_AXIS = 9  # methods; of more, each has a panel
 STRUCTURES = [BLUE, ORANGE, SKY, PINK, YELLOW, GREEN, RED]  # contours of class 7, 1, 2, ... on grey
 GROUPS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]  # subjects, partitions, clusters
 TAGS = ("V", "V2")  # read in the source; read where another work quotes it. Nothing else is ever printed or drawn
@@ -104,15 +104,32 @@ def _array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
-def style(method: str) -> tuple[str, str, Any]:
-    """Colour, marker and line of a method; an ablated value, or a remark, changes none.
+def _parts(method: str) -> tuple[bool, int, bool, str]:
+    """How figures order methods: weak_to_strong after a pre-training last, families, the matched arm behind its own."""
+    name = method.partition(" (")[0]
+    base = name.removesuffix("+weak_to_strong").removeprefix("matched-")
+    place = [*STYLES].index(base) if base in STYLES else len(STYLES)
+    return name.endswith("+weak_to_strong"), place, name.startswith("matched-"), method
 
-    A method of the matched arm looks like its published counterpart; followed by consistency it keeps the colour.
+
+def looks(methods: Iterable[str]) -> dict[str, tuple[str, str, Any]]:
+    """Colour, marker and line of every method of a figure, in the order of its legend.
+
+    A method of the matched arm, or followed by weak_to_strong, has colour and marker of its base, and a line that says
+    which. Those in no family (one's own, ablated values) have others, given in order of their names: so they are the
+    same in all figures of the same methods. A remark in parentheses changes nothing.
     """
-    name = method.partition(" ")[0].removeprefix("matched-")
-    if name.endswith("+weak_to_strong"):
-        return style(name.removesuffix("+weak_to_strong"))[0], "*", (0, (5, 1))
-    return STYLES.get(name) or (OWN[zlib.crc32(name.encode()) % len(OWN)], "P", "-")
+    found, others = {}, 0
+    for method in sorted(set(methods), key=_parts):
+        consistent, place, matched, _ = _parts(method)
+        if place < len(STYLES):
+            colour, marker, line = [*STYLES.values()][place]
+            arm = {(True, False): MATCHED, (False, True): CONSISTENT, (True, True): BOTH}.get((matched, consistent))
+            found[method] = colour, marker, arm or line
+        else:
+            found[method] = *OWN[others % len(OWN)], LINES[others // len(OWN) % len(LINES)]
+            others += 1
+    return found
 
 
 def _range(values: pd.Series) -> str:
@@ -120,11 +137,11 @@ def _range(values: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _subjects(table: pd.DataFrame) -> str:
-    over = "; ".join(sorted({*table["interval_over"].dropna()} - {""}))
-    return (
-        f"{f'95 % intervals over {over}' if over else 'no intervals'}, n = {_range(table['n_subjects'])} test subjects"
-    )
+def _over(table: pd.DataFrame) -> str:
+    """What the intervals of a table are over, in words."""
+    numbers = {name: _range(table[f"n_{name}"]) for name in stats.FACTORS}
+    counts = [f"{n} {name.removesuffix('s') if n == '1' else name}" for name, n in numbers.items()]
+    return f"{'95 % intervals over' if (table['interval_over'] != '').any() else 'no intervals:'} {', '.join(counts)}"
 
 
 def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "published.csv") -> pd.DataFrame:
@@ -152,23 +169,36 @@ def _errors(rows: pd.DataFrame, what: str = "dice") -> np.ndarray:
     return rows[[f"{what}_low", f"{what}_high"]].sub(rows[f"{what}_mean"], axis=0).abs().to_numpy().T
 
 
-def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, method: str, label: str) -> None:
-    """Means with their intervals; hollow where draws are missing that other methods have."""
-    colour, marker, line = style(method)
-    look = {"color": colour, "marker": marker, "zorder": 3}
-    axes.errorbar(x, rows["dice_mean"], yerr=_errors(rows), linestyle=line, elinewidth=1.6, label=label, **look)
+def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, look: tuple[str, str, Any], label: str) -> None:
+    """Means with their intervals: dotted where they lack draws or seeds (`stats.lacks`); hollow where runs are missing
+    that other methods have."""
+    colour, marker, line = look
+    about = {"color": colour, "marker": marker, "zorder": 3}
+    bars = axes.errorbar(x, rows["dice_mean"], yerr=_errors(rows), linestyle=line, elinewidth=2, label=label, **about)
+    bars[2][0].set_linestyle([_bar(note) for note in rows["note"]])
     hollow = rows["runs_missing"] > 0
-    axes.plot(x[hollow], rows["dice_mean"][hollow], linestyle="none", markerfacecolor="white", **look | {"zorder": 5})
+    axes.plot(x[hollow], rows["dice_mean"][hollow], linestyle="none", markerfacecolor="white", **about | {"zorder": 5})
+
+
+def _bar(note: str) -> Any:
+    return (0, (1, 1)) if note.startswith(("one", "two")) else "-"
+
+
+def _lacking(axes: Axes, notes: pd.Series) -> None:
+    """The legend of dotted bars."""
+    if any(_bar(note) != "-" for note in notes):
+        axes.plot([], [], color=GREY, linewidth=2, linestyle=_bar("one"), label="dotted: too few draws or seeds")
 
 
 @styled
 def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: MaybeTable = None) -> Figure:
-    """Dice against the number of labelled subjects: one line per method, with 95 % intervals over test subjects.
+    """Dice against the number of labelled subjects: one line per method, with 95 % intervals (`stats.summary`).
 
     `summary` is of one study, data set and profile; of more than `ON_ONE_AXIS` methods each has a panel,
     with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
-    cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer draws than
-    others. Raises `ValueError` for several studies, data sets or profiles, and for a published tag but V and V2.
+    cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer runs than
+    others, a dotted bar an interval of too few draws or seeds. Raises `ValueError` for several studies, data sets or
+    profiles, and for a published tag but V and V2.
     """
     place = summary[["study", "dataset", "profile"]].drop_duplicates()
     if len(place) != 1:
@@ -179,23 +209,24 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
     if not published["tag"].isin(TAGS).all():
         raise ValueError("published numbers are drawn with tag V or V2 only")
     curves, ceiling = summary[summary["method"] != "benchmark"], summary[summary["method"] == "benchmark"]
-    methods = [m for m in STYLES if m in set(curves["method"])] + sorted({*curves["method"]} - {*STYLES})
-    groups, several = [methods], len(methods) > ON_ONE_AXIS
+    look_of = looks(curves["method"])
+    groups, several = [[*look_of]], len(look_of) > ON_ONE_AXIS
     if several:
-        groups = [[m for m in methods if m in ("random", own)] for own in methods if own != "random"]
+        groups = [[m for m in look_of if m in ("random", own)] for own in look_of if own != "random"]
     counts = sorted(curves["labelled"].unique())
     gap = min(np.diff(np.log2(counts)), default=1.0)  # in doublings, as is the step: bars of neighbours never meet
     step = min(0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0])))
-    figure, panels = _panels(len(groups), 5, *(1.8, 1.6) if several else (6.6, 3.6), sharey=True)
+    figure, panels = _panels(len(groups), 4, *(1.8, 1.6) if several else (6.6, 3.6), sharey=True)
     for panel, members in zip(panels, groups, strict=True):
         for number, method in enumerate(members):
-            shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), style(method)[0]
+            shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), look_of[method][0]
             rows = curves[curves["method"] == method].sort_values("labelled")
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
             tags = f"(× published, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
-                panel.set_title(f"{method}\n{tags}".strip(), fontsize=8, fontweight="bold", color=colour)
-            _intervals(panel, rows["labelled"] * shift, rows, method, "_" if named else f"{method} {tags}".strip())
+                panel.set_title(f"{method}\n{tags}".strip(), fontweight="bold", color=colour)
+            label = "_" if named else f"{method} {tags}".strip()
+            _intervals(panel, rows["labelled"] * shift, rows, look_of[method], label)
             cross, dot = {"marker": "x", "s": 30, "linewidths": 1.4}, {"s": 7, "alpha": 0.55, "linewidths": 0}
             for points, aside, look in (beside, 0.4, cross), (draws[draws["method"] == method], -0.35, dot):
                 x = points["labelled"].astype(float) * shift * 2.0 ** (aside * step)
@@ -211,20 +242,21 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
     if len(draws):
         panel.scatter([], [], s=7, color=GREY, label="one draw")
     if (curves["runs_missing"] > 0).any():
-        panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer draws than others")
+        panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer runs than others")
+    _lacking(panel, curves["note"])
     _legend(
         figure, panels, **{"loc": "outside right upper"} if several else {"loc": "outside lower center", "ncols": 3}
     )
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
-    figure.suptitle(f"{', '.join(place.iloc[0])}\n{_subjects(summary)}")
+    figure.suptitle(f"{', '.join(place.iloc[0])}\n{_over(summary)}")
     return figure
 
 
 @styled
 def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
-    """One panel per axis of an ablation: Dice for each value, with 95 % intervals over test subjects.
+    """One panel per axis of an ablation: Dice for each value, with 95 % intervals (`stats.summary`).
 
     `axes_table` is a `stats.summary` with axis (title), value, base (True for the method's own value, which is ringed);
     `reference`, rows of the same summary, are dashed lines across.
@@ -233,6 +265,8 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
         return _nothing("no finished run")
     titles = list(dict.fromkeys(axes_table["axis"]))
     figure, panels = _panels(len(titles), 4, 1.9, 2.1, sharey=True)
+    look_of = looks([*axes_table["method"], *(() if reference is None else reference["method"])])
+    lines = {count: LINES[n % len(LINES)] for n, count in enumerate(sorted(set(axes_table["labelled"])))}
     for panel, title in zip(panels, titles, strict=True):
         rows = axes_table[axes_table["axis"] == title]
         text = rows["value"].map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
@@ -242,18 +276,18 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
         series = list(rows.groupby(["method", "labelled"]))
         for place, ((method, labelled), own) in enumerate(series):
             x = own["text"].map(ticks) + 0.14 * (place - (len(series) - 1) / 2)
-            _intervals(panel, x, own, method, f"{method}, {labelled} labelled")
+            _intervals(panel, x, own, (*look_of[method][:2], lines[labelled]), f"{method}, {labelled} labelled")
             look = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
             base = own["base"].astype(bool)
             panel.scatter(x[base], own["dice_mean"][base], label="the method's own value", **look)
         for row in () if reference is None else reference.itertuples():
             label = f"{row.method}, {row.labelled} labelled"
-            panel.axhline(row.dice_mean, label=label, color=style(row.method)[0], linestyle="--")
+            panel.axhline(row.dice_mean, label=label, color=look_of[row.method][0], linestyle="--")
         panel.set_xticks(range(len(ticks)), list(ticks))
         panel.set(xlim=(-0.6, len(ticks) - 0.4), title=title)
     figure.supylabel("Dice (mean over test subjects)")
-    about = f"{axes_table['dataset'].iloc[0]}, draws: {_range(axes_table['n_draws'])}"
-    figure.suptitle(f"{about}\n{_subjects(axes_table)}")
+    _lacking(panels[0], axes_table["note"])
+    figure.suptitle(f"{axes_table['dataset'].iloc[0]}\n{_over(axes_table)}")
     _legend(figure, panels, loc="outside lower center", ncols=min(4, len(panels)))
     return figure
 
@@ -273,26 +307,35 @@ def threshold_curve(table: pd.DataFrame, title: str = "") -> Figure:
 
 @styled
 def forest(contrasts: pd.DataFrame, margin: float = stats.MARGIN) -> Figure:
-    """Differences of Dice between two methods with their 95 % intervals, a line each; grey: what does not matter.
+    """Differences of Dice between two methods, with 95 % intervals and verdicts; a panel for each number of labels.
 
-    contrasts: `stats.contrasts`; where they were declared, the verdict stands beside each.
+    contrasts: `stats.contrasts`. Grey: differences that do not matter. Filled: there is a verdict; hollow: there is
+    none. Dotted: an interval of too few draws or seeds.
     """
     if contrasts.empty:
         return _nothing("no contrast has a common run")
-    table = contrasts.iloc[::-1].reset_index(drop=True)
-    figure, (axes,) = _panels(1, 1, 7.5, 0.26 * len(table) + 0.9)
-    axes.axvspan(-margin, margin, color=GREY, alpha=0.2, linewidth=0)
-    axes.axvline(0, color=BLACK, linewidth=0.8)
-    for place, row in table.iterrows():
-        colour, marker, _ = style(row["method"])
-        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.8)
-        axes.plot(row["difference"], place, color=colour, marker=marker)
-        axes.annotate(row["verdict"], (1.01, place), xycoords=("axes fraction", "data"), va="center")
-    names = [f"{row.method} - {row.baseline}, {row.labelled} labelled" for row in table.itertuples()]
-    axes.set_yticks(range(len(table)), names)
-    axes.grid(axis="x")
-    over = "; ".join(sorted(set(table["interval_over"])))
-    axes.set(xlabel=f"difference of Dice (95 % intervals over {over})")
+    look_of, groups = looks(contrasts["method"]), [own for _, own in contrasts.groupby("labelled")]
+    sizes = [len(own) + 0.6 for own in groups]
+    figure = Figure(figsize=(11, 0.36 * sum(sizes) + 0.35 * len(groups) + 1.2))
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=sizes).ravel()
+    for panel, own in zip(panels, groups, strict=True):
+        panel.axvspan(-margin, margin, color=GREY, alpha=0.2, linewidth=0, label=f"within {margin:g}: does not matter")
+        panel.axvline(0, color=BLACK, linewidth=0.8)
+        for place, row in enumerate(own.itertuples()):
+            colour, marker, _ = look_of[row.method]
+            filled = {"markerfacecolor": "white"} if row.verdict in ("", "not known") else {}
+            panel.plot([row.low, row.high], [place, place], color=colour, linewidth=2, linestyle=_bar(row.note))
+            panel.plot(row.difference, place, color=colour, marker=marker, markersize=8, **filled)
+            said = f"{row.verdict} ({row.note})" if row.verdict and row.note else row.verdict or row.note
+            panel.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center")
+        panel.set_yticks(range(len(own)), [f"{row.method} \N{MINUS SIGN} {row.baseline}" for row in own.itertuples()])
+        panel.set_ylim(len(own) - 0.4, -0.6)
+        panel.set_title(f"{own['labelled'].iloc[0]} labelled", loc="left", fontweight="bold")
+        panel.grid(axis="x")
+    _lacking(panels[0], contrasts["note"])
+    panels[-1].set_xlabel("difference of Dice")
+    figure.suptitle(_over(contrasts))
+    _legend(figure, panels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -310,7 +353,7 @@ def _curves(curves: Mapping[str, pd.DataFrame], columns: int, width: float, heig
             best = np.argsort(-values, kind="stable")[:1]
             panel.scatter(steps[best], values[best], s=90, facecolors="none", edgecolors=BLACK, zorder=3)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        panel.set_title(title, fontsize=8)
+        panel.set_title(title)
     figure.supxlabel("step")
     return figure
 
@@ -438,7 +481,7 @@ def embedding(panels: Mapping[str, Any], colourings: Mapping[str, Any]) -> Figur
 def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
     """The upper 40 leaves of a hierarchical clustering, `linkage` [n - 1, 4] as SciPy's, cut at the height `cut`."""
     figure, (axes,) = _panels(1, 1, 7, 3)
-    look = {"color_threshold": cut, "above_threshold_color": GREY, "leaf_rotation": 90, "leaf_font_size": 7}
+    look = {"color_threshold": cut, "above_threshold_color": GREY, "leaf_rotation": 90, "leaf_font_size": 12}
     hierarchy.dendrogram(linkage, p=40, truncate_mode="lastp", ax=axes, **look)
     label = f"cut at {cut:.3g}: {np.sum(linkage[:, 2] > cut) + 1} clusters"
     axes.axhline(cut, color=BLACK, linestyle="--", label=label)
@@ -475,7 +518,7 @@ def volume_grid(images: Any, labels: Any = None, title: str = "", titles: Any = 
     panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
     panel.set_axis_off()
     for (y, x), name in zip(corners, titles, strict=False):
-        panel.text(x + width / 2, y - 1, name, fontsize=8, ha="center", va="bottom")
+        panel.text(x + width / 2, y - 1, name, ha="center", va="bottom")
     for index in np.unique(outlined[outlined > 0]):
         panel.contour(outlined == index, colors=STRUCTURES[index % 7], levels=[0.5], linewidths=1)
     figure.suptitle(title)

@@ -10,13 +10,29 @@ $$v_f = s_f^2 / n_f, \quad \mathrm{Var}(\bar y) \approx \sum_f v_f, \quad
 (Satterthwaite 1946), and the interval is $\bar y \pm t_{df} \sqrt{\sum_f v_f}$. What two factors do together is counted
 in both, so the interval is rather too wide than too narrow. Intervals over patients alone, as usually printed, say
 nothing of other labelled patients or seeds. Why not a bootstrap: resampling three seeds or five draws gives intervals
-that are too narrow (`tests/interval_coverage.py` measures both; `paper_figures/statistics/coverage.json`).
+that are too narrow. How often intervals miss the truth, where 5 % is wanted, in simulated studies of the size of ours
+(`tests/interval_coverage.py`; numbers in `paper_figures/statistics/coverage.json`):
+
+| patients x draws x seeds | this interval | crossed bootstrap | patients alone |
+|---|---|---|---|
+| planned: 20 or 60 x 3 or 5 x 3; all labels, 20 x 1 x 3 | 3.3 to 6.4 | 5.4 to 16.7 | 14.2 to 54.2 |
+| folds of 20: 100 x 5 x 3 | 3.0 to 4.4 | | |
+| a few draws far worse: 20 or 60 x 5 x 3 | 6.1 to 7.2 | | |
+| two draws: 20 x 2 x 3 | 3.2 to 9.7 | 7.8 to 23.6 | 17.7 to 51.5 |
+| one draw of several: 20 x 1 x 3 | 8.6 to 41.0 | 14.2 to 53.0 | 24.3 to 62.0 |
+| one seed: 20 x 3 or 5 x 1 | 7.2 to 9.5 | 13.1 to 15.7 | 21.3 to 39.6 |
+| one seed, all labels: 20 x 1 x 1 | 24.4 to 24.6 | 27.0 to 27.6 | 27.5 to 27.8 |
+
+The last four lines are why there is no verdict of one seed, of one draw where there are more, or of two (`lacks`). Of
+26 contrasts in which nothing differs, any was called "helps" or "harms" in 4.2 % of studies; of 26 that are just as
+large as matters, any was called "no difference that matters" in 0.0 %.
 
 Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
 empty carry NaN (`metrics.score`): they are counted, and in no mean. Missed structures count with Dice 0 and the image
 diagonal.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -33,13 +49,13 @@ LEVEL = 0.05
 NO_TESTS = ("smoke",)  # profiles whose numbers prove only that everything runs
 SUMMARY_COLUMNS = [
     *[*CELL, "n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],
-    *["dice_mean", "dice_low", "dice_high", "interval_over", "dice_sd_draws", "dice_sd_seeds"],
+    *["dice_mean", "dice_low", "dice_high", "interval_over", "note", "dice_sd_draws", "dice_sd_seeds"],
     *["hd95_mean", "hd95_unit", "missed", "missed_share", "scored_rows", "empty_rows"],
 ]
 CONTRAST_COLUMNS = [
     *["study", "dataset", "profile", "labelled", "method", "baseline", "family"],
     *["n_subjects", "n_draws", "n_seeds", "runs_left_out", "difference", "low", "high", "interval_over"],
-    *["p", "p_holm", "verdict"],
+    *["p", "p_holm", "p_margin_holm", "verdict", "note"],
 ]
 
 
@@ -53,16 +69,18 @@ def per_subject(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def per_draw(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice of each draw of labelled subjects, over seeds and test subjects: `CELL` columns, draw, dice."""
-    return per_subject(table).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
+    """Mean Dice of each draw of labelled subjects, over seeds and test subjects: `CELL` columns, draw, dice.
+
+    Of seeds that have every draw, as in `summary`.
+    """
+    return per_subject(_counted(table)).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
 
 
 def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """The 95 % interval of a mean, and the two-sided p of 0, from the means of the levels of each random factor.
 
-    levels: an array [n_f] for every factor, n_f > 1; none gives NaN. The equations stand at the top of the module.
-    Coverage in simulation, where 95 % is wanted: 93.7 to 97.1 %, that of a bootstrap of patients alone 55 to 89 %
-    (`paper_figures/statistics/coverage.json`).
+    levels: an array [n_f] for every factor, n_f > 1; none gives NaN. The equations, and how often the interval misses
+    the truth, stand at the top of the module.
     """
     terms = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in levels]
     variance = sum(v for v, _ in terms)
@@ -75,11 +93,12 @@ def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, 
     return mean - half, mean + half, float(2 * student.sf(abs(mean) / variance**0.5, df))
 
 
-def mean_interval(values: pd.Series) -> tuple[float, float, float, float, str]:
-    """Mean of values by (subject, draw, seed), its `crossed_interval` (low, high, p), and the factors that it is over.
+def levels_of(values: pd.Series) -> dict[str, np.ndarray]:
+    """The means of the levels of each factor, for `crossed_interval`, of values by (subject, draw, seed).
 
-    A factor of a single level adds nothing and is not named. Where every draw tests other subjects (cross-validation),
-    subjects are part of the draw, and draws are counted in their place.
+    A factor of a single level is left out. Where every draw tests other subjects (cross-validation), subjects are part
+    of the draw, and draws are counted in their place. That folds share subjects to train on is not counted: there is no
+    estimate without bias of what it adds (Bengio & Grandvalet, JMLR 5 (2004) 1089-1105).
     """
     cells = values.groupby(["draw", "seed", "subject"]).mean().dropna()
     draws = cells.reset_index().groupby("subject")["draw"].nunique()
@@ -89,8 +108,17 @@ def mean_interval(values: pd.Series) -> tuple[float, float, float, float, str]:
         means = cells.groupby(factor).mean().to_numpy()
         if len(means) > 1 and not (nested and factor == "subject"):
             levels[name] = means
-    mean = float(cells.mean())
-    return mean, *crossed_interval(mean, list(levels.values())), ", ".join(levels)
+    return levels
+
+
+def lacks(draws: int, seeds: int, draws_of_group: int) -> str:
+    """What an interval cannot know as its draws or seeds are too few, or nothing: then no verdict is given.
+
+    One draw is enough where no other method has more (all labels). Two draws are not: that they are alike by chance is
+    too frequent. Two seeds are.
+    """
+    few = {1: "one draw", 2: "two draws"}.get(draws, "") if draws_of_group > 1 else ""
+    return ", ".join(text for text in (few, "one seed" if seeds == 1 else "") if text)
 
 
 def whole_seeds(runs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -105,42 +133,49 @@ def _indexed(rows: pd.DataFrame) -> pd.Series:
     return rows.set_index(["subject", "draw", "seed"])["dice"]
 
 
-def _of_runs(rows: pd.DataFrame, runs: set[tuple[int, int]]) -> pd.DataFrame:
-    return rows[[run in runs for run in zip(rows["draw"], rows["seed"], strict=True)]]
+def _runs(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    return [*zip(rows["draw"], rows["seed"], strict=True)]
+
+
+def _counted(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each cell that are of seeds with every draw."""
+    kept = []
+    for _, own in table.groupby(CELL):
+        whole = whole_seeds(runs := _runs(own))
+        kept.append(own[[run in whole for run in runs]])
+    return pd.concat(kept) if kept else table
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
 
-    * `dice_mean`, `dice_low`, `dice_high`, `interval_over`: `mean_interval`, under `smoke` without the interval.
-      `dice_sd_draws`, `dice_sd_seeds`: standard deviation (n - 1) of the means of draws and of seeds. `hd95_mean`, over
-      runs inside each subject first, is in `hd95_unit`; NaN where a cell mixes mm and px.
-    * `n_runs`: pairs of draw and seed that count. `runs_missing`: those that another method of the same group has and
-      this one lacks. Where it is not 0 the draws may be easier or harder than the others'; `contrasts` pairs them.
+    Only seeds that have every draw of the cell count, in all columns.
+    * `dice_mean`: over subjects, draws and seeds; `dice_low`, `dice_high`: `crossed_interval` within 0 and 1, over what
+      `interval_over` names; `note`: what it `lacks`. No interval under `smoke`. `dice_sd_draws`, `dice_sd_seeds`:
+      standard deviation (n - 1) of the means of draws and of seeds. `hd95_mean`, over runs inside each subject first,
+      is in `hd95_unit`; NaN where a cell mixes mm and px.
+    * `n_runs`: pairs of draw and seed. `runs_missing`: those that another method of the same group has and this one
+      lacks. Where it is not 0 the draws may be easier or harder than the others'; `contrasts` pairs them.
     * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
       structure x run); `empty_rows`: rows where both are empty.
     """
+    table = _counted(table)
     subjects = per_subject(table)
-    runs_of_group = {
-        key: whole_seeds(zip(own["draw"], own["seed"], strict=True)) for key, own in subjects.groupby(GROUP)
-    }
-    rows = []
+    runs_of_group = {group: set(_runs(own)) for group, own in subjects.groupby(GROUP)}
+    of_cell, rows = subjects.groupby(CELL), []
     for cell, raw in table.groupby(CELL):
-        own = subjects[(subjects[CELL] == list(cell)).all(axis=1)]
-        units, empty = sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
-        runs = set(zip(own["draw"], own["seed"], strict=True))
-        lacking = len(runs_of_group[tuple(own[GROUP].iloc[0])] - runs)
-        own = _of_runs(own, counted := whole_seeds(runs))
-        scored_subjects = own.dropna(subset="dice")["subject"].nunique()
-        mean, low, high, _, over = mean_interval(_indexed(own)) if scored_subjects else (np.nan,) * 4 + ("",)
-        if cell[CELL.index("profile")] in NO_TESTS:
-            low, high, over = np.nan, np.nan, ""
-        sd = [own.groupby(["draw", "seed"])["dice"].mean().groupby(factor).mean().std() for factor in RUN]
+        own, units, empty = of_cell.get_group(cell), sorted(raw["hd95_unit"].unique()), raw["dice"].isna().sum()
+        among, runs, scored = runs_of_group[tuple(own[GROUP].iloc[0])], set(_runs(own)), own.dropna(subset="dice")
+        levels = {} if cell[CELL.index("profile")] in NO_TESTS else levels_of(_indexed(own))
+        low, high = np.clip(crossed_interval(scored["dice"].mean(), [*levels.values()])[:2], 0, 1)
+        draws, seeds = own["draw"].nunique(), own["seed"].nunique()
+        note = lacks(draws, seeds, len({draw for draw, _ in among})) if levels else ""
+        sd = [own.groupby(RUN)["dice"].mean().groupby(factor).mean().std() for factor in RUN]
         hd95 = own.groupby("subject")["hd95"].mean().mean() if len(units) == 1 else np.nan
-        missed, scored = raw["missed"].sum(), len(raw) - empty
-        row = [*cell, scored_subjects, own["draw"].nunique(), own["seed"].nunique(), len(counted), lacking]
-        row += [mean, low, high, over, *sd, hd95, "+".join(units)]
-        row += [missed, missed / scored if scored else np.nan, scored, empty]
+        missed, count = raw["missed"].sum(), len(raw) - empty
+        row = [*cell, scored["subject"].nunique(), draws, seeds, len(runs), len(among - runs)]
+        row += [scored["dice"].mean(), low, high, ", ".join(levels), note, *sd, hd95, "+".join(units)]
+        row += [missed, missed / count if count else np.nan, count, empty]
         rows.append(row)
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
 
@@ -173,66 +208,92 @@ def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
     return float(wilcoxon(difference).pvalue), effect, note
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray, tests: int = 0) -> np.ndarray:
     r"""Holm's adjusted p-values, for sorted p $\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\,p_{(j)})$.
 
-    `p` [m]; NaN stays NaN and does not count in m. Source: S. Holm, Scand. J. Statist. 6 (1979) 65-70.
+    `p` [n]; m is n, or `tests` if that is more: those that have no p yet count as well. NaN stays NaN and counts only
+    by `tests`. Source: S. Holm, Scand. J. Statist. 6 (1979) 65-70.
     """
     p = np.asarray(p, dtype=float)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    factors = max(tests, len(order)) - np.arange(len(order))
     adjusted = np.full(p.shape, np.nan)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors))
     return adjusted
 
 
-def verdict(low: float, high: float, p_holm: float, margin: float = MARGIN) -> str:
-    """What a declared contrast says, in words.
+def verdict(low: float, high: float, p_holm: float, margin: float = MARGIN, p_margin_holm: float = 0.0) -> str:
+    """What a declared contrast says, in words: the interval must say it, and so must Holm's p, beside all others.
 
-    "no difference that matters": the whole interval is within ± `margin`. Else, where Holm's p is below .05, "helps" or
-    "harms" by the side of the interval. Everything else is "not known": the data allow a gain as well as nothing.
+    "no difference that matters": the whole interval is within ± `margin`, and `p_margin_holm` is below .05. Else, where
+    `p_holm` is below .05, "helps" or "harms" by the side of the interval. Everything else is "not known": the data
+    allow a gain as well as nothing. `p_holm` is of the question whether there is a difference, `p_margin_holm` of the
+    question whether it is on this side of the margin; of a contrast that stands alone the interval answers the second.
     """
     if np.isnan(low) or np.isnan(p_holm):
         return "not known"
-    if -margin < low and high < margin:
+    if -margin < low and high < margin and p_margin_holm < LEVEL:
         return "no difference that matters"
     if p_holm < LEVEL:
         return "helps" if low + high > 0 else "harms"
     return "not known"
 
 
-def contrasts(table: pd.DataFrame, declared: Sequence[Sequence[str]] = (), margin: float = MARGIN) -> pd.DataFrame:
+def _of_interest(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """What is compared where nothing was declared: an ablated value with the method's own, all others with `random`."""
+    plain = [re.sub(r" \[.*\]", "", method) for method in methods]
+    pairs = [(m, own if own != m and own in methods else "random") for m, own in zip(methods, plain, strict=True)]
+    return [(method, baseline) for method, baseline in pairs if method != baseline]
+
+
+def contrasts(
+    table: pd.DataFrame, declared: Sequence[Sequence[str]] = (), tests: int = 0, margin: float = MARGIN
+) -> pd.DataFrame:
     """Differences of Dice between two methods with as many labels, on the same subjects, draws and seeds.
 
-    `declared`: pairs (method, baseline) that a protocol named before there were numbers; they are one family over all
-    numbers of labels, with Holm's p and a `verdict`. Without any, every method is compared with `random`, `family`
-    "exploratory": an interval, and neither. A pair without a common run has no row. None under `smoke`.
-    Columns: `CONTRAST_COLUMNS`; `difference`, `low`, `high`: method minus baseline (`mean_interval`); `runs_left_out`:
-    pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
+    `declared`: pairs (method, baseline) that a protocol named before there were numbers; over all numbers of labels of
+    a study they are one family of `tests` (those without runs have no row, and count). Without any, every method is
+    compared with `random`, an ablated value with the method's own: `family` "exploratory", an interval, p as it is, and
+    nothing more. No row under `smoke`. Columns (`CONTRAST_COLUMNS`):
+    * `difference`, `low`, `high`, `p`: method minus baseline and its `crossed_interval` over what `interval_over`
+      names; `runs_left_out`: pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
+    * Of a declared family `p_holm`: is there a difference? `p_margin_holm`: is it on the side of `margin` where it
+      seems to be? Both adjusted, so that in a whole study the chance of one false answer to each question is 5 %.
+    * `verdict`, and in `note` "by more than 0.02" where `p_margin_holm` allows it. What the interval `lacks` stands in
+      `note`, too, and then the verdict is "not known" whatever the interval: other draws or seeds may differ by more.
     """
     rows, family = [], "declared" if declared else "exploratory"
     for group, members in per_subject(table[~table["profile"].isin(NO_TESTS)]).groupby(GROUP):
-        methods = sorted(set(members["method"]))
-        for method, baseline in declared or [(method, "random") for method in methods if method != "random"]:
+        methods, draws_of_group = sorted(set(members["method"])), members["draw"].nunique()
+        for method, baseline in declared or _of_interest(methods):
             if not {method, baseline} <= {*methods}:
                 continue
-            own, base = (_indexed(members[members["method"] == name]) for name in (method, baseline))
-            runs = [set(zip(*map(each.index.get_level_values, RUN), strict=True)) for each in (own, base)]
-            common = whole_seeds(runs[0] & runs[1]) if runs[0] & runs[1] else set()
-            difference = (own - base).dropna()
-            kept = [index[1:] in common for index in difference.index]
-            if not any(kept):
+            own, base = (members[members["method"] == name] for name in (method, baseline))
+            common, either = {*_runs(own)} & {*_runs(base)}, {*_runs(own)} | {*_runs(base)}
+            common = whole_seeds(common)
+            difference = (_indexed(own) - _indexed(base)).dropna()
+            difference = difference[[index[1:] in common for index in difference.index]]
+            if difference.empty:
                 continue
-            difference = difference[kept]
-            counts = [difference.index.get_level_values(name).nunique() for name in ("subject", *RUN)]
-            mean, low, high, p, over = mean_interval(difference)
-            row = [*group, method, baseline, family, *counts, len((runs[0] | runs[1]) - common)]
-            rows.append([*row, mean, low, high, over, p, np.nan, ""])
+            subjects, draws, seeds = (difference.index.get_level_values(name).nunique() for name in ("subject", *RUN))
+            mean, levels = float(difference.mean()), levels_of(difference)
+            low, high, p = crossed_interval(mean, [*levels.values()])
+            _, _, p_margin = crossed_interval(abs(mean) - margin, [*levels.values()])
+            row = [*group, method, baseline, family, subjects, draws, seeds, len(either - common)]
+            row += [mean, low, high, ", ".join(levels), p, np.nan, p_margin, "not known"]
+            row += [lacks(draws, seeds, draws_of_group)]
+            rows.append(row)
     result = pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
-    if declared and len(result):
-        result["p_holm"] = holm(result["p"].to_numpy(float))
-        result["verdict"] = [
-            verdict(*row, margin) for row in zip(result["low"], result["high"], result["p_holm"], strict=True)
-        ]
+    if not declared:
+        return result.assign(p_margin_holm=np.nan, verdict="")
+    for _, own in result.groupby(GROUP[:3]):  # a family is of one study
+        for column, p in (("p_holm", own["p"]), ("p_margin_holm", own["p_margin_holm"])):
+            result.loc[own.index, column] = holm(p.to_numpy(float), tests)
+    for place, row in result[result["note"] == ""].iterrows():
+        said = verdict(row["low"], row["high"], row["p_holm"], margin, row["p_margin_holm"])
+        surely = min(abs(row["low"]), abs(row["high"])) > margin and row["p_margin_holm"] < LEVEL
+        more = f"by more than {margin:g}" if surely and said in ("helps", "harms") else ""
+        result.loc[place, ["verdict", "note"]] = said, more
     return result
 
 

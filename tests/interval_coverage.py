@@ -1,79 +1,140 @@
-"""How often the intervals of `clseg.stats` hold the true mean, and how often a test of nothing finds something.
+"""How often the intervals of `clseg.stats` miss the truth, and how often a study of nothing comes to a verdict.
 
-Simulated scores y[subject, draw, seed] with the variance of patients, draws, seeds, of what a draw and a seed do
-together, and of the rest; in paired differences each is half as large. Beside the crossed interval: the bootstrap over
-subjects alone, as usually printed, and a percentile bootstrap crossed over the three.
+Simulated scores y[subject, draw, seed] with the spread of patients, of draws, of seeds, of what a draw and a seed do
+together (a run), and of the rest; in paired differences each is half as large. The truth is the mean over all
+patients, draws and seeds. Beside the crossed interval: a percentile bootstrap crossed over the three, and one over
+patients alone, as usually printed.
 
-    python tests/interval_coverage.py     two minutes; writes paper_figures/statistics/coverage.json
+    python tests/interval_coverage.py     some minutes; writes paper_figures/statistics/coverage.json
 """
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clseg.stats import crossed_interval
+from clseg.stats import MARGIN, crossed_interval, holm, verdict
 
-DESIGNS = {"20 x 5 x 3": (20, 5, 3), "20 x 3 x 3": (20, 3, 3), "20 x 1 x 3": (20, 1, 3), "60 x 5 x 3": (60, 5, 3)}
-SD = {"subject": 0.10, "seed": 0.02, "draw x seed": 0.03, "rest": 0.05}
-DRAW_SD = {"1 labelled": 0.08, "8 labelled": 0.02}
-REPEATS, RESAMPLES = 4000, 400
+PATIENT, SEED, RUN, REST = 0.10, 0.02, 0.03, 0.05  # standard deviations of Dice
+FEW, MORE = ("1 labelled", 0.08), ("8 labelled", 0.02)  # of draws
+REPEATS, OF_BOOTSTRAPS, OF_FAMILIES, RESAMPLES = 4000, 1000, 1000, 400
+BOOTSTRAP, ALONE = "crossed bootstrap", "bootstrap of patients alone"
+Shape = tuple[int, int, int]  # patients, draws, seeds
+ALL = ("all labels", 0.0)
+DESIGNS: dict[str, list[tuple[Shape, tuple[str, float]]]] = {
+    "planned": [
+        *(((20, 5, 3), FEW), ((20, 5, 3), MORE), ((20, 3, 3), FEW), ((20, 3, 3), MORE)),
+        *(((60, 5, 3), FEW), ((60, 5, 3), MORE), ((20, 1, 3), ALL)),
+    ],
+    "two draws": [((20, 2, 3), FEW), ((20, 2, 3), MORE)],
+    "one draw of several": [((20, 1, 3), FEW), ((20, 1, 3), MORE)],
+    "one seed": [((20, 5, 1), FEW), ((20, 5, 1), MORE), ((20, 3, 1), MORE)],
+    "one seed, all labels": [((20, 1, 1), ALL)],
+}
 
 
-def scores(shape: tuple[int, int, int], draw_sd: float, scale: float, random: np.random.Generator) -> np.ndarray:
-    """Scores [repeats, subjects, draws, seeds] of true mean 0."""
+def scores(
+    n: int, shape: Shape, draw_sd: float, random: np.random.Generator, skewed: bool = False, folds: bool = False
+) -> np.ndarray:
+    """Scores [n, patients, draws, seeds] of true mean 0.
+
+    `skewed`: a few draws are far worse than the others; `folds`: every draw has patients of its own.
+    """
     s, d, k = shape
-
-    def normal(sd: float, *sides: int) -> np.ndarray:
-        return random.normal(0, scale * sd, (REPEATS, *sides))
-
-    y = normal(SD["subject"], s, 1, 1) + normal(SD["seed"], 1, 1, k) + normal(SD["rest"], s, d, k)
-    return y + (normal(draw_sd, 1, d, 1) + normal(SD["draw x seed"], 1, d, k) if d > 1 else 0)
+    draws = 1 - random.exponential(size=(n, 1, d, 1)) if skewed else random.normal(size=(n, 1, d, 1))
+    patients = random.normal(size=(n, s, d if folds else 1, 1))
+    y = PATIENT * patients + draw_sd * draws + SEED * random.normal(size=(n, 1, 1, k))
+    return y + RUN * random.normal(size=(n, 1, d, k)) + REST * random.normal(size=(n, s, d, k))
 
 
-def holds(y: np.ndarray) -> tuple[float, float]:
-    """Share of the crossed intervals that hold 0, and of the p below .05."""
-    inside, small = 0, 0
-    for each in y:
-        axes = [axis for axis in range(3) if each.shape[axis] > 1]
-        levels = [each.mean(axis=tuple({0, 1, 2} - {axis})) for axis in axes]
-        low, high, p = crossed_interval(float(each.mean()), levels)
-        inside += low <= 0 <= high
-        small += p < 0.05
-    return inside / len(y), small / len(y)
+def crossed(y: np.ndarray) -> tuple[float, float, float]:
+    """The interval and p of one study [patients, draws, seeds]."""
+    axes = [axis for axis in range(3) if y.shape[axis] > 1]
+    return crossed_interval(float(y.mean()), [y.mean(axis=tuple({0, 1, 2} - {axis})) for axis in axes])
 
 
-def bootstrap_holds(y: np.ndarray, axes: tuple[int, ...], random: np.random.Generator) -> float:
-    """Share of percentile bootstrap intervals, resampled along these axes, that hold 0."""
-    inside = 0
-    for each in y[: REPEATS // 4]:
-        weights = []
-        for axis in range(3):
-            n = each.shape[axis]
-            counts = random.multinomial(n, [1 / n] * n, RESAMPLES) if axis in axes else np.ones((RESAMPLES, n))
-            weights.append(counts / n)
-        means = np.einsum("sdk,rs,rd,rk->r", each, *weights, optimize=True)
+def of_folds(y: np.ndarray) -> tuple[float, float, float]:
+    """The same where every draw tests patients of its own: those are part of the draw."""
+    return crossed_interval(float(y.mean()), [y.mean(axis=(0, 2)), y.mean(axis=(0, 1))])
+
+
+def bootstrap(axes: tuple[int, ...], random: np.random.Generator) -> Callable[[np.ndarray], tuple[float, float, float]]:
+    """Percentile intervals, resampled along these axes."""
+
+    def interval(y: np.ndarray) -> tuple[float, float, float]:
+        weights = [
+            random.multinomial(n, [1 / n] * n, RESAMPLES) / n if axis in axes else np.full((RESAMPLES, n), 1 / n)
+            for axis, n in enumerate(y.shape)
+        ]
+        means = np.einsum("sdk,rs,rd,rk->r", y, *weights, optimize=True)
         low, high = np.percentile(means, [2.5, 97.5])
-        inside += low <= 0 <= high
-    return inside / (REPEATS // 4)
+        return low, high, np.nan
+
+    return interval
 
 
-def main() -> dict:
-    random, found = np.random.default_rng(0), []
-    for design, shape in DESIGNS.items():
-        for labelled, draw_sd in DRAW_SD.items():
-            if shape[1] == 1 and labelled == "1 labelled":
-                continue  # all labels: there is one draw
+def misses(studies: np.ndarray, interval: Callable[[np.ndarray], tuple[float, float, float]]) -> float:
+    """Per cent of the studies whose interval does not hold 0."""
+    return 100 * sum(not low <= 0 <= high for low, high, _ in map(interval, studies)) / len(studies)
+
+
+def of_families(n: int, truth: float, false: Callable[[str], bool], random: np.random.Generator) -> float:
+    """Per cent of families of 26 contrasts, six against one baseline at each number of labels, with a false verdict."""
+    found = 0
+    for _ in range(n):
+        levels = []
+        for shape, (_, draw_sd) in (((20, 5, 3), FEW), ((20, 5, 3), (MORE[0], 0.05)), ((20, 3, 3), MORE)):
+            y = scores(8, shape, draw_sd, random) / 8**0.5  # the difference of two of them has half of the spread
+            levels += [truth + y[other] - y[0] for other in range(1, 8)]
+        y = scores(6, (20, 1, 3), 0.0, random) / 8**0.5
+        levels += [truth + y[other] - y[0] for other in range(1, 6)]
+        intervals = [(*crossed(y), crossed(y - np.sign(y.mean()) * MARGIN)[2]) for y in levels]
+        p_holm, p_margin = holm(np.array([row[2] for row in intervals])), holm(np.array([row[3] for row in intervals]))
+        said = [verdict(low, high, p_holm[i], MARGIN, p_margin[i]) for i, (low, high, *_) in enumerate(intervals)]
+        found += any(map(false, said))
+    return 100 * found / n
+
+
+def about(kind: str, shape: Shape, labels: str, what: str = "mean of a cell") -> dict[str, Any]:
+    return {"kind": kind, "patients x draws x seeds": " x ".join(map(str, shape)), "labels": labels, "what": what}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """What was simulated; `crossed interval` and the others: per cent of intervals that miss, 5 wanted."""
+    random = np.random.default_rng(0)
+    for kind, designs in DESIGNS.items():
+        for shape, (labels, draw_sd) in designs:
             for what, scale in (("mean of a cell", 1.0), ("paired difference", 0.5)):
-                y = scores(shape, draw_sd, scale, random)
-                coverage, size = holds(y)
-                row = {"patients x draws x seeds": design, "labels": labelled if shape[1] > 1 else "all", "what": what}
-                row |= {"crossed interval": coverage, "p < .05 of nothing": size}
-                row["bootstrap of patients alone"] = bootstrap_holds(y, (0,), random)
-                row["crossed bootstrap"] = bootstrap_holds(y, (0, 1, 2), random)
-                found.append({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()})
-                print(found[-1], flush=True)
-    return {"repeats": REPEATS, "sd": SD | {"draw, " + name: sd for name, sd in DRAW_SD.items()}, "rows": found}
+                y = scale * scores(REPEATS, shape, draw_sd, random)
+                row = about(kind, shape, labels, what) | {"crossed interval": misses(y, crossed)}
+                row[BOOTSTRAP] = misses(y[:OF_BOOTSTRAPS], bootstrap((0, 1, 2), random))
+                yield row | {ALONE: misses(y[:OF_BOOTSTRAPS], bootstrap((0,), random))}
+    for labels, draw_sd in (FEW, MORE):
+        y = scores(REPEATS, (20, 5, 3), draw_sd, random, folds=True)
+        yield about("folds of 20", (100, 5, 3), labels) | {"crossed interval": misses(y, of_folds)}
+    for shape in ((20, 5, 3), (60, 5, 3)):
+        y = scores(REPEATS, shape, FEW[1], random, skewed=True)
+        yield about("a few draws far worse", shape, FEW[0]) | {"crossed interval": misses(y, crossed)}
+
+
+def families() -> dict[str, float]:
+    """Per cent of whole studies with a false verdict, at most 5 wanted."""
+    random = np.random.default_rng(1)
+    helps = of_families(OF_FAMILIES, 0.0, lambda said: said in ("helps", "harms"), random)
+    same = of_families(OF_FAMILIES, MARGIN, lambda said: said == "no difference that matters", random)
+    return {"helps or harms, where nothing differs": helps, "no difference that matters, of 0.02 each": same}
+
+
+def main() -> dict[str, Any]:
+    found = []
+    for row in rows():
+        found.append({name: round(value, 1) if isinstance(value, float) else value for name, value in row.items()})
+        print(found[-1], flush=True)
+    sd = {"patient": PATIENT, "seed": SEED, "draw x seed": RUN, "rest": REST}
+    sd |= {f"draw, {labels}": draw_sd for labels, draw_sd in (FEW, MORE)}
+    return {"repeats": REPEATS, "sd": sd, "rows": found, "families of 26 contrasts": families()}
 
 
 if __name__ == "__main__":

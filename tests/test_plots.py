@@ -18,15 +18,16 @@ from clseg.study.files import read_methods
 GAINS = {"random": 0.0, "gr": 0.02, "gd": 0.03, "gd+lr": 0.06}
 
 
-def tidy(gains=GAINS, counts=(1, 2, 8), draws=(1, 2, 3), subjects=6, benchmark=77):
+def tidy(gains=GAINS, counts=(1, 2, 8), draws=(1, 2, 3), subjects=6, benchmark=77, seeds=(0, 1)):
     """A made-up tidy table with a benchmark."""
     random, rows = np.random.default_rng(0), []
     cells = [*itertools.product(gains, counts, draws), *([("benchmark", benchmark, 1)] if benchmark else [])]
-    for (method, labelled, draw), subject in itertools.product(cells, range(subjects)):
+    for (method, labelled, draw), seed, subject in itertools.product(cells, seeds, range(subjects)):
         dice = 0.5 + 0.03 * labelled**0.5 + gains.get(method, 0.1) + random.normal(0, 0.03)
         place = {"study": "s", "dataset": "d", "profile": "laptop", "method": method, "labelled": labelled}
         found = {"dice": dice, "hd95": 5.0, "hd95_unit": "px", "missed": 0, "run": "r"}
-        rows.append(place | {"draw": draw, "seed": 0, "subject": f"p{subject}", "phase": "", "class_name": "c"} | found)
+        about = {"draw": draw, "seed": seed, "subject": f"p{subject}", "phase": "", "class_name": "c"}
+        rows.append(place | about | found)
     return pd.DataFrame(rows)
 
 
@@ -69,11 +70,11 @@ def test_label_curve_shows_every_mean_interval_and_draw():
     summary = stats.summary(table)
     figure = drawn(plots.label_curve(summary, table))
     (axes,) = figure.axes
-    assert legend(figure) == ["random", "gd", "gr", "gd+lr", "benchmark (77 labelled)", "one draw"]
+    assert legend(figure) == ["random", "gr", "gd", "gd+lr", "benchmark (77 labelled)", "one draw"]
     bars, middles = intervals(axes), means(axes)
     draws = [scatter for scatter in points(axes, 7) if len(scatter)]  # the legend's is empty
     assert len(bars) == len(middles) == len(draws) == 4
-    for method, bar, mean, draw in zip(["random", "gd", "gr", "gd+lr"], bars, middles, draws, strict=True):
+    for method, bar, mean, draw in zip(["random", "gr", "gd", "gd+lr"], bars, middles, draws, strict=True):
         rows = summary[summary["method"] == method].sort_values("labelled")
         np.testing.assert_allclose(bar[:, 1:], rows[["dice_low", "dice_high"]])
         np.testing.assert_allclose(mean[:, 1], rows["dice_mean"])
@@ -91,13 +92,15 @@ def test_label_curve_names_axes_counts_and_n():
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
-    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over subjects; subjects, draws, n = 6 test subjects"
+    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
     assert "one draw" not in legend(figure)
+    smoke = plots.label_curve(stats.summary(tidy().assign(profile="smoke")))
+    assert smoke.get_suptitle() == "s, d, smoke\nno intervals: 6 subjects, 1 to 3 draws, 2 seeds"
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (4, 5, 6, 7), (3,)])
 def test_bars_never_overlap(counts):
-    methods = ["random", "gr", "gd-", "gd", "gr+lr", "gd+lr", "gd+ld", "lr"]
+    methods = ["random", "gr", "gd-", "gd", "gr+lr", "gd+lr", "gd+ld", "lr", "pcl"]
     figure = drawn(plots.label_curve(stats.summary(tidy(dict.fromkeys(methods, 0.0), counts))))
     (axes,) = figure.axes
     pixels = np.sort(axes.transData.transform(np.concatenate(intervals(axes))[:, :2])[:, 0])
@@ -122,10 +125,28 @@ def test_cells_with_fewer_draws_are_hollow():
     table = tidy()
     table = table[~((table["method"] == "gd") & (table["labelled"] == 2) & (table["draw"] == 3))]
     figure = plots.label_curve(stats.summary(table))
-    assert legend(figure)[-1] == "fewer draws than others"
+    assert legend(figure)[-2] == "fewer runs than others"
     hollow = [line.get_xydata() for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
-    assert [len(shown) for shown in hollow] == [0, 1, 0, 0]  # random, gd, gr, gd+lr
-    np.testing.assert_allclose(hollow[1][0], means(figure.axes[0])[1][1])
+    assert [len(shown) for shown in hollow] == [0, 0, 1, 0]  # random, gr, gd, gd+lr
+    np.testing.assert_allclose(hollow[2][0], means(figure.axes[0])[2][1])
+
+
+def bars_of(axes):
+    """Whether each bar of the lines with intervals is dotted."""
+    bars = [c for c in axes.collections if isinstance(c, LineCollection)]
+    return [[dashes is not None for _, dashes in bar.get_linestyle()] for bar in bars]
+
+
+def test_intervals_of_too_few_draws_or_seeds_are_dotted():
+    table = tidy({"random": 0.0, "gd": 0.1})
+    whole = plots.label_curve(stats.summary(table))
+    assert bars_of(whole.axes[0]) == [[False] * 3] * 2
+    assert not any("dotted" in text for text in legend(whole))
+    two = table[~((table["method"] == "gd") & (table["labelled"] == 2) & (table["draw"] == 3))]
+    figure = plots.label_curve(stats.summary(two))
+    assert bars_of(figure.axes[0]) == [[False] * 3, [False, True, False]]  # random, gd
+    assert legend(figure)[-1] == "dotted: too few draws or seeds"
+    assert bars_of(plots.label_curve(stats.summary(table[table["seed"] == 0])).axes[0]) == [[True] * 3] * 2
 
 
 def test_published_numbers_stand_only_beside_cells_of_ours():
@@ -153,7 +174,7 @@ def test_label_curve_refuses_to_mix_profiles():
 
 def test_of_many_methods_each_has_a_panel_with_random():
     methods = [*list(plots.STYLES)[: plots.ON_ONE_AXIS], "mine"]
-    table = tidy(dict.fromkeys(methods, 0.0), (1, 2), (1, 2))
+    table = tidy(dict.fromkeys(methods, 0.0), (1, 2))
     rows = published(("gd+lr", 1, 0.725, "V2"), ("random", 2, 0.6, "V"))
     figure = drawn(plots.label_curve(stats.summary(table), table, rows))
     titles = [axes.get_title() for axes in figure.axes]
@@ -178,13 +199,35 @@ def test_label_curve_of_little():
 # --------------------------------------------------------------------------------------------------------------- styles
 
 
-def test_styles_are_fixed_and_tell_methods_apart():
-    assert len({str(style) for style in plots.STYLES.values()}) == len(plots.STYLES)
-    assert plots.style("gd") == plots.style("gd [stages.0.temperature=0.5]")
-    assert len({plots.style(name)[0] for name in ("random", "gr", "gd", "gd+lr", "pcl", "ufc", "weak_to_strong")}) == 7
-    assert plots.style("my_method")[0] in plots.OWN
-    assert plots.style("matched-gd") == plots.style("gd")
-    assert plots.style("matched-gd+weak_to_strong") == (plots.BLUE, "*", (0, (5, 1)))
+CORE = ["random", "gr", "gd", "gd+lr", "pcl", "ufc", "weak_to_strong", "benchmark"]
+
+
+def test_looks_are_fixed_and_tell_methods_apart():
+    core = plots.looks(CORE)
+    for part in range(2):  # colour, marker
+        assert len({look[part] for look in core.values()}) == len(CORE)
+    assert core["gd"] == plots.looks(["gd"])["gd"] == (plots.BLUE, "D", "-")
+    more = [f"{arm}{name}{end}" for name in CORE[1:6] for arm in ("", "matched-") for end in ("", "+weak_to_strong")]
+    own = ["mine", "yours", "gd [stages.0.temperature=0.5]", "gd [stages.0.temperature=1.0]", "e", "f", "g"]
+    everything = plots.looks([*plots.STYLES, *more, *own])
+    in_grey = [str(look[1:]) for look in everything.values()]
+    assert len(set(in_grey)) == len(in_grey) == len({*plots.STYLES, *more, *own})
+    assert {look[0] for name, look in everything.items() if name in own} == {colour for colour, _ in plots.OWN}
+    assert everything["matched-gd"] == (plots.BLUE, "D", "--")
+    assert everything["gd+weak_to_strong"] == (plots.BLUE, "D", "-.")
+    assert everything["matched-gd+weak_to_strong"][:2] == (plots.BLUE, "D")
+    assert plots.looks(["pcl (transductive)"])["pcl (transductive)"] == core["pcl"]
+
+
+def test_looks_come_in_the_order_of_families():
+    names = ["mine", "matched-gd+weak_to_strong", "weak_to_strong", "matched-gd", "gd", "matched-gr", "random"]
+    assert [*plots.looks(names)] == [
+        *("random", "matched-gr", "gd", "matched-gd", "weak_to_strong", "mine"),
+        "matched-gd+weak_to_strong",
+    ]
+
+
+def test_every_method_of_the_project_has_a_family():
     plain = {name.removeprefix("matched-").removesuffix("+weak_to_strong") for name in read_methods()}
     assert plain <= set(plots.STYLES)
 
@@ -192,7 +235,7 @@ def test_styles_are_fixed_and_tell_methods_apart():
 def test_families_differ_for_colour_blind_readers():
     """Smallest distance of the palette's colours, as seen without red or green cones (Vienot et al. 1999)."""
     blind = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])  # linear RGB, no L cones
-    linear = np.array([to_rgb(colour) for colour in plots.FAMILIES]) ** 2.2
+    linear = np.array([to_rgb(colour) for colour, _ in (*plots.FAMILIES, *plots.OWN)]) ** 2.2
     seen = np.clip(linear @ blind.T, 0, 1) ** (1 / 2.2)
     distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(len(seen))
     assert distance.min() > 0.1
@@ -243,6 +286,8 @@ def test_ablation_tells_numbers_of_labelled_subjects_apart():
     assert legend(figure)[:2] == ["gd, 2 labelled", "gd, 8 labelled"]
     two, eight = intervals(figure.axes[0])
     assert (np.abs(two[:, 0] - eight[:, 0]) > 0.1).all()
+    lines = [container[0].get_linestyle() for container in figure.axes[0].containers]
+    assert lines == ["-", ":"]
 
 
 def test_ablation_without_runs_says_so():
@@ -366,14 +411,29 @@ def test_threshold_curve_shows_dice_over_the_share_of_positives():
 
 
 def test_a_contrast_is_a_line_with_its_interval_and_verdict():
-    found = stats.contrasts(tidy(subjects=8).assign(profile="laptop"), [("gd", "random")])
-    (axes,) = drawn(plots.forest(found)).axes
-    names = [f"gd - random, {row.labelled} labelled" for row in found.itertuples()]
-    assert [label.get_text() for label in axes.get_yticklabels()] == names[::-1]
-    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() == plots.BLUE]
-    assert np.array(sorted(map(tuple, spans))) == pytest.approx(found[["low", "high"]].sort_values("low").to_numpy())
-    assert {text.get_text() for text in axes.texts} == set(found["verdict"])
+    found = stats.contrasts(tidy({"random": 0.0, "gd": 0.2, "gr": 0.0}), [("gd", "random"), ("gr", "random")])
+    figure = drawn(plots.forest(found))
+    assert [axes.get_title("left") for axes in figure.axes] == ["1 labelled", "2 labelled", "8 labelled"]
+    assert figure.get_suptitle() == "95 % intervals over 6 subjects, 3 draws, 2 seeds"
+    for axes, (_, own) in zip(figure.axes, found.groupby("labelled"), strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["gd − random", "gr − random"]
+        assert axes.yaxis.get_inverted()
+        for place, row in enumerate(own.itertuples()):
+            bar, mean = axes.lines[1 + 2 * place : 3 + 2 * place]
+            assert bar.get_xdata().tolist() == [row.low, row.high]
+            assert mean.get_xydata().tolist() == [[row.difference, place]]
+            assert (mean.get_markerfacecolor() == "white") == (row.verdict == "not known")
+        assert [text.get_text() for text in axes.texts] == ["helps (by more than 0.02)", "not known"]
+        assert axes.patches[0].get_x() == -0.02
+        assert axes.patches[0].get_width() == pytest.approx(0.04)
     assert "no contrast" in drawn(plots.forest(found.iloc[:0])).texts[0].get_text()
+
+
+def test_a_contrast_of_one_seed_is_dotted():
+    found = stats.contrasts(tidy({"random": 0.0, "gd": 0.2}, (1,), seeds=(0,)), [("gd", "random")])
+    (axes,) = drawn(plots.forest(found)).axes
+    assert axes.lines[1].is_dashed()
+    assert [text.get_text() for text in axes.texts] == ["not known (one seed)"]
 
 
 def test_embedding_has_a_column_per_method_and_a_row_per_colouring():

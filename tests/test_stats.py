@@ -1,5 +1,7 @@
+import importlib.util
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,6 +9,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from clseg import paths, stats
+from clseg.study import grid, results
+from clseg.study.files import read_study
 
 NAN = float("nan")
 
@@ -51,6 +55,10 @@ def study(seed=0, subjects=12, draws=(1, 2, 3), labelled=(1, 2), gain=None):
     return pd.DataFrame(table)
 
 
+def two_seeds(**more):
+    return pd.concat([study(**more), study(seed=1, **more).assign(seed=1)])
+
+
 # -------------------------------------------------------------------------------------------------- means of subjects
 
 
@@ -89,11 +97,14 @@ def test_summary_literal():
 
 def test_a_seed_without_all_draws_does_not_count():
     table = pd.DataFrame(
-        rows("gd", 1, 1, {"a": [0.2]}, seed=0) + rows("gd", 1, 1, {"a": [0.4]}, seed=1) + rows("gd", 1, 2, {"a": [0.5]})
+        rows("gd", 1, 1, {"a": [0.2]}, seed=0)
+        + rows("gd", 1, 1, {"a": [0.0]}, seed=1, missed=1)
+        + rows("gd", 1, 2, {"a": [0.5]})
     )
-    assert stats.per_draw(table)["dice"].tolist() == pytest.approx([0.3, 0.5])
+    assert stats.per_draw(table)["dice"].tolist() == pytest.approx([0.2, 0.5])
     cell = stats.summary(table).iloc[0]
     assert cell[["n_draws", "n_seeds", "n_runs"]].tolist() == [2, 1, 2]
+    assert cell[["missed", "missed_share", "scored_rows", "hd95_mean"]].tolist() == [0, 0, 2, 6.5]
     assert cell["dice_mean"] == pytest.approx(0.35)
     assert cell["dice_sd_draws"] == pytest.approx(np.std([0.2, 0.5], ddof=1))
     assert stats.whole_seeds([(1, 0), (2, 1)]) == {(1, 0), (2, 1)}  # no seed has both draws
@@ -179,6 +190,7 @@ def test_holm_by_hand():
     np.testing.assert_allclose(stats.holm([0.9, 0.6]), [1.0, 1.0])
     np.testing.assert_allclose(stats.holm([0.02, NAN, 0.04]), [0.04, NAN, 0.04])  # m = 2
     assert stats.holm([]).shape == (0,)
+    np.testing.assert_allclose(stats.holm([0.02, NAN, 0.01], tests=4), [0.06, NAN, 0.04])  # two have no p yet
 
 
 def test_holm_lies_between_raw_and_bonferroni_and_keeps_the_order():
@@ -244,11 +256,45 @@ def test_the_interval_says_what_it_is_over():
     assert set(stats.summary(study(labelled=(1,)))["interval_over"]) == {"subjects, draws"}
     two = pd.concat([study(labelled=(1,)), study(seed=1, labelled=(1,)).assign(seed=1)])
     assert set(stats.summary(two)["interval_over"]) == {"subjects, draws, seeds"}
-    folds = [rows("gd", 1, fold, {f"{fold}{k}": [0.1 * fold + 0.01 * k] for k in range(4)}) for fold in (1, 2, 3)]
+    folds = [rows("gd", 1, fold, {f"{fold}{k}": [0.3 + 0.1 * fold + 0.01 * k] for k in range(4)}) for fold in (1, 2, 3)]
     nested = stats.summary(pd.DataFrame(itertools.chain(*folds))).iloc[0]  # subjects are part of their fold
     assert nested["interval_over"] == "draws"
     half = scipy_stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
-    assert (nested["dice_low"], nested["dice_high"]) == pytest.approx((0.215 - half, 0.215 + half))
+    assert (nested["dice_low"], nested["dice_high"]) == pytest.approx((0.515 - half, 0.515 + half))
+
+
+def test_no_interval_leaves_the_scale():
+    dice = {draw: {f"p{k}": [0.3 * draw + 0.01 * k] for k in range(5)} for draw in (1, 2, 3)}
+    (cell,) = stats.summary(pd.DataFrame(itertools.chain(*(rows("gd", 1, *one) for one in dice.items())))).to_dict(
+        "records"
+    )
+    assert (cell["dice_low"], cell["dice_high"]) == (0.0, 1.0)  # 0.62 ± 0.75
+
+
+@pytest.mark.parametrize(
+    ("draws", "seeds", "of_group", "expected"),
+    [
+        (5, 3, 5, ""),
+        (3, 2, 5, ""),
+        (1, 3, 1, ""),  # all labels
+        (1, 3, 5, "one draw"),
+        (2, 3, 2, "two draws"),
+        (5, 1, 5, "one seed"),
+        (2, 1, 5, "two draws, one seed"),
+        (1, 1, 1, "one seed"),
+    ],
+)
+def test_what_an_interval_lacks(draws, seeds, of_group, expected):
+    assert stats.lacks(draws, seeds, of_group) == expected
+
+
+def test_a_cell_says_what_its_interval_lacks():
+    table = two_seeds(labelled=(1,))
+    fewer = table[~((table["method"] == "gd") & (table["draw"] > 1))]
+    found = stats.summary(fewer).set_index("method")
+    assert found["note"].to_dict() == {"gd": "one draw", "random": ""}
+    assert found["interval_over"].to_dict() == {"gd": "subjects, seeds", "random": "subjects, draws, seeds"}
+    assert set(stats.summary(study().assign(profile="smoke"))["note"]) == {""}
 
 
 def test_draws_that_differ_widen_the_interval():
@@ -290,21 +336,92 @@ def test_a_contrast_pairs_subjects_draws_and_seeds():
 
 
 def test_declared_contrasts_are_one_family_over_all_numbers_of_labels():
-    table = study(gain={"random": 0, "gd": 0.2, "gr": 0.0})
-    found = stats.contrasts(table, [("gd", "random"), ("gr", "random"), ("absent", "random")])
+    table = two_seeds(gain={"random": 0, "gd": 0.2, "gr": 0.0})
+    pairs = [("gd", "random"), ("gr", "random"), ("absent", "random")]
+    found = stats.contrasts(table, pairs)
     assert len(found) == 4  # two numbers of labels
     assert found["p_holm"].tolist() == pytest.approx(stats.holm(found["p"].to_numpy()).tolist())
     assert found.set_index(["method", "labelled"])["verdict"].loc["gd"].tolist() == ["helps", "helps"]
     swapped = stats.contrasts(table, [("random", "gd")])
     assert swapped["verdict"].tolist() == ["harms", "harms"]
     assert swapped["difference"].tolist() == pytest.approx((-found[found["method"] == "gd"]["difference"]).tolist())
+    whole = stats.contrasts(table, pairs, tests=6)  # those that have no runs count as well
+    assert whole["p_holm"].tolist() == pytest.approx(stats.holm(found["p"].to_numpy(), 6).tolist())
+    assert (whole["p_holm"] > found["p_holm"]).any()
+    twice = stats.contrasts(pd.concat([table, table.assign(dataset="e")]), pairs)  # a family is of one study
+    assert twice["p_holm"].tolist() == pytest.approx([*found["p_holm"], *found["p_holm"]])
+
+
+def differences(of_subject, of_seed=(0.0, 0.0), draws=(1, 2, 3)):
+    """`gd` minus `random`: a number for each subject, and for each seed."""
+    table = []
+    for (draw, (seed, more)), method in itertools.product(
+        itertools.product(draws, enumerate(of_seed)), ("gd", "random")
+    ):
+        dice = {f"p{n}": [0.5 + (method == "gd") * (gain + more)] for n, gain in enumerate(of_subject)}
+        table += rows(method, 1, draw, dice, seed=seed)
+    return pd.DataFrame(table)
+
+
+def test_the_margin_has_a_family_of_its_own():
+    table = differences(np.array([0.05, 0.06, 0.07, 0.08]))
+    (row,) = stats.contrasts(table, [("gd", "random")]).to_dict("records")
+    error = np.std([0.05, 0.06, 0.07, 0.08], ddof=1) / 2  # nothing else varies, df = 3
+    assert row["p_margin_holm"] == pytest.approx(2 * scipy_stats.t.sf((0.065 - 0.02) / error, 3))
+    assert (row["verdict"], row["note"]) == ("helps", "by more than 0.02")
+    (row,) = stats.contrasts(table, [("gd", "random")], tests=10).to_dict("records")
+    assert row["p_margin_holm"] == pytest.approx(20 * scipy_stats.t.sf((0.065 - 0.02) / error, 3))
+    assert (row["low"] > 0.02, row["p_margin_holm"] < 0.05) == (True, False)
+    assert (row["verdict"], row["note"]) == ("helps", "")  # the interval alone does not prove it beside nine others
+    (row,) = stats.contrasts(table, [("random", "gd")]).to_dict("records")
+    assert (row["verdict"], row["note"]) == ("harms", "by more than 0.02")
+    small = differences(np.array([0.002, 0.003, 0.004, 0.005]))  # surely more than 0, and surely less than matters
+    (row,) = stats.contrasts(small, [("gd", "random")]).to_dict("records")
+    assert (row["p_holm"] < 0.05, row["verdict"], row["note"]) == (True, "no difference that matters", "")
+    (row,) = stats.contrasts(small, [("gd", "random")], margin=0.001).to_dict("records")
+    assert (row["verdict"], row["note"]) == ("helps", "by more than 0.001")
+
+
+def test_no_verdict_of_one_seed_or_of_few_draws():
+    gains = np.array([0.05, 0.06, 0.07, 0.08])
+    for table, note in (
+        (differences(gains, of_seed=(0.0,)), "one seed"),
+        (differences(gains, draws=(1, 2)), "two draws"),
+    ):
+        (row,) = stats.contrasts(table, [("gd", "random")]).to_dict("records")
+        assert row["p_holm"] < 0.05
+        assert (row["verdict"], row["note"]) == ("not known", note)
+    one = differences(gains, draws=(1,))
+    (row,) = stats.contrasts(one, [("gd", "random")]).to_dict("records")
+    assert (row["verdict"], row["note"]) == ("helps", "by more than 0.02")  # all labels: there is one draw
+    more = pd.concat([one, differences(gains).query("method == 'gd' and draw > 1").assign(method="other")])
+    (row,) = stats.contrasts(more, [("gd", "random")]).to_dict("records")
+    assert (row["verdict"], row["note"]) == ("not known", "one draw")
 
 
 def test_what_was_not_declared_is_exploratory_and_gets_no_verdict():
-    found = stats.contrasts(study())
+    found = stats.contrasts(two_seeds())
     assert found["family"].tolist() == ["exploratory"] * 2
-    assert found["p_holm"].isna().all()
-    assert found["verdict"].tolist() == ["", ""]
+    assert found[["p_holm", "p_margin_holm"]].isna().all(axis=None)
+    assert found["p"].notna().all()
+    assert found[["verdict", "note"]].to_numpy().tolist() == [["", ""]] * 2
+
+
+def test_an_ablated_value_is_compared_with_the_method_s_own():
+    names = ["gd", "gd [t=0.5]", "pcl (transductive)", "pcl [t=1] (transductive)", "gr [t=2]", "random"]
+    found = stats.contrasts(study(labelled=(1,), gain=dict.fromkeys(names, 0.0)))
+    assert found[["method", "baseline"]].to_numpy().tolist() == [
+        ["gd", "random"],
+        ["gd [t=0.5]", "gd"],
+        ["gr [t=2]", "random"],  # there is no gr
+        ["pcl (transductive)", "random"],
+        ["pcl [t=1] (transductive)", "pcl (transductive)"],
+    ]
+
+
+def test_the_protocol_declares_26_contrasts():
+    plan = grid.expand(read_study("acdc"), "acdc", "laptop")
+    assert results._declared(plan) == 26
 
 
 @pytest.mark.parametrize(
@@ -324,9 +441,40 @@ def test_verdicts(low, high, p_holm, expected):
     assert stats.verdict(low, high, p_holm) == expected
 
 
+def test_a_verdict_needs_the_adjusted_p_of_its_own_question():
+    assert stats.verdict(-0.015, 0.015, 0.9, 0.02, 0.06) == "not known"
+    assert stats.verdict(0.001, 0.015, 0.01, 0.02, 0.06) == "helps"
+    assert stats.verdict(-0.015, 0.015, 0.9, 0.01) == "not known"
+
+
 def test_coverage_is_what_the_committed_simulation_says():
-    folder = paths.COMMITTED / "statistics"
-    for row in json.loads((folder / "coverage.json").read_text())["rows"]:
-        assert 0.93 <= row["crossed interval"] <= 0.98, row
-        assert row["p < .05 of nothing"] <= 0.07, row
-        assert row["bootstrap of patients alone"] < row["crossed interval"], row
+    about = json.loads((paths.COMMITTED / "statistics" / "coverage.json").read_bytes())
+    table = pd.DataFrame(about["rows"]).drop(columns=["patients x draws x seeds", "labels", "what"])
+    planned = table[table["kind"].isin(["planned", "folds of 20"])]
+    assert planned["crossed interval"].between(3, 7).all()
+    others = planned.dropna()[["crossed bootstrap", "bootstrap of patients alone"]]
+    assert others.gt(planned["crossed interval"].dropna(), axis=0).loc[others.index].all(axis=None)
+    assert max(about["families of 26 contrasts"].values()) <= 5
+    quoted = [line.split("|")[1:-1] for line in stats.__doc__.splitlines() if line.startswith("| ")][1:]
+    kinds = dict([*table.groupby("kind")])
+    assert {kind.split(":")[0].strip() for kind, *_ in quoted} == {*kinds}
+    for kind, *cells in quoted:
+        ends = kinds[kind.split(":")[0].strip()].drop(columns="kind").agg(["min", "max"]).T.to_numpy()
+        assert [cell.strip() for cell in cells] == [f"{low} to {high}" if low == low else "" for low, high in ends]
+    for number in about["families of 26 contrasts"].values():
+        assert f"in {number} %" in stats.__doc__.replace("\n", " ")
+
+
+def test_the_simulation_finds_what_misses():
+    program = Path(__file__).with_name("interval_coverage.py")
+    spec = importlib.util.spec_from_file_location("interval_coverage", program)
+    interval_coverage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(interval_coverage)
+    studies = np.stack([np.full((4, 3, 2), 0.1), *np.random.default_rng(0).normal(size=(3, 4, 3, 2))])
+    assert interval_coverage.misses(studies, interval_coverage.crossed) == 25.0  # the first does not vary, and is not 0
+    random = np.random.default_rng(0)
+    y = interval_coverage.scores(2000, (4, 3, 2), 0.08, random)
+    assert y.shape == (2000, 4, 3, 2)
+    assert y.var() == pytest.approx(0.1**2 + 0.08**2 + 0.02**2 + 0.03**2 + 0.05**2, rel=0.05)
+    folds = interval_coverage.scores(2000, (50, 3, 2), 0.0, random, folds=True).mean(axis=1)
+    assert folds.var() == pytest.approx(0.1**2 / 50 + 0.02**2 + 0.03**2 + 0.05**2 / 50, rel=0.05)

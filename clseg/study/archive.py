@@ -99,7 +99,7 @@ def write_table(path: Path, table: pd.DataFrame, decimals: str = "%.6f") -> None
 def read_table(path: Path) -> pd.DataFrame:
     """A table as `write_table` left it: names and ids stay text, also where they are empty or look like numbers."""
     text = ["study", "method", "subject", "phase", "class_name", "hd95_unit", "note", "run", "kind", "parent"]
-    text += ["device", "precision", "code", "content", "commit", "torch"]
+    text += ["device", "precision", "code", "content", "commit", "torch", "interval_over", "verdict"]
     table = pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""])
     return table.fillna(dict.fromkeys(table.columns.intersection(text), ""))
 

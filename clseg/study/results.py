@@ -29,8 +29,8 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     table = found.table(grid.study.name, grid.place, grid.profile)
     archive.write_table(folder / "table.csv", table)
     archive.write_table(folder / "summary.csv", stats.summary(table))
-    tested = stats.contrasts(table, grid.study.contrasts)
-    for column in ("p", "p_holm"):  # six decimals would make zeros of them
+    tested = stats.contrasts(table, grid.study.contrasts, _declared(grid))
+    for column in ("p", "p_holm", "p_margin_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
     stages = set(found.runs["run"][found.runs["kind"] == "pretrain"])
@@ -46,6 +46,13 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "subjects": _subjects(grid, table),
     }
     archive.write_json(folder / "provenance.json", about)
+
+
+def _declared(grid: Grid) -> int:
+    """How many contrasts the study declares: its pairs, at each number of labels with which it runs both methods."""
+    cells = {(run.method, run.key["labelled"]) for run in grid.finetune}
+    labelled = {count for _, count in cells}
+    return sum(cells >= {(one, count), (other, count)} for one, other in grid.study.contrasts for count in labelled)
 
 
 def _seconds(found: Rows) -> dict[str, dict[str, float]]:
