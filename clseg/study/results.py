@@ -120,10 +120,9 @@ class Results:
         columns = ["method", "baseline", "labelled", "n_subjects", "n_draws", "n_seeds", "difference", "low", "high"]
         shown = self.contrasts[columns].round(3)
         if (self.contrasts["family"] == "declared").any():
-            shown = shown.assign(
-                p_holm=self.contrasts["p_holm"].map("{:.2g}".format), verdict=self.contrasts["verdict"]
-            )
-        return shown.to_string(index=False)
+            holm = {p: self.contrasts[p].map("{:.2g}".format) for p in ("p_holm", "p_margin_holm")}
+            shown = shown.assign(**holm, verdict=self.contrasts["verdict"])
+        return shown.assign(note=self.contrasts["note"]).to_string(index=False)
 
     @property
     def distances(self) -> pd.DataFrame:

@@ -38,8 +38,9 @@ print(results.gaps)
 
 # %% [markdown]
 # ## Dice against labelled patients
-# Each line is a method, each bar a 95 % interval over what its table row names, each small point one draw of labelled patients. A hollow
-# marker lacks draws that others have.
+# Each line is a method (dashed: the matched arm), each bar a 95 % interval over patients, draws and seeds, each small point one draw of
+# labelled patients. A hollow marker lacks runs that others have; a dotted bar is of too few draws or seeds to say how much others would
+# differ.
 
 # %%
 figure = plots.label_curve(results.summary, results.table)
@@ -52,7 +53,9 @@ print(results.dice)
 # %% [markdown]
 # ## The contrasts of the protocol
 # The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *p* is
-# corrected by Holm over all contrasts that are there. *Not known* means: the data allow a gain as well as nothing.
+# corrected by Holm over all contrasts of the protocol, also those that have no runs yet: `p_holm` asks if there is a difference,
+# `p_margin_holm` if it is on the side of .02 where it seems to be. *Not known* means: the data allow a gain as well as nothing, or one
+# seed, one or two draws are too few to say (dotted).
 
 # %%
 figure = plots.forest(results.contrasts)
