@@ -425,7 +425,7 @@ BAD_LABELS = {
     "truncated": (write("label", lambda data: data[:60]), ["NIfTI", "replace the file"]),
     "4-D": (array("label", lambda mask: np.stack([mask, mask], -1)), ["label", "[2, 4, 10, 12]"]),
     "with an undeclared class": (array("label", at(7)), ["values 7", "0, 1, 2", "`classes`"]),
-    "with a negative class": (array("label", at(-1, np.int16)), ["values -1"]),
+    "with another negative class": (array("label", at(-2, np.int16)), ["values -2"]),
     "with a fraction": (array("label", at(0.5, np.float32)), ["values 0.5"]),
     "with NaN": (array("label", at(np.nan, np.float32)), ["NaN in 1 voxels"]),
     "no permission": (lambda world: world.deny(world.label), ["Permission denied"]),
@@ -461,8 +461,10 @@ BAD_NNUNET = {
     "channels a number": (called("tell", channel_names=3), [JSON, "channel_names"]),
     "no channels": (called("tell", channel_names={}), [JSON, "channel_names"]),
     "another format": (called("tell", file_ending=".mha"), [JSON, ".mha"]),
-    "ignore label": (called("tell", labels={"background": 0, "rim": 1, "ignore": 2}), [JSON, "ignore"]),
-    "label regions": (called("tell", labels={"background": 0, "whole": [1, 2]}), [JSON, "whole"]),
+    "label regions": (
+        called("tell", labels={"background": 0, "whole": [1, 2], "core": 2}),
+        [JSON, "regions (whole)", '"labels": {"background": 0, "class 1": 1, "core": 2}'],
+    ),
     "channel on another grid": (
         lambda world: (
             world.tell(channel_names={"0": "T1", "1": "T2"}),
