@@ -694,7 +694,7 @@ BAD_STUDIES = {
     "set to no stages": (asked("--set", "recipe=5"), ["recipe"]),
     "set to an unknown protocol": (asked("--set", "protocol=folds"), ["protocol 'folds'", "valid are seeded"]),
     "set to a key given twice": (asked("--set", "recipe={recipe: supervised, recipe: mixup}"), ["--set", "twice"]),
-    "output a file": (lambda world: world.out.touch(), ["out/runs/prepared", "choose another --out"]),
+    "output a file": (lambda world: world.out.touch(), ["out/runs/prepared", "set CLSEG_OUT or --out to a folder"]),
 }
 BAD_WEIGHTS = {
     "not there": (lambda world: world.weights.unlink(), ["safetensors"]),
@@ -965,6 +965,17 @@ def test_a_notebook_without_parameters_is_not_executed(world):
     with pytest.raises(RequestError, match=r"mine\.ipynb: has no cell with the tag"):
         grid.execute_notebook(paths.NOTEBOOKS / "mine.ipynb", world.out / "done.ipynb", {"labelled": 1})
     assert not world.out.exists()
+
+
+def test_a_notebook_is_executed_that_does_not_say_its_language(world):
+    """As some programs save them."""
+    notebook("parameters")(world)
+    assert json.loads((paths.NOTEBOOKS / "mine.ipynb").read_text())["metadata"] == {}
+    world.out.mkdir()
+    grid.execute_notebook(paths.NOTEBOOKS / "mine.ipynb", world.out / "done.ipynb", {"labelled": 1})
+    cells = json.loads((world.out / "done.ipynb").read_text())["cells"]
+    assert "labelled = 1" in "".join(cells[1]["source"])
+    assert cells[1]["execution_count"] == 2
 
 
 # ------------------------------------------------------------------------------------------------- open values

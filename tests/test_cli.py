@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from clseg import paths
 from clseg.study.files import known_names, read_dataset, read_methods, read_study
 from clseg.tools import cli
 
@@ -75,3 +76,34 @@ def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch):
     draws = len(read_study("quickstart").draws)
     assert len(folds) == draws
     assert all(len(fold["train"]) == 2 and not set(fold["train"]) & set(fold["val"]) for fold in folds)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding, tmp_path):
+    (tmp_path / "dät 心").mkdir()
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "clseg", "check", str(tmp_path / "dät 心")]
+    done = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2
+    errors = done.stderr.decode(encoding)
+    assert "\\u5fc3: no image and mask belong together" in errors
+    assert "Traceback" not in errors
+
+
+def test_relative_roots_are_those_of_the_folder_where_the_process_started(tmp_path):
+    """Kernels have another working directory."""
+    code = "import os; from clseg import paths; os.chdir('/'); print(paths.data_root(), paths.out_root(), *map("
+    code += "os.environ.get, ['CLSEG_DATA', 'CLSEG_OUT']), sep='\\n')"
+    environment = os.environ | {"CLSEG_DATA": "data", "CLSEG_OUT": "out/here", "PYTHONPATH": str(paths.PROJECT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "data"), str(tmp_path / "out/here")] * 2
+
+
+def test_an_installation_without_the_repository_says_how_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path / "params")
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    assert cli.main(["methods"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clseg: {tmp_path}: has no params/ and notebooks/")
+    assert line.endswith("clone it and install in place: pip install -e .")

@@ -155,7 +155,7 @@ def _seen(folder: Path, files: list[str]) -> str:
     for path in files:
         groups.setdefault(path.rpartition("/")[0] or ".", []).append(path)
     most = sorted(groups.items(), key=lambda group: -len(group[1]))[:3]
-    return ", ".join(f"{len(some)} in {where} (such as {some[0]})" for where, some in most) or "no image file"
+    return ", ".join(f"{len(some)} in {where} (such as {some[0]})" for where, some in most) or "no image files"
 
 
 def _draft(folder: Path, name: str, options: dict[str, Any]) -> tuple[str, DatasetConfig, list[str]]:

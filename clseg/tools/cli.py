@@ -17,6 +17,14 @@ from clseg.study.files import known_names, read_dataset, read_methods, read_prof
 from clseg.study.parameters import PretrainParameters, override_study, read_parameters, resolve
 
 
+def _require_repository() -> None:
+    from clseg import paths
+
+    if not (paths.PARAMS / "methods.yaml").is_file():
+        absent = "has no params/ and notebooks/, which clseg reads in its repository"
+        raise RequestError(f"{paths.PROJECT}: {absent}; clone it and install in place: pip install -e .")
+
+
 def _set_roots(arguments: argparse.Namespace) -> None:
     for folder, variable in ((arguments.data, "CLSEG_DATA"), (arguments.out, "CLSEG_OUT")):
         if folder:
@@ -319,8 +327,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold letters that the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(words)
     try:
+        _require_repository()
         return COMMANDS[arguments.command][0](arguments)
     except RequestError as error:
         print(f"clseg: {error}", file=sys.stderr)
