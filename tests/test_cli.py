@@ -1,14 +1,19 @@
 """The command line as a user meets it: exit status and one clear sentence."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from clseg import paths
 from clseg.study.files import known_names, read_dataset, read_methods, read_study
+from clseg.study.results import Results
 from clseg.tools import cli
 
 
@@ -107,3 +112,14 @@ def test_an_installation_without_the_repository_says_how_to_install(tmp_path, mo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"clseg: {tmp_path}: has no params/ and notebooks/")
     assert line.endswith("clone it and install in place: pip install -e .")
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EROFS, True), (errno.EACCES, True), (errno.ENOSPC, False)])
+def test_a_figure_in_a_read_only_checkout_is_shown_and_a_full_disk_is_an_error(number, told, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with nullcontext() if told else pytest.raises(OSError, match="no"):
+        Results.save(SimpleNamespace(folder=Path("smoke/phantom/quickstart")), None, "dice")
+    assert ("dice.png is only shown: the output folder is read-only" in capsys.readouterr().out) == told
