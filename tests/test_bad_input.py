@@ -641,7 +641,7 @@ BAD_DATASETS = {
         called("describe", protocols={"seeded": {"kind": "seeded", "test": 1, "validation": 1, "seed": -1}}),
         ["protocols", "seed", "greater than"],
     ),
-    "no protocol": (called("describe", protocols={}), ["mine.yaml", "protocols"]),
+    "no protocol": (called("describe", protocols={}), ["data set mine", "protocols"]),
     "unknown adapter": (called("describe", adapter="mds"), ["mds", "did you mean 'msd'"]),
     "unknown option": (called("describe", options={"chanel": 0}), ["chanel", "did you mean 'channel'"]),
     "channel that is not there": (called("describe", options={"channel": 1}), ["options.channel", "0 to 0"]),
