@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+for _root in ("CLSEG_DATA", "CLSEG_OUT"):  # once, at the door: kernels have another working directory
+    if os.environ.get(_root):
+        os.environ[_root] = str(Path(os.environ[_root]).expanduser().absolute())
+
 PROJECT = Path(__file__).resolve().parent.parent
 PARAMS = PROJECT / "params"
 NOTEBOOKS = PROJECT / "notebooks"

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.container import Container
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
+from matplotlib.style import context as style_context
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from scipy.cluster import hierarchy
 
@@ -58,7 +58,7 @@ STYLE: Any = {
     **{"image.interpolation": "nearest", "figure.dpi": 150},
 }
 ROOM = 1.4  # times the sizes below, which were drawn for small print
-styled = rc_context(STYLE)
+styled = style_context(["default", STYLE])  # whatever a user's own matplotlibrc says
 MaybeTable = pd.DataFrame | None
 
 
@@ -67,6 +67,7 @@ class Figure(MatplotlibFigure):
 
     draw = styled(MatplotlibFigure.draw)  # ticks are made when they are first drawn
 
+    @styled
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.draw_without_rendering()  # with axes of fixed aspect the layout needs two passes

@@ -425,7 +425,7 @@ BAD_LABELS = {
     "truncated": (write("label", lambda data: data[:60]), ["NIfTI", "replace the file"]),
     "4-D": (array("label", lambda mask: np.stack([mask, mask], -1)), ["label", "[2, 4, 10, 12]"]),
     "with an undeclared class": (array("label", at(7)), ["values 7", "0, 1, 2", "`classes`"]),
-    "with a negative class": (array("label", at(-1, np.int16)), ["values -1"]),
+    "with another negative class": (array("label", at(-2, np.int16)), ["values -2"]),
     "with a fraction": (array("label", at(0.5, np.float32)), ["values 0.5"]),
     "with NaN": (array("label", at(np.nan, np.float32)), ["NaN in 1 voxels"]),
     "no permission": (lambda world: world.deny(world.label), ["Permission denied"]),
@@ -461,8 +461,10 @@ BAD_NNUNET = {
     "channels a number": (called("tell", channel_names=3), [JSON, "channel_names"]),
     "no channels": (called("tell", channel_names={}), [JSON, "channel_names"]),
     "another format": (called("tell", file_ending=".mha"), [JSON, ".mha"]),
-    "ignore label": (called("tell", labels={"background": 0, "rim": 1, "ignore": 2}), [JSON, "ignore"]),
-    "label regions": (called("tell", labels={"background": 0, "whole": [1, 2]}), [JSON, "whole"]),
+    "label regions": (
+        called("tell", labels={"background": 0, "whole": [1, 2], "core": 2}),
+        [JSON, "regions (whole)", '"labels": {"background": 0, "class 1": 1, "core": 2}'],
+    ),
     "channel on another grid": (
         lambda world: (
             world.tell(channel_names={"0": "T1", "1": "T2"}),
@@ -639,7 +641,7 @@ BAD_DATASETS = {
         called("describe", protocols={"seeded": {"kind": "seeded", "test": 1, "validation": 1, "seed": -1}}),
         ["protocols", "seed", "greater than"],
     ),
-    "no protocol": (called("describe", protocols={}), ["mine.yaml", "protocols"]),
+    "no protocol": (called("describe", protocols={}), ["data set mine", "protocols"]),
     "unknown adapter": (called("describe", adapter="mds"), ["mds", "did you mean 'msd'"]),
     "unknown option": (called("describe", options={"chanel": 0}), ["chanel", "did you mean 'channel'"]),
     "channel that is not there": (called("describe", options={"channel": 1}), ["options.channel", "0 to 0"]),
@@ -692,7 +694,7 @@ BAD_STUDIES = {
     "set to no stages": (asked("--set", "recipe=5"), ["recipe"]),
     "set to an unknown protocol": (asked("--set", "protocol=folds"), ["protocol 'folds'", "valid are seeded"]),
     "set to a key given twice": (asked("--set", "recipe={recipe: supervised, recipe: mixup}"), ["--set", "twice"]),
-    "output a file": (lambda world: world.out.touch(), ["out/runs/prepared", "choose another --out"]),
+    "output a file": (lambda world: world.out.touch(), ["out/runs/prepared", "set CLSEG_OUT or --out to a folder"]),
 }
 BAD_WEIGHTS = {
     "not there": (lambda world: world.weights.unlink(), ["safetensors"]),
@@ -963,6 +965,19 @@ def test_a_notebook_without_parameters_is_not_executed(world):
     with pytest.raises(RequestError, match=r"mine\.ipynb: has no cell with the tag"):
         grid.execute_notebook(paths.NOTEBOOKS / "mine.ipynb", world.out / "done.ipynb", {"labelled": 1})
     assert not world.out.exists()
+
+
+def test_a_notebook_is_executed_that_does_not_say_its_language(world):
+    """As some programs save them."""
+    notebook("parameters")(world)
+    content = json.loads((paths.NOTEBOOKS / "mine.ipynb").read_text())
+    content["cells"] = [{**cell, "outputs": [], "execution_count": None, "id": "a"} for cell in content["cells"]]
+    assert content["metadata"] == {}
+    (paths.NOTEBOOKS / "mine.ipynb").write_text(json.dumps(content))
+    world.out.mkdir()
+    grid.execute_notebook(paths.NOTEBOOKS / "mine.ipynb", world.out / "done.ipynb", {"labelled": 1})
+    cells = json.loads((world.out / "done.ipynb").read_text())["cells"]
+    assert ("labelled = 1" in "".join(cells[1]["source"]), cells[1]["execution_count"]) == (True, 1)
 
 
 # ------------------------------------------------------------------------------------------------- open values

@@ -1,5 +1,6 @@
 """Folders of one's own: what the check finds in them, what it calls wrong, and that a study takes what it proposes."""
 
+import gzip
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clseg import paths
-from clseg.data.formats import scan
+from clseg.data.formats import read, scan
 from clseg.data.prepare import prepare
 from clseg.errors import RequestError
 from clseg.study import archive, grid, runs
@@ -214,7 +215,7 @@ def test_folds_of_nnunet_are_a_protocol_of_the_data_set(tmp_path, monkeypatch, c
     for protocol in ("seeded", "nnunet"):
         assert cli.main([*words, "--set", f"study.protocol={protocol}"]) == 0
         names.append([line.split()[-1] for line in capsys.readouterr().out.splitlines() if "pretrain-" in line])
-    assert len(names[1]) == 2 * len(names[0])  # each fold has its own pre-trainings
+    assert [("-draw1-" in name) for name in names[0] + names[1]] == [False] * 2 + [True] * 2  # a fold has its own
     study = read_study("quickstart").model_copy(update={"protocol": "nnunet", "labelled": [2], "draws": [1, 2]})
     for run in grid.expand(study, "mine.yaml", "smoke").all:
         split = runs.split_of(run, prepare(run.experiment.dataset, run.experiment.geometry, progress=False))
@@ -232,6 +233,400 @@ def test_a_data_set_file_is_not_overwritten_and_takes_no_known_name(tmp_path):
             write(dataset.model_copy(update={"name": name}), wrong)
     assert path.read_bytes() == kept
     assert sorted(file.name for file in tmp_path.glob("*.*")) == ["mine.yaml"]
+
+
+def few(folder, change=lambda mask: mask, image="images/{}.nii.gz", label="masks/{}.nii.gz", affine=AFFINE):
+    """Four labelled volumes and one without a mask, in a layout and with changed masks."""
+    for k in range(5):
+        array, mask = volume(k, (20, 24, 4))
+        mask[0:4, 12:20] = 2
+        save(folder / image.format(f"p{k}"), array)
+        if k < 4:
+            save(folder / label.format(f"p{k}"), change(mask), affine)
+    return folder
+
+
+def pictures(folder, mask=lambda path, m: Image.fromarray(255 * m).save(path), image=None, end="png", mask_end="png"):
+    """Four pictures with a disc, and one without a mask."""
+    y, x = np.mgrid[:40, :48]
+    for k in range(5):
+        disc = (np.hypot(y - 18, x - 20 - k) < 9).astype(np.uint8)
+        noise = np.random.default_rng(k).integers(0, 60, (40, 48, 3))
+        pixels = (150 - 80 * disc[..., None] + noise).astype(np.uint8)
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        path = folder / "images" / f"p{k}.{end}"
+        image(path, pixels) if image else Image.fromarray(pixels).save(path)
+        if k < 4:
+            mask(folder / "masks" / f"p{k}.{mask_end}", disc)
+    return folder
+
+
+def classes_of(report):
+    return [c["value"] for c in report.classes]
+
+
+ROUNDED = "values of the mask are off by 2e-05 and were rounded (4 such files, this is the first)"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda mask: (mask * 0.99999).astype(np.float32), ROUNDED),
+        (lambda mask: mask.astype(np.uint16), ""),
+        (
+            lambda mask: np.where(mask == 2, -1, mask.astype(np.int16)),
+            "mask values -1 are taken to mark voxels to leave",
+        ),
+        (lambda mask: np.where(mask == 2, 255, mask), "mask values 255 are taken to mark voxels to leave out"),
+    ],
+)
+def test_masks_that_are_not_quite_plain_are_read_and_that_is_told_once(change, told, tmp_path):
+    report = check(few(tmp_path / "scans", change))
+    assert report.problems == []
+    leaves = "leave" in told
+    assert classes_of(report) == ([1] if leaves else [1, 2])
+    assert report.classes[0]["voxels"] == 4 * 320
+    assert sum(told in remark for remark in report.remarks) == (1 if told else len(report.remarks))
+    assert report.dataset.options.get("undeclared") == ("background" if leaves else None)
+    write(report.dataset, tmp_path / "mine.yaml")
+    mine = read_dataset(str(tmp_path / "mine.yaml"))
+    assert prepare(mine, mine.geometry["smoke"], progress=False).num_classes == (2 if leaves else 3)
+
+
+def test_a_scaled_mask_is_read(tmp_path):
+    folder = few(tmp_path / "scans")
+    for path in (folder / "masks").iterdir():
+        image = nib.Nifti1Image(np.asarray(nib.load(path).dataobj).astype(np.int16) * 1000, AFFINE)
+        image.header.set_slope_inter(0.001, 0)
+        nib.save(image, path)
+    report = check(folder)
+    assert (report.problems, classes_of(report)) == ([], [1, 2])
+
+
+SOFT = "masks/p0.nii.gz: the mask is soft or was resampled: it holds values 0.37 to 0.74; "
+SOFT += "resample it with nearest neighbours, or set options.threshold, for a probability 0.5 (4 such files"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda mask: (mask * 0.37).astype(np.float32), SOFT),
+        (lambda mask: np.where(mask == 0, np.nan, mask).astype(np.float32), "holds NaN in 1472 voxels"),
+        (lambda mask: np.arange(mask.size, dtype=np.int16).reshape(mask.shape), "the mask holds 1920 values"),
+    ],
+)
+def test_what_is_wrong_with_all_masks_is_told_once(change, words, tmp_path, capsys):
+    folder = few(tmp_path / "scans", change)
+    assert cli.main(["check", str(folder)]) == 2
+    output = capsys.readouterr()
+    (line,) = [line for line in output.err.splitlines() if "|" not in line]
+    assert words in line
+    assert "(4 such files, this is the first)" in line
+    assert line.startswith(f"clseg: {folder}/masks/p0.nii.gz: ")
+    assert "-" not in "".join(remark for remark in output.out.splitlines() if "subjects:" in remark)
+
+
+def test_soft_masks_are_read_with_a_threshold(tmp_path, capsys):
+    folder = few(tmp_path / "scans", lambda mask: (mask * 0.37).astype(np.float32))
+    words = ["check", str(folder), "--set", "options.threshold=0.5", "--write", str(tmp_path / "mine.yaml")]
+    assert cli.main(words) == 0
+    mine = read_dataset(str(tmp_path / "mine.yaml"))
+    assert (mine.options["threshold"], mine.classes) == (0.5, {1: "class 1"})
+    with pytest.raises(RequestError, match="--set nan=0: of a check only options can be set"):
+        cli.COMMANDS["check"][0](cli.parser().parse_args(["check", str(folder), "--set", "nan=0"]))
+
+
+def test_nan_outside_of_the_body_may_be_given_a_value(tmp_path):
+    folder = few(tmp_path / "scans")
+    for path in (folder / "images").iterdir():
+        data = nib.load(path).get_fdata().astype(np.float32)
+        data[:2] = np.nan
+        save(path, data)
+    (problem,) = check(folder).problems
+    assert (
+        "p0.nii.gz: holds 192 intensities that are NaN or infinite; repair or remove the volume, or give options.nan"
+        in (problem)
+    )
+    assert problem.endswith("such as 0 (5 such files, this is the first)")
+    report = check(folder, options={"nan": 0})
+    assert (report.problems, report.dataset.options["nan"]) == ([], 0)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_masks_on_another_grid_take_the_header_of_the_image_if_one_says_so(lost, tmp_path):
+    folder = few(tmp_path / "scans", affine=np.eye(4) if lost else np.diag([-1.0, -1, 1, 1]) @ AFFINE)
+    (problem,) = check(folder).problems
+    expected = "its header was lost" if lost else "its affine mirrors x and y"
+    assert f"masks/p0.nii.gz: the grid is not that of p0.nii.gz: it has the right shape, but {expected}" in problem
+    assert ", ".join(["set options.label_header to image", "which takes the header of the image"]) in problem
+    assert "(4 such files, this is the first)" in problem
+    assert ("resample" in problem) != lost
+    assert check(folder, options={"label_header": "image"}).problems == []
+
+
+@pytest.mark.parametrize(
+    ("colours", "found"),
+    [
+        ([(0, 0, 0), (128, 0, 0), (0, 128, 0)], [1, 2]),
+        ([(0, 0, 0), (255, 0, 0), (0, 130, 0)], [1, 2]),  # of one brightness
+        ([(0, 0, 0)] * 3, [1, 2]),
+    ],
+)
+def test_classes_of_a_palette_are_its_indices(colours, found, tmp_path):
+    def mask(path, disc):
+        disc[:5, :5] = 2
+        picture = Image.fromarray(disc)
+        picture.putpalette([value for colour in colours for value in colour])
+        picture.save(path)
+
+    report = check(pictures(tmp_path / "skin", mask))
+    assert (report.problems, classes_of(report)) == ([], found)
+    assert report.classes[1]["voxels"] == 4 * 25
+
+
+def blurred(path, disc):
+    Image.fromarray(255 * disc).resize((24, 20), Image.BILINEAR).resize((48, 40), Image.BILINEAR).save(path)
+
+
+def transparent(path, disc):
+    pixels = np.full((*disc.shape, 4), 255, np.uint8)
+    pixels[..., 3] = 255 * disc
+    Image.fromarray(pixels).save(path)
+
+
+def coloured(path, disc):
+    Image.fromarray(disc[..., None] * np.array([255, 0, 0], np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("mask", "ending", "values", "words"),
+    [
+        (lambda path, disc: Image.fromarray(disc.astype(np.uint16)).save(path), "png", [1], ""),
+        (lambda path, disc: Image.fromarray(disc.astype(bool)).save(path), "png", [255], ""),
+        (lambda path, disc: Image.fromarray(255 * disc).convert("RGB").save(path), "png", [255], ""),
+        (transparent, "png", [255], ""),
+        (coloured, "png", [], "the mask is in colour; save classes as grey values or as a palette (4 such files"),
+        (blurred, "png", [], "the mask is blurred or interpolated: it holds"),
+        (blurred, "jpg", [], "the mask is JPEG, which is lossy: it holds"),
+    ],
+)
+def test_masks_of_pictures(mask, ending, values, words, tmp_path):
+    report = check(pictures(tmp_path / "skin", mask, mask_end=ending))
+    assert classes_of(report) == values
+    if not words:
+        assert report.problems == []
+        assert report.classes[0]["voxels"] == 4 * 249
+        return
+    (problem,) = report.problems
+    assert words in problem
+    assert "masks/p0" in problem
+    assert "(4 such files, this is the first)" in problem
+
+
+def test_blurred_masks_are_read_with_a_threshold(tmp_path):
+    report = check(pictures(tmp_path / "skin", blurred, mask_end="jpg"), options={"threshold": 128})
+    assert (report.problems, classes_of(report)) == ([], [1])
+    assert report.classes[0]["voxels"] == pytest.approx(4 * 249, rel=0.1)
+
+
+def test_a_deep_picture_has_one_channel(tmp_path):
+    def deep(path, pixels):
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 200).save(path)
+
+    report = check(pictures(tmp_path / "skin", image=deep))
+    assert (report.problems, report.dataset.channels) == ([], 1)
+    assert report.volumes[0]["high"] > 255
+
+
+@pytest.mark.parametrize(
+    ("orientation", "back"), [(6, Image.ROTATE_90), (3, Image.ROTATE_180), (2, Image.FLIP_LEFT_RIGHT)]
+)
+def test_a_picture_that_its_camera_turned_is_read_upright_as_its_mask_lies(orientation, back, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    def turned(path, pixels):
+        Image.fromarray(pixels).transpose(back).save(path, exif=exif, quality=95)
+
+    folder = pictures(tmp_path / "skin", image=turned, end="jpg")
+    report = check(folder)
+    assert report.problems == []
+    told = "is turned upright, as its camera's orientation (EXIF) says; its mask must lie so, too (5 such files"
+    assert sum(told in remark for remark in report.remarks) == 1
+    (ref, *_) = scan(report.dataset)
+    read_back = read(ref, report.dataset)
+    assert read_back.image[:, read_back.label > 0].mean() < read_back.image[:, read_back.label == 0].mean() - 50
+
+
+def test_a_stack_of_pages_is_no_picture(tmp_path):
+    def stack(path, array):
+        first = Image.fromarray(array)
+        first.save(path, save_all=True, append_images=[first.rotate(180)])
+
+    for part in ("image", "mask"):
+        folder = pictures(tmp_path / part, **{part: stack}, **{"end" if part == "image" else "mask_end": "tif"})
+        (problem,) = check(folder).problems
+        assert f"/{part}s/p0.tif: holds 2 pages and one picture is needed" in problem
+
+
+def renamed(folder, *names):
+    for old, new in names:
+        (folder / new).parent.mkdir(parents=True, exist_ok=True)
+        (folder / old).rename(folder / new)
+    return folder
+
+
+def unzipped(folder, *names):
+    for name in names:
+        path = folder / name
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    return folder
+
+
+LINKED = {"per subject": ("{0}/{0}_t1.nii.gz", "{0}/{0}_seg.nii.gz")}
+LINKED["BIDS"] = ("sub-{0}/anat/sub-{0}_T1w.nii.gz", "derivatives/labels/sub-{0}/anat/sub-{0}_T1w_seg.nii.gz")
+LINKED["brackets"] = ("images [v1]/{0}.nii.gz", "masks [v1]/{0}.nii.gz")
+LINKED["mgz"] = ("images/{0}.mgz", "masks/{0}.nii.gz")
+
+
+@pytest.mark.parametrize("layout", LINKED)
+def test_layouts_are_read_as_people_have_them(layout, tmp_path):
+    image, label = LINKED[layout]
+    report = check(few(tmp_path / "scans", image=image, label=label))
+    assert report.problems == []
+    assert (len(report.volumes), sum(v["labelled"] for v in report.volumes)) == (5, 4)
+    assert classes_of(report) == [1, 2]
+    assert "image files are not used" not in str(report.remarks)
+
+
+def test_pairs_of_header_and_voxels_are_read(tmp_path):
+    folder = few(tmp_path / "scans")
+    for path in [*(folder / "images").iterdir(), *(folder / "masks").iterdir()]:
+        image = nib.load(path)
+        nib.save(nib.Nifti1Pair(np.asarray(image.dataobj), image.affine), path.with_name(f"{path.name[:2]}.hdr"))
+        path.unlink()
+    report = check(folder)
+    assert (report.problems, len(report.volumes), classes_of(report)) == ([], 5, [1, 2])
+    assert "not used" not in str(report.remarks)
+    assert len(scan(report.dataset)[0].files) == 4
+
+
+def test_compressed_files_belong_to_uncompressed_ones_and_endings_may_be_large(tmp_path):
+    folder = unzipped(few(tmp_path / "scans"), "images/p0.nii.gz", "images/p1.nii.gz", "masks/p2.nii.gz")
+    renamed(folder, ("images/p3.nii.gz", "images/p3.NII.GZ"))
+    (folder / "images/p4.nii.gz").write_bytes((folder / "images/p4.nii.gz").read_bytes() + b"\0left by a disk")
+    report = check(folder)
+    assert (report.problems, len(report.volumes), sum(v["labelled"] for v in report.volumes)) == ([], 5, 4)
+    folder = renamed(pictures(tmp_path / "skin"), ("images/p0.png", "images/p0.PNG"), ("masks/p1.png", "masks/p1.Png"))
+    Image.open(folder / "images/p2.png").save(folder / "images/p2.jpeg")
+    (folder / "images/p2.png").unlink()
+    report = check(folder)
+    assert (report.problems, len(report.volumes), sum(v["labelled"] for v in report.volumes)) == ([], 5, 4)
+
+
+def test_a_stray_file_an_old_folder_and_a_linked_one_change_nothing(tmp_path):
+    folder = few(tmp_path / "scans")
+    save(folder / "atlas.nii.gz", volume(55)[0])
+    (folder / "masks").rename(tmp_path / "elsewhere")
+    (folder / "masks").symlink_to(tmp_path / "elsewhere")
+    report = check(folder)
+    assert (report.problems, len(report.volumes), sum(v["labelled"] for v in report.volumes)) == ([], 5, 4)
+    assert report.remarks[-1] == "1 image files are not used, for example atlas.nii.gz"
+
+
+def test_a_folder_in_parts_is_told_and_what_to_do(tmp_path):
+    folder = few(tmp_path / "scans", image="train/images/{}.nii.gz", label="train/masks/{}.nii.gz")
+    few(folder, image="val/images/v{}.nii.gz", label="val/masks/v{}.nii.gz")
+    (problem,) = check(folder).problems
+    assert "images and masks are in train/images and in val/images, and only those of train/images are read" in problem
+    assert "put all into one folder, or check each part" in problem
+
+
+def test_names_that_do_not_agree_are_shown_and_how_to_say_which_belong_together(tmp_path):
+    folder = few(tmp_path / "scans", label="masks/of_p{}_x.nii.gz", image="images/{}.nii.gz")
+    for path in (folder / "images").iterdir():
+        path.rename(path.with_name(f"{int(path.name[1]):03d}.nii.gz"))
+    (problem,) = check(folder).problems
+    assert "5 in images (such as images/000.nii.gz), 4 in masks (such as masks/of_pp0_x.nii.gz)" in problem
+    assert "--set options.images=TEXT --set options.labels=TEXT" in problem
+
+
+def test_nnunet_folders_of_every_age_are_read(tmp_path):
+    first = medical(tmp_path / "v1", "msd", subjects=4, labelled=4)
+    for path in (first / "imagesTr").iterdir():  # the list leaves the channel's number out
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    second = medical(tmp_path / "windows", "msd", subjects=4, labelled=4)
+    info = json.loads((second / "dataset.json").read_text())
+    info["training"] = [
+        {key: name.removeprefix("./").replace("/", "\\") for key, name in one.items()} for one in info["training"]
+    ]
+    (second / "dataset.json").write_text(json.dumps(info))
+    third = medical(tmp_path / "suffix", "nnunet", subjects=4, labelled=4)
+    for path in (third / "labelsTr").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    for folder in (first, second, third):
+        report = check(folder)
+        assert (report.problems, sum(v["labelled"] for v in report.volumes)) == ([], 4)
+
+
+def test_regions_of_nnunet_are_answered_with_plain_classes_to_copy(tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", subjects=4, labelled=4)
+    info = json.loads((folder / "dataset.json").read_text())
+    info |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    (problem,) = check(folder).problems
+    assert problem.endswith('declare plain ones instead: "labels": {"background": 0, "class 1": 1, "core": 2}')
+    (folder / "dataset.json").write_text(json.dumps(info | {"labels": {"background": 0, "class 1": 1, "core": 2}}))
+    assert check(folder).problems == []
+
+
+def test_an_ignore_label_of_nnunet_becomes_background_and_that_is_told(tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", subjects=4, labelled=4)
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"labels": {"background": 0, "organ": 1, "ignore": 2}}))
+    report = check(folder)
+    assert (report.problems, classes_of(report)) == ([], [1])
+    assert sum("are taken to mark voxels to leave out, and made background" in remark for remark in report.remarks) == 1
+
+
+def test_patients_for_testing_may_be_numbered_anew(tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", subjects=4, labelled=4)
+    save(folder / "imagesTs/case_00_0000.nii.gz", volume(77)[0])
+    report = check(folder)
+    assert report.problems == []
+    assert {v["subject"] for v in report.volumes} >= {"case_00", "case_00-Ts"}
+    assert sum("1 images of imagesTs have names of imagesTr" in remark for remark in report.remarks) == 1
+    shutil.copyfile(folder / "imagesTr/case_00_0000.nii.gz", folder / "imagesTs/case_00_0000.nii.gz")
+    (problem,) = check(folder).problems
+    assert "is the same image as" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("case_00_0000", "write case_00"), ("case_00.nii.gz", "write case_00"), ("case_77", "remove the name, or add")],
+)
+def test_folds_that_name_no_case_are_found(name, remedy, tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", subjects=4, labelled=4)
+    folds = [{"train": [name, "case_01"], "val": ["case_02", "case_03"]}]
+    (folder / "splits_final.json").write_text(json.dumps(folds))
+    (problem,) = check(folder).problems
+    assert f"splits_final.json: names 1 cases that are not there, the first is {name}; {remedy}" in problem
+
+
+def test_text_in_headers_is_told_but_not_shown(tmp_path):
+    folder = few(tmp_path / "scans")
+    for path in sorted((folder / "images").iterdir())[:2]:
+        image = nib.load(path)
+        image.header["descrip"] = b"Jane Doe"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)
+    report = check(folder)
+    assert report.problems == []
+    (told,) = [remark for remark in report.remarks if "patient;" in remark]
+    assert told.startswith("images/p0.nii.gz: its header holds text, which may name a patient")
+    assert told.endswith("(2 such files, this is the first)")
+    assert "Jane" not in report.text()
 
 
 @pytest.mark.slow

@@ -1,13 +1,19 @@
 """The command line as a user meets it: exit status and one clear sentence."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from clseg import paths
 from clseg.study.files import known_names, read_dataset, read_methods
+from clseg.study.results import Results
 from clseg.tools import cli
 
 
@@ -74,3 +80,45 @@ def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch):
     folds = json.loads((tmp_path / "splits_final.json").read_text())
     assert len(folds) == 3
     assert all(len(fold["train"]) == 2 and not set(fold["train"]) & set(fold["val"]) for fold in folds)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding, tmp_path):
+    (tmp_path / "dät 心").mkdir()
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "clseg", "check", str(tmp_path / "dät 心")]
+    done = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2
+    errors = done.stderr.decode(encoding)
+    assert "\\u5fc3: no image and mask belong together" in errors
+    assert "Traceback" not in errors
+
+
+def test_relative_roots_are_those_of_the_folder_where_the_process_started(tmp_path):
+    """Kernels have another working directory."""
+    code = "import os; from clseg import paths; os.chdir('/'); print(paths.data_root(), paths.out_root(), *map("
+    code += "os.environ.get, ['CLSEG_DATA', 'CLSEG_OUT']), sep='\\n')"
+    environment = os.environ | {"CLSEG_DATA": "data", "CLSEG_OUT": "out/here", "PYTHONPATH": str(paths.PROJECT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "data"), str(tmp_path / "out/here")] * 2
+
+
+def test_an_installation_without_the_repository_says_how_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path / "params")
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    assert cli.main(["methods"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clseg: {tmp_path}: has no params/ and notebooks/")
+    assert line.endswith("clone it and install in place: pip install -e .")
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EROFS, True), (errno.EACCES, True), (errno.ENOSPC, False)])
+def test_a_figure_in_a_read_only_checkout_is_shown_and_a_full_disk_is_an_error(number, told, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with nullcontext() if told else pytest.raises(OSError, match="no"):
+        Results.save(SimpleNamespace(folder=Path("smoke/phantom/quickstart")), None, "dice")
+    assert ("dice.png is only shown: the output folder is read-only" in capsys.readouterr().out) == told

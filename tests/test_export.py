@@ -125,6 +125,10 @@ def test_what_served_training_is_left_behind_and_the_copy_predicts_the_same(weig
     for file, out in ((path, "first"), (copy, "second")):
         predict(file, tmp_path / "a.nii.gz", tmp_path / out)
     assert (tmp_path / "first" / "a.nii.gz").read_bytes() == (tmp_path / "second" / "a.nii.gz").read_bytes()
+    kept = copy.read_bytes()
+    with pytest.raises(RequestError, match=r"copy\.safetensors: is there already; choose another --output"):
+        export(path, "monai", copy)
+    assert copy.read_bytes() == kept
     for wrong in (path, tmp_path / "copy.pt"):
         with pytest.raises(RequestError, match="another one"):
             export(path, "safetensors", wrong)
@@ -140,8 +144,9 @@ def test_weights_of_every_stage_can_be_exported(tmp_path, monkeypatch):
     fields = {"dataset": "phantom", "profile": "smoke", "method": "gd+lr", "stage": 1}
     run = runs.do(runs.pretrain_run(PretrainParameters(**fields, overrides=[*small, "pretrain.steps=2"])))
     for stage, parts in ((run.parent, {"encoder"}), (run, {"encoder", "decoder"})):
-        export(stage.folder / "weights.safetensors", "safetensors", tmp_path / "copy.safetensors")
-        assert {name.partition(".")[0] for name in load_file(tmp_path / "copy.safetensors")} == parts
-        report = export(stage.folder / "weights.safetensors", "monai", tmp_path / "monai.safetensors")
+        copy = tmp_path / f"{stage.name}.safetensors"
+        export(stage.folder / "weights.safetensors", "safetensors", copy)
+        assert {name.partition(".")[0] for name in load_file(copy)} == parts
+        report = export(stage.folder / "weights.safetensors", "monai", tmp_path / f"monai {stage.name}.safetensors")
         refused = {line.split()[1].partition(".")[0] for line in report if line.startswith("refused")}
         assert refused == parts  # level 6 of the encoder, and no decoder of this architecture

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from scipy.cluster import hierarchy
@@ -549,3 +550,11 @@ def test_the_published_numbers_of_the_project():
     assert set(everything["study"].str.split().sum()) <= {path.stem for path in paths.PARAMS.glob("studies/*.yaml")}
     assert set(everything["method"]) - {"gcl", "macl"} <= set(plots.STYLES)  # those two are not ours
     assert not everything.duplicated(["source", "dataset", "method", "labelled", "value"]).any()
+
+
+def test_what_a_user_s_matplotlibrc_says_changes_no_figure():
+    """LaTeX, which may not be there, above all."""
+    picture = torch.eye(4)[None]
+    with rc_context({"text.usetex": True, "figure.autolayout": True, "savefig.dpi": 30, "font.size": 40}):
+        theirs = plots.volume_grid(picture, picture.long(), "title")._repr_png_()
+    assert theirs == plots.volume_grid(picture, picture.long(), "title")._repr_png_()

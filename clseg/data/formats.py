@@ -3,6 +3,7 @@
 Every adapter answers with the same `Volume`. Whatever is wrong with a file is a `RequestError` that names it.
 """
 
+import glob
 import json
 import os
 import re
@@ -32,7 +33,8 @@ VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".img")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 CHOICES = {"undeclared": ["error", "background"], "orient": [True, False], "label_header": ["own", "image"]}
 ORIENTATION = 0x0112  # EXIF
-BLURRED = 8  # values between the least and the greatest
+MOST_VALUES = 64  # of a mask; more are intensities
+BLURRED = 8  # values of a picture between the least and the greatest
 ROUNDING = 1e-3  # how far a label value may be from a whole number, and, if it is larger, 1e-5 of its own
 
 
@@ -332,24 +334,34 @@ def _scan_msd(folder: Path, dataset: DatasetConfig) -> Iterator[VolumeRef]:
     for entry in [*listed[0], *listed[1]]:
         entry = entry if isinstance(entry, dict) else {"image": entry}
         names = [entry.get("image"), entry.get("label") or ""]
+        names = [name.replace("\\", "/") if isinstance(name, str) else name for name in names]  # Windows wrote it
         for name in names:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise RequestError(f"{source}: names {name!r}; use a path relative to {folder}")
         image, label = (folder / name for name in names)
-        stem = re.fullmatch(r"(.+)\.nii(\.gz)?", image.name, re.DOTALL)
-        if not stem or not image.is_file():
+        stem, ending = _stem(image.name)
+        images = (image,)
+        if ending and not image.is_file():  # nnU-Net v1 leaves the number of the channel out
+            images = tuple(sorted(image.parent.glob(f"{glob.escape(stem)}_[0-9][0-9][0-9][0-9]{ending}")))
+        if not ending or not images or not images[0].is_file():
             raise RequestError(f"{source}: names the image {names[0]!r}; name a NIfTI file in {folder}")
-        files = [path for path in (image, label) if path.is_file()]
+        files = [path for path in (*images, label) if path.is_file()]
         if out := [path for path in files if not Path(os.path.realpath(path)).is_relative_to(root)]:
             raise RequestError(f"{source}: names {out[0]}, a link out of the folder; copy the file there")
-        yield VolumeRef(stem[1], "", (image,), label if label in files else None, folder)
+        yield VolumeRef(stem, "", images, label if label in files else None, folder)
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """A name without and its ending, "" if it is not that of a volume."""
+    ending = next((name[-len(end) :] for end in VOLUMES if name.lower().endswith(end)), "")
+    return name.removesuffix(ending), ending
 
 
 def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
     if not isinstance(info["channel_names"], dict) or not info["channel_names"]:
         raise RequestError(f"{folder}/dataset.json: 'channel_names' must be a mapping such as {{'0': 'MRI'}}")
     ending, channels = info.get("file_ending", ".nii.gz"), len(info["channel_names"])
-    if ending not in (".nii.gz", ".nii"):
+    if not isinstance(ending, str) or ending.lower() not in VOLUMES:
         raise RequestError(f"{folder}/dataset.json: file_ending {ending!r} is not supported; convert to .nii.gz")
     tail = f"_[0-9][0-9][0-9][0-9]{ending}"
     for part in ("imagesTr", "imagesTs"):
@@ -357,26 +369,54 @@ def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
                 raise RequestError(f"{missing[0]}: is missing; add it, or correct the {channels} channel_names")
-            label = folder / "labelsTr" / f"{case}{ending}"
-            yield VolumeRef(case, "", images, label if part == "imagesTr" and label.is_file() else None, folder)
+            labels = [folder / "labelsTr" / f"{case}{number}{ending}" for number in ("", "_0000")]  # some have it, too
+            label = next((path for path in labels if path.is_file()), None)
+            yield VolumeRef(case, "", images, label if part == "imagesTr" else None, folder)
 
 
-def _matching(folder: Path, dataset: DatasetConfig, option: str) -> dict[str, Path]:
-    """Subject -> path of the files below the folder that look like the option."""
-    text = str(dataset.options.get(option, ""))
-    if text.count("{subject}") != 1 or Path(text).is_absolute() or ".." in text:
-        raise RequestError(f"options.{option}: must be a relative path with {{subject}} in it once (given: {text!r})")
-    expression = re.compile(r"([^/.][^/]*)".join(map(re.escape, text.split("{subject}"))))
-    found = {path.relative_to(folder).as_posix(): path for path in folder.glob(text.replace("{subject}", "*"))}
-    return {match[1]: path for name, path in found.items() if (match := expression.fullmatch(name))}
+def pattern(text: str, exact: bool = False) -> re.Pattern[str]:
+    """Of paths that look like a text with {subject} in it, which is the group `subject`, and an ending.
+
+    The ending stands for all of its kind, volumes or pictures, in small or capital letters; if `exact`, for itself.
+    """
+    ending = next((end for end in (*VOLUMES, *PICTURES) if text.lower().endswith(end)), "")
+    kind = [end for end in (VOLUMES if ending in VOLUMES else PICTURES) if end != ".img"]
+    ends = "|".join(map(re.escape, [ending] if exact or not ending else kind))
+    first, *others = (re.escape(part) for part in text[: len(text) - len(ending)].split("{subject}"))
+    body = "(?P<subject>[^/.][^/]*?)" + "(?P=subject)".join(others)
+    return re.compile(f"{first}{body}(?P<ending>(?i:{ends}))", re.DOTALL)
+
+
+def matching(text: str, files: Iterable[str], exact: bool = False) -> dict[str, str]:
+    """Subject -> the file that looks like `pattern(text)`; of several, the one whose ending is that of the text."""
+    found: dict[str, str] = {}
+    expression = pattern(text, exact)
+    for name in files:
+        if (match := expression.fullmatch(name)) and (match["subject"] not in found or text.endswith(match["ending"])):
+            found[match["subject"]] = name
+    return found
 
 
 def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     """One image and one mask per subject, or no mask; what looks like a mask is no image."""
-    images, labels = (_matching(folder, dataset, option) for option in ("images", "labels"))
-    masks = set(labels.values())
-    found = {subject: image for subject, image in images.items() if image not in masks}
-    return [VolumeRef(subject, "", (image,), labels.get(subject), folder) for subject, image in found.items()]
+    texts = [str(dataset.options.get(option, "")) for option in ("images", "labels")]
+    for option, text in zip(("images", "labels"), texts, strict=True):
+        if "{subject}" not in text or Path(text).is_absolute() or ".." in text:
+            raise RequestError(f"options.{option}: must be a relative path with {{subject}} in it (given: {text!r})")
+    files = []
+    for text in texts:
+        *above, _ = Path(text).parts
+        where = "/".join("*" if "{subject}" in part else glob.escape(part) for part in above)
+        files.append(sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{where}/*".lstrip("/"))))
+    stems = [text.rpartition(".")[0].removesuffix(".nii") for text in texts]
+    exact = stems[0] == stems[1]  # else an image would be its own mask
+    images, labels = (matching(text, some, exact) for text, some in zip(texts, files, strict=True))
+    masks, found = set(labels.values()), {subject: image for subject, image in images.items()}
+    return [
+        VolumeRef(subject, "", (folder / image,), folder / labels[subject] if subject in labels else None, folder)
+        for subject, image in found.items()
+        if image not in masks
+    ]
 
 
 def _picture(path: Path) -> tuple[Image.Image, str]:
@@ -430,7 +470,7 @@ def mask_picture(path: Path, options: Options) -> np.ndarray:
     data, _ = whole_numbers(data[:1], path, options)
     values = np.unique(data)
     inner = values[(values != 0) & (values != values[-1])]
-    blurred = len(inner) >= BLURRED and values[-2] > 2 * len(inner)
+    blurred = len(inner) >= BLURRED and (values[-2] > 2 * len(inner) or len(inner) > MOST_VALUES)
     if options.get("undeclared") != "background" and (blurred or (inner.size and kind in ("JPEG", "MPO"))):
         why = "JPEG, which is lossy" if kind in ("JPEG", "MPO") else "blurred or interpolated"
         remedy = f"save plain classes as PNG, or set options.threshold, such as {values[-1] // 2 + 1}"
@@ -496,11 +536,28 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
     path, info = (folder, {"labels": {}}) if classes else _dataset_json(folder)
     if not isinstance(info.get("labels"), dict):
         raise RequestError(f"{path}: has no 'labels'; declare them as label value and name")
+    regions: dict[str, list[int]] = {}
     for key, value in info["labels"].items():
         number, name = (value, key) if "channel_names" in info else (key, value)  # nnU-Net: {name: 1}
-        if name == "ignore" or not re.fullmatch(r"\d{1,9}", str(number)):
+        if name == "ignore":
+            if dataset.options.get("undeclared") == "background":
+                continue
+            remedy = "set options.undeclared to background, which makes them background"
+            raise RequestError(f"{path}: has a label 'ignore' ({number!r}), voxels to leave out; {remedy}")
+        values = re.findall(r"\d{1,9}", str(number)) if isinstance(number, list) or "," in str(number) else []
+        if values:
+            regions[str(name)] = [int(one) for one in values]
+        elif not re.fullmatch(r"\d{1,9}", str(number)):
             raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
-        classes[int(number)] = str(name)
+        else:
+            classes[int(number)] = str(name)
+    if regions:
+        plain = dict.fromkeys(value for values in regions.values() for value in values)
+        plain = {value: classes.get(value, f"class {value}") for value in sorted({*classes, *plain})}
+        nnunet = {name: value for value, name in plain.items()}
+        about = json.dumps({"labels": nnunet if "channel_names" in info else plain}, ensure_ascii=False)
+        told = f"{path}: gives classes as regions ({', '.join(regions)}), and each voxel needs one class"
+        raise RequestError(f"{told}; declare plain ones instead: {about[1:-1]}")
     if len(classes) > 255:
         raise RequestError(f"{path}: declares {len(classes)} classes, at most 255 are supported; merge or remove some")
     return {value: name for value, name in sorted(classes.items()) if value != 0}
@@ -531,6 +588,13 @@ def scan(dataset: DatasetConfig) -> list[VolumeRef]:
         raise RequestError(f"{folder}: holds no volume of {about}; {how_to_get(dataset)}")
     if broken := [ref for ref in refs if UNPRINTABLE.search(ref.subject)]:
         raise RequestError(f"{broken[0].source}: has a line break or a broken character in its name; rename it")
+    tests = [ref.images and ref.images[0].parent.name == "imagesTs" for ref in refs]
+    taken = {ref.subject for ref, test in zip(refs, tests, strict=True) if not test}
+    refs = [  # those for testing may be numbered anew, as in nnU-Net: they are other patients
+        replace(ref, subject=f"{ref.subject}-Ts") if test and ref.subject in taken else ref
+        for ref, test in zip(refs, tests, strict=True)
+    ]
+    refs.sort(key=lambda ref: (ref.subject, ref.phase))
     for first, second in pairwise(refs):
         if (first.subject, first.phase) == (second.subject, second.phase):
             raise RequestError(f"{second.source}: {second.subject} is there twice; remove one copy")

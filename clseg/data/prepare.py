@@ -150,7 +150,7 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     key = asked | {"files": _stamps(refs), "classes": list(dataset.classes.items())}
     folder = paths.prepared_root() / f"{dataset.name}-{digest(key)}"
     if not folder.is_dir():
-        with writing(folder, "choose another --out"):
+        with writing(folder, "set CLSEG_OUT or --out to a folder that can be written"):
             _build(folder, dataset, geometry, refs, progress, digest(asked))
     store = Store(folder)
     for note in json.loads((folder / "notes.json").read_text(encoding="utf-8")) if progress else ():

@@ -1,5 +1,6 @@
 """What a study leaves: tables, statistics, provenance and figures."""
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
@@ -131,11 +132,16 @@ class Results:
         return self.summary[["method", "labelled", *columns]].round(3)
 
     def save(self, figure: Figure, name: str) -> None:
-        """Write a figure beside the tables, as PNG, under the output root."""
+        """Write a figure beside the tables, as PNG, under the output root, if that may be written."""
         profile, dataset, study = self.folder.parts[-3:]
         folder = paths.results_dir(profile, dataset, study)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # as in a class that shares a checkout
+                raise
+            print(f"{name}.png is only shown: the output folder is read-only, and CLSEG_OUT can name another one")
 
 
 def read_results(study: str, dataset: str, profile: str) -> Results:

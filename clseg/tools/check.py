@@ -4,12 +4,13 @@ Decathlon and nnU-Net v2 folders name their files in `dataset.json`; elsewhere i
 proposed geometry keeps the median spacing and holds the median volume and the labels of 95 % of the volumes.
 """
 
+import json
 import os
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,38 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
-from clseg.data.formats import class_names, nifti_volume, photograph, read, scan
+from clseg.data.formats import (
+    MOST_VALUES,
+    PICTURES,
+    VOLUMES,
+    class_names,
+    is_volume,
+    label_values,
+    matching,
+    read,
+    scan,
+    usual_slice_axis,
+)
 from clseg.data.prepare import normalise, require_new
 from clseg.data.volume import Volume, VolumeRef
-from clseg.errors import RequestError, writing
+from clseg.errors import RequestError, once, reading, writing
 from clseg.loop import device
 from clseg.models import UNet
-from clseg.settings import DatasetConfig, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
+from clseg.settings import DatasetConfig, Folds, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
 from clseg.study.archive import write_atomically
 from clseg.study.files import known_names, read_profile
 
-FILES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FILES = (*VOLUMES, *PICTURES)
 MASK = re.compile(
     r"(?<![a-z])(masks?|labels?(tr)?|seg(mentations?)?|gt|ground_?truth|manual|annotations?)(?![a-z])", re.I
 )
 LAYOUTS = "dataset.json with imagesTr and labelsTr, or images/NAME.nii.gz (or .png) with masks/NAME.nii.gz"
-MOST_VALUES = 64  # of a mask; more are intensities, or a lossy compression
 LARGEST = 256  # pixels of a proposed grid
+TEXTS = ("descrip", "aux_file", "db_name", "intent_name")  # of a NIfTI header
 
 
 @dataclass
@@ -80,65 +93,129 @@ def _ranges(rows: list[list[float]]) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """Every image file below a folder, as a relative path; hidden ones are left out, links to folders not followed."""
-    walk = ((Path(base).relative_to(folder), names) for base, _, names in os.walk(folder))
-    found = [(base / name).as_posix() for base, names in walk for name in names if name.lower().endswith(FILES)]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+    """Every image file below a folder, as a relative path; hidden ones are left out, and folders seen before."""
+    found, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(base).relative_to(folder)
+        found += [(here / name).as_posix() for name in names if name.lower().endswith(FILES) and name[0] != "."]
+    return sorted(found)
+
+
+def _ending(path: str) -> str:
+    return next(path[-len(end) :] for end in FILES if path.lower().endswith(end))
 
 
 def _templates(files: list[str]) -> list[str]:
-    """Paths with {subject} for what differs between files, shortest subjects first."""
-    common, found = os.path.commonprefix(files), []  # noqa: RUF071 - by characters is meant
-    for start in dict.fromkeys((common.rfind("/") + 1, max(map(common.rfind, "/_-.")) + 1)):
-        rests = [path[start:] for path in files]
-        ending = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]  # noqa: RUF071
-        ends = [ending[match.start() :] for match in re.finditer(r"[/_-]|\.(?!gz$)", ending)]
-        found += [f"{common[:start]}{{subject}}{end}" for end in ends if len(end) < min(map(len, rests))]
-    return found
+    """Texts with {subject} for what differs between files: in their names, or in the name of a folder and after it."""
+    found: dict[str, None] = {}
+    groups: dict[str, list[str]] = {}
+    for path in files:
+        groups.setdefault(path.rpartition("/")[0], []).append(path)
+    for some in groups.values():
+        ending = Counter(map(_ending, some)).most_common(1)[0][0]
+        stems = [path.removesuffix(_ending(path)) for path in some]
+        common = os.path.commonprefix(stems)  # noqa: RUF071 - by characters is meant
+        for start in dict.fromkeys((common.rfind("/") + 1, max(map(common.rfind, "/_-.")) + 1)):
+            rests = [stem[start:] for stem in stems]
+            last = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]  # noqa: RUF071
+            ends = [last[match.start() :] for match in re.finditer(r"[/_.-]", last)] + [""]
+            for end in ends if len(some) > 1 else ():
+                if len(end) < min(map(len, rests)):
+                    found[f"{common[:start]}{{subject}}{end}{ending}"] = None
+    folders: Counter[str] = Counter()  # a folder of each subject, whose name may be in those of its files
+    for path in files:
+        parts = path.split("/")
+        for level, name in enumerate(parts[:-1]):
+            rest = "/".join(parts[level + 1 :]).replace(name, "{subject}")
+            folders["/".join([*parts[:level], "{subject}", rest])] += 1
+    return [*found, *(text for text, count in folders.items() if count > 1)]
 
 
-def _draft(folder: Path, name: str) -> tuple[str, DatasetConfig]:
-    """The layout in words, and a data set whose files can be read; classes, geometry and protocol are still open."""
+def _pairs(files: list[str], at_most: int = 400) -> tuple[str, str, dict[str, str], dict[str, str]] | None:
+    """Texts with {subject} of most images and their masks, and what looks like them; None where there are none."""
+    masks = [path for path in files if MASK.search(path)]
+    others = sorted({*files} - {*masks})
+    best, images = None, [(text, matching(text, others)) for text in _templates(others)[:at_most]]
+    for label_text, labels in [(text, matching(text, masks)) for text in _templates(masks)[:at_most]]:
+        for image_text, found in images:
+            both = len(labels.keys() & found.keys())
+            if both and (best is None or both > best[0]):
+                best = both, (image_text, label_text, found, labels)
+    return best[1] if best else None
+
+
+def _seen(folder: Path, files: list[str]) -> str:
+    """In words, where files lie."""
+    groups: dict[str, list[str]] = {}
+    for path in files:
+        groups.setdefault(path.rpartition("/")[0] or ".", []).append(path)
+    most = sorted(groups.items(), key=lambda group: -len(group[1]))[:3]
+    return ", ".join(f"{len(some)} in {where} (such as {some[0]})" for where, some in most) or "no image files"
+
+
+def _draft(folder: Path, name: str, options: dict[str, Any]) -> tuple[str, DatasetConfig, list[str]]:
+    """The layout in words, a data set whose files can be read, and problems; classes and geometry are still open."""
     fields: dict[str, Any] = {"name": name, "title": f"own data: {folder.name}", "folder": str(folder), "geometry": {}}
     fields["description"] = "Proposed by `clseg check`. Every volume counts as a subject of its own."
     fields["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=1, validation=1)}
     if not folder.is_dir():
         raise RequestError(f"{folder}: is not a folder; name the one that holds {LAYOUTS}")
-    if (folder / "dataset.json").exists():
-        return "dataset.json (Decathlon or nnU-Net v2)", DatasetConfig(adapter="msd", **fields)
-    files = _files(folder)
-    masks = [path for path in files if MASK.search(path)]
-    found = []  # number of pairs, data set
-    for images, labels in product(_templates(sorted({*files} - {*masks})), _templates(masks)):
-        draft = DatasetConfig(adapter="pairs", options={"images": images, "labels": labels}, **fields)
-        try:
-            found.append((sum(ref.label is not None for ref in scan(draft)), draft))
-        except RequestError:
-            continue
-    pairs, draft = max(found, key=lambda one: one[0], default=(0, None))
-    if not pairs:
-        raise RequestError(f"{folder}: no image and mask belong together by their names; lay it out as {LAYOUTS}")
+    if (path := folder / "dataset.json").exists():
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            if "ignore" in json.loads(path.read_text(encoding="utf-8-sig"))["labels"]:
+                options = {"undeclared": "background"} | options
+        given = {"options": options} if options else {}
+        return "dataset.json (Decathlon or nnU-Net v2)", DatasetConfig(adapter="msd", **given, **fields), []
+    files, problems = _files(folder), []
+    if not {"images", "labels"} <= options.keys():
+        if (found := _pairs(files)) is None:
+            how = (
+                "name them alike, or say how with --set options.images=TEXT --set options.labels=TEXT, where {subject} "
+            )
+            how += f"stands for what both names share; or lay it out as {LAYOUTS}"
+            told = f"no image and mask belong together by their names: there are {_seen(folder, files)}"
+            raise RequestError(f"{folder}: {told}; {how}")
+        images, labels, *used = found
+        rest = sorted({*files} - {path for some in used for path in some.values()})
+        if more := _pairs(rest):
+            places = [text.rpartition("{subject}")[0].rstrip("/") or "." for text in (images, more[0])]
+            what = f"images and masks are in {places[0]} and in {places[1]}, and only those of {places[0]} are read"
+            problems.append(f"{folder}: {what}; put all into one folder, or check each part as a folder of its own")
+        options = {"images": images, "labels": labels} | options
+    draft = DatasetConfig(adapter="pairs", options=options, **fields)
     if draft.photographs:
         draft = draft.model_copy(update={"channels": 3, "normalisation": Normalisation(low=0.0, high=100.0)})
-    return f"images {draft.options['images']} and masks {draft.options['labels']}", draft
+    return f"images {options['images']} and masks {options['labels']}", draft, problems
 
 
-def _mask_classes(refs: list[VolumeRef]) -> dict[int, str]:
-    """The values of all masks as classes; masks whose values cannot be classes are left to `read`, which says so."""
-    values: set[float] = set()
+def _mask_values(refs: list[VolumeRef], draft: DatasetConfig) -> tuple[set[int], dict[VolumeRef, str]]:
+    """The values of all masks that can be classes, and of the others what is wrong."""
+    values, faults = set(), {}
     for ref in refs:
-        try:
-            if ref.label and ".nii" in ref.label.name.lower():
-                image = nifti_volume(VolumeRef(ref.subject, "", (ref.label,), None, ref.root), {}, False).image
-            elif ref.label:
-                image = photograph(ref.label, 1)
-            else:
-                continue
-        except RequestError:
+        if ref.label is None or ref.label in ref.images:
             continue
-        own = np.unique(image)
-        values |= set(own.tolist()) if len(own) <= MOST_VALUES and (own >= 0).all() and (own % 1 == 0).all() else set()
-    return {int(value): f"class {int(value)}" for value in sorted(values - {0})}
+        try:
+            own = {int(value) for value in label_values(ref, draft.options)}
+            if len(own) > MOST_VALUES and not draft.classes:
+                remedy = "give the mask plain classes, or declare `classes` in a data set file"
+                raise RequestError(f"{ref.label}: the mask holds {len(own)} values, as an image does; {remedy}")
+            values |= own
+        except RequestError as error:
+            faults[ref] = str(error)
+    return values, faults
+
+
+def _ignored(values: set[int], declared: dict[int, str]) -> list[int]:
+    """Values that are no classes but mark voxels to leave out, as is common: -1, and 255 beside 1, 2, ..., n."""
+    others = sorted(value for value in values if 0 < value < 255)
+    usual = {-1} | ({255} if others and others == [*range(1, others[-1] + 1)] else set())
+    unknown = values - {0} - {*declared} if declared else {value for value in values if value < 0} | ({255} & values)
+    return sorted(unknown) if unknown <= usual else []
 
 
 def _about(volume: Volume, ref: VolumeRef, dataset: DatasetConfig) -> dict[str, Any]:
@@ -185,8 +262,8 @@ def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetCon
         slice_mm, changes["geometry_3d"] = round(float(np.median(spacings[:, 0])), 3), {}
         for name, side in sides.items():
             patch = [16 if name == "paper" else 8, *[min(side, 128)] * 2]
-            plane = [side, side] if side > 128 else None
-            changes["geometry_3d"][name] = Geometry(size=patch, spacing_mm=mm[name], slice_mm=slice_mm, plane=plane)
+            plane = {"plane": [side, side]} if side > 128 else {}
+            changes["geometry_3d"][name] = Geometry(size=patch, spacing_mm=mm[name], slice_mm=slice_mm, **plane)
     known = slices > 1 and len({v["slice_axis"] for v in volumes}) == 1
     # a third of all pairs of slices are then nearer than the threshold
     changes |= {"positions": "known", "threshold": 0.2} if known else {"positions": "unknown"}
@@ -213,9 +290,9 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
         )
     else:
         found.append("positions are unknown: choose gr or ufc, not gd or pcl")
-    rest = len(labelled) - protocol.test - protocol.validation
-    sets = f"{protocol.test} to test, {protocol.validation} to validate, {rest} of which labelled ones are drawn"
-    found.append(f"{len(labelled)} labelled subjects: {sets}; {len(volumes) - len(labelled)} more for pre-training")
+    if (rest := len(labelled) - protocol.test - protocol.validation) > 0:
+        sets = f"{protocol.test} to test, {protocol.validation} to validate, {rest} of which labelled ones are drawn"
+        found.append(f"{len(labelled)} labelled subjects: {sets}; {len(volumes) - len(labelled)} more for pre-training")
     if "nnunet" in dataset.protocols:
         found.append("splits_final.json: its folds are a protocol, for studies with --set study.protocol=nnunet")
     found.append(
@@ -228,56 +305,119 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
     return found
 
 
-def check(folder: Path | str, name: str = "") -> Report:
-    """Open every volume of a folder and report; what cannot be used is a problem, never an exception."""
+def _texts(path: Path) -> bool:
+    """Whether a header carries text, which may name a patient."""
+    with suppress(Exception), nib.imageglobals.LoggingOutputSuppressor():
+        header = nib.load(path).header
+        words = [header[name].item().strip(b"\0 ") for name in TEXTS if name in header]
+        return any(words) or bool(len(getattr(header, "extensions", ())))
+    return False
+
+
+def _splits_problems(folder: Path, subjects: set[str]) -> list[str]:
+    """What is wrong with the names in nnU-Net's `splits_final.json`, where there is one."""
+    if not (path := folder / "splits_final.json").exists():
+        return []
+    try:
+        with reading(path, "JSON"):
+            folds = TypeAdapter(Folds).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        return [f"{path}: is no list of folds with `train` and `val` ({error.errors()[0]['msg']}); correct it"]
+    except RequestError as error:
+        return [str(error)]
+    names = dict.fromkeys(name for fold in folds for name in (*fold.train, *fold.val))
+    if not (unknown := [name for name in names if name not in subjects]):
+        return []
+    bare = re.sub(r"(_\d{4})?(\.nii(\.gz)?)?$", "", unknown[0])
+    remedy = f"write {bare}" if bare in subjects else "remove the name, or add its files"
+    return [f"{path}: names {len(unknown)} cases that are not there, the first is {unknown[0]}; {remedy}"]
+
+
+def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = None) -> Report:
+    """Open every volume of a folder and report; what cannot be used is a problem, never an exception.
+
+    options: those of the data set that it proposes, such as `{"nan": 0}`. What is wrong with several files in the same
+    way is told once.
+    """
     folder = Path(folder).absolute()
     name = re.sub(r"\W+", "_", name or folder.name).strip("_").lower() or "mine"
     name = f"my_{name}" if name in known_names("datasets") else name
     report = Report(str(folder), "unknown layout")
     try:
-        report.layout, draft = _draft(folder, name)
+        report.layout, draft, problems = _draft(folder, name, dict(options or {}))
         refs = scan(draft)
-        classes = class_names(draft, folder) if draft.adapter == "msd" else _mask_classes(refs)
+        classes = class_names(draft, folder) if draft.adapter == "msd" else {}
     except RequestError as error:
         report.problems.append(str(error))
         return report
-    draft, problems, seen = draft.model_copy(update={"classes": classes}), report.problems, {}
+    draft = draft.model_copy(update={"classes": classes})
+    values, wrong = _mask_values(refs, draft)
+    ignored, ours = _ignored(values, classes), dict(draft.options)
+    classes = classes or {value: f"class {value}" for value in sorted(values - {0, *ignored})}
+    ours |= {"undeclared": "background"} if ignored else {}
+    changes = {"classes": classes or {1: "class 1"}}  # images are read without classes, too
+    changes |= {"options": ours} if ours else {}
+    draft, seen, faults, notes = draft.model_copy(update=changes), {}, [], []
+    slice_axis = usual_slice_axis(refs, draft)
     for ref in tqdm(refs, "check", unit="volume", disable=None):
+        names = [str(path) for path in ref.files] + [path.name for path in ref.files] + [ref.subject]
+        if ref in wrong:
+            faults.append((wrong[ref], names))
+            continue
         try:
-            volume = read(ref, draft)
+            volume = read(ref, draft, slice_axis)
             normalise(volume, draft.normalisation, ref.source)
             require_new(volume, ref, seen)
         except RequestError as error:
-            problems.append(str(error))
+            faults.append((str(error), names))
             continue
         report.volumes.append(_about(volume, ref, draft))
+        notes += [(f"{ref.images[0].relative_to(folder)}: {note}", names) for note in volume.notes]
+        if is_volume(ref.images[0]) and _texts(ref.images[0]):
+            what = "its header holds text, which may name a patient; masks that clseg writes do not carry it"
+            notes.append((f"{ref.images[0].relative_to(folder)}: {what}", names))
     counts = Counter(v["channels"] for v in report.volumes)
     usual = max(counts) if draft.photographs and counts else next(iter(counts.most_common(1)), (1,))[0]
     for about in [v for v in report.volumes if v["channels"] != usual]:
         if draft.photographs:  # a grey one among others in colour is read in colour
             about["channels"] = usual
             continue
-        problems.append(
-            f"{about['file']}: has {about['channels']} channels and most have {usual}; correct or remove it"
-        )
+        told = f"{about['file']}: has {about['channels']} channels and most have {usual}; correct or remove it"
+        faults.append((told, [about["file"]]))
         report.volumes.remove(about)
     lost = sorted({folder / path for path in _files(folder)} - {path for ref in refs for path in ref.files})
-    masks = [path for path in lost if MASK.search(path.relative_to(folder).as_posix())]
-    problems += [f"{path}: is a mask of no image; give it the name of its image, or remove it" for path in masks]
+    places = {ref.label.parent for ref in refs if ref.label}
+    orphans = [path for path in lost if path.parent in places and MASK.search(path.relative_to(folder).as_posix())]
+    faults += [
+        (f"{path}: is a mask of no image; give it the name of its image, or remove it", [str(path)]) for path in orphans
+    ]
+    problems += once(faults)
     labelled = [v for v in report.volumes if v["labelled"]]
     for number, (value, title) in enumerate(classes.items()):
         own = [v["voxels"][number] for v in labelled]
         report.classes.append({"name": title, "value": value, "voxels": sum(own), "subjects": sum(n > 0 for n in own)})
         if labelled and not sum(own):
             problems.append(f"{folder}: class {title!r} ({value}) is in no label; correct the masks or the classes")
-    if len(labelled) < 3:
+    problems += _splits_problems(folder, {ref.subject for ref in refs})
+    if len(labelled) < 3 and not faults:
         wanted = "a study needs 3, one each to train, validate and test; add masks"
         problems.append(f"{folder}: {len(labelled)} labelled subjects can be used, and {wanted}")
+    report.problems = problems
     if report.volumes:
         report.dataset = propose(draft, report.volumes)
         report.remarks = _remarks(report.dataset, report.volumes, report.classes)
-        if others := len(lost) - len(masks):
-            report.remarks.append(f"{others} image files are not used, for example {lost[0].relative_to(folder)}")
+        if draft.options.get("undeclared") == "background":
+            marks = ", ".join(map(str, ignored)) or "that are not declared"
+            told = f"mask values {marks} are taken to mark voxels to leave out, and made background"
+            report.remarks.append(f"{told}; if one is a class, declare it in the data set file")
+        if renamed := [ref.subject for ref in refs if ref.subject.endswith("-Ts")]:
+            told = f"{len(renamed)} images of imagesTs have names of imagesTr: they count as other patients"
+            report.remarks.append(f"{told}, the first as {renamed[0]}")
+        report.remarks += once(notes)
+        if others := [path for path in lost if path not in orphans]:
+            report.remarks.append(
+                f"{len(others)} image files are not used, for example {others[0].relative_to(folder)}"
+            )
     return report
 
 

@@ -9,10 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from clseg import __version__
-from clseg.errors import RequestError, writing
+from clseg.errors import RequestError, reading, writing
 from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
 from clseg.study.parameters import PretrainParameters, override_study, read_parameters, resolve
+
+
+def _require_repository() -> None:
+    from clseg import paths
+
+    if not (paths.PARAMS / "methods.yaml").is_file():
+        absent = "has no params/ and notebooks/, which clseg reads in its repository"
+        raise RequestError(f"{paths.PROJECT}: {absent}; clone it and install in place: pip install -e .")
 
 
 def _set_roots(arguments: argparse.Namespace) -> None:
@@ -177,7 +187,14 @@ def _check(arguments: argparse.Namespace) -> int:
     from clseg.tools.check import check, expect, write
 
     target = Path(arguments.write) if arguments.write else None
-    report = check(arguments.folder, target.stem if target else "")
+    options = {}
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not key.startswith("options.") or not equals:
+            raise RequestError(f"--set {text}: of a check only options can be set, such as options.nan=0")
+        with reading(f"--set {text}", "YAML", "correct it"):
+            options[key.removeprefix("options.")] = yaml.safe_load(value)
+    report = check(arguments.folder, target.stem if target else "", options)
     costs = [] if report.problems else expect(report)
     if arguments.json:
         print(json.dumps(report.tree() | {"expect": costs}))
@@ -288,6 +305,8 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
 
     check.add_argument("folder", metavar="DIR", help="a Decathlon or nnU-Net v2 folder, or images and masks")
+    example = "an option of the data set that a message names, e.g. options.nan=0"
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
     check.add_argument("--json", action="store_true", help="everything, for programs")
     check.add_argument("--write", metavar="FILE.yaml", help="a data set file for clseg run --dataset, if all is well")
 
@@ -308,8 +327,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold letters that the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(words)
     try:
+        _require_repository()
         return COMMANDS[arguments.command][0](arguments)
     except RequestError as error:
         print(f"clseg: {error}", file=sys.stderr)

@@ -164,6 +164,8 @@ def export(source: Path, kind: str, output: Path) -> list[str]:
     weights, adaptation = read_weights(source)
     if output.suffix != ".safetensors" or (output.exists() and output.samefile(source)):
         raise RequestError(f"{output}: must be a .safetensors file, and another one than --weights; change --output")
+    if output.exists():
+        raise RequestError(f"{output}: is there already; choose another --output, or remove it")
     metadata, report = {"clseg": adaptation.model_dump_json()}, [f"kept    {name}" for name in weights]
     if kind == "monai":
         arguments, weights, report = basic_unet(weights, adaptation, source)

@@ -114,7 +114,7 @@ def test_the_way_back_lands_where_it_came_from(native, step_px, size):
     assert back.shape == label.shape
     assert dice(back > 0, label > 0) > 0.89  # the worst of a disc of five coarse pixels
     for found, wanted in zip(np.argwhere(back).mean(0), np.argwhere(label).mean(0), strict=True):
-        assert abs(found - wanted) < 0.25 + 0.25 * step_px
+        assert abs(found - wanted) < 0.25 + 0.35 * step_px
 
 
 def test_outside_the_crop_is_background():
