@@ -88,7 +88,7 @@ def test_a_batch_that_cannot_be_shared_is_a_wrong_request(tmp_path):
     words = ["--method=gd", "--dataset=phantom", "--set=stages.0.slices=4", *(f"--set={text}" for text in SMALL)]
     done = torchrun("-m", "clseg", "pretrain", *words, processes=3, CLSEG_OUT=str(tmp_path))
     assert done.returncode != 0
-    assert "8 images of a batch are not 3 equal parts; change --nproc-per-node" in done.stderr
+    assert "4 images of a batch are not 3 equal parts; change --nproc-per-node" in done.stderr
     assert not list(tmp_path.rglob("status.json"))
 
 
