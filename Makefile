@@ -41,7 +41,7 @@ validate: $(STAMP)
 	$(VENV)/bin/python -m pytest --nbval-lax $$(find build/validate -name notebook.ipynb)
 
 bench: $(STAMP)
-	$(VENV)/bin/python tests/benchmarks
+	CLSEG_OUT=. $(VENV)/bin/python tests/benchmarks
 
 notebooks: $(STAMP)
 	$(VENV)/bin/python notebooks/build.py
