@@ -4,10 +4,13 @@ import os
 import tempfile
 from pathlib import Path
 
+import nbval.kernel
 import pytest
+from jupyter_client import KernelManager
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from build import ONE_THREAD, clean_room
+from clseg.study.kernels import Warm
 
 collect_ignore_glob = ["notebooks/9*.ipynb"]  # exercises stop at their first stub; their solutions run as notebooks
 _OUT = pytest.StashKey[Path]()
@@ -19,6 +22,7 @@ def pytest_configure(config):
     config.add_cleanup(out.cleanup)
     config.stash[_OUT] = Path(out.name)
     os.environ |= {"CLSEG_OUT": out.name, **ONE_THREAD}
+    nbval.kernel.KernelManager = type("Manager", (Warm, KernelManager), {})  # torch is imported once, not per notebook
 
 
 def pytest_collectstart(collector):

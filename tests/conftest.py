@@ -1,7 +1,9 @@
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from clseg.data.prepare import prepare
 from clseg.models import UNet
 from clseg.settings import Geometry, NetworkConfig, Normalisation
 from clseg.study.files import read_dataset
+from clseg.tools import cli
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +52,14 @@ class SmallGrid:
         command = [sys.executable, "-m", "clseg", *self.words, *more]
         return subprocess.Popen(command, env=environment, **pipes, **options)
 
-    def finish(self, root: Path, *more: str, **options) -> tuple[int, str, str]:
-        """Exit status, output and errors."""
-        process = self.start(root, *more, **options)
-        output, errors = process.communicate()
-        assert "Traceback" not in errors
-        return process.returncode, output, errors
+    def finish(self, root: Path, *more: str) -> tuple[int, str, str]:
+        """Exit status, output and errors of the command, in this process: it has imported everything already."""
+        output, errors = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+            patch.setenv("CLSEG_OUT", str(root))
+            status = cli.main([*self.words, *more])
+        assert "Traceback" not in errors.getvalue()
+        return status, output.getvalue(), errors.getvalue()
 
     @staticmethod
     def folders(root: Path, pattern: str = "*") -> list[Path]:
@@ -72,7 +77,7 @@ def small_grid() -> SmallGrid:
     return SmallGrid()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(small_grid, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of a small grid that was left alone."""
     root = tmp_path_factory.mktemp("whole")

@@ -88,8 +88,9 @@ def test_a_full_disk(small_grid, whole, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 
-    status, _, errors = small_grid.finish(tmp_path, preexec_fn=limit)
-    assert status == 1
+    process = small_grid.start(tmp_path, preexec_fn=limit)
+    errors = process.communicate()[1]
+    assert process.returncode == 1
     said = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("clseg:")]
     assert len(said) == 1
     assert "File too large" in said[0]

@@ -92,8 +92,8 @@ class _Provisioner(LocalProvisioner):
         return self.connection_info
 
 
-class WarmKernelManager(AsyncKernelManager):
-    """Starts forked kernels with `environment`; what they write to their standard streams goes to `log_file`."""
+class Warm:
+    """A kernel manager whose kernels are forked, with `environment`; their standard streams go to `log_file`."""
 
     log_file: ClassVar[Path] = Path(os.devnull)
     environment: ClassVar[dict[str, str]] = {}
@@ -101,3 +101,7 @@ class WarmKernelManager(AsyncKernelManager):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.provisioner = _Provisioner(kernel_spec=self.kernel_spec, parent=self)
+
+
+class WarmKernelManager(Warm, AsyncKernelManager):
+    """That of papermill."""

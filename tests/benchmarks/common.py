@@ -30,6 +30,8 @@ from clseg.study.grid import CODE
 
 THREADS = 1  # of every contender, as a run has by default: as many runs as cores go on at once
 ROUNDS = 7
+# A phantom of few subjects, for `--quick`: overrides as `--set` has them
+FEW = ["dataset.options.subjects=10", *(f"dataset.protocols.seeded.{part}" for part in ("test=3", "validation=1"))]
 Samples = Mapping[str, Sequence[float]]
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import papermill
-from common import Row, absolute, against, temporary_root
+from common import FEW, Row, absolute, against, temporary_root
 
 from clseg import paths
 from clseg.study import grid, runs
@@ -31,11 +31,11 @@ PEERS = ["papermill"]
 JOBS, RUNS, BLOCK = 2, 32, 4
 
 
-def plan(count: int) -> grid.Grid:
+def plan(count: int, more: list[str]) -> grid.Grid:
     """As many fine-tunings of two steps."""
     changes = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", f"study.seeds={list(range(count))}"]
     study, others = override_study(
-        read_study("quickstart"), [*changes, "finetune.steps=2", "finetune.validate_every=2"]
+        read_study("quickstart"), [*changes, "finetune.steps=2", "finetune.validate_every=2", *more]
     )
     return grid.expand(study, "phantom", "smoke", others)
 
@@ -71,7 +71,7 @@ def measure(quick: bool) -> list[Row]:
     }
     with temporary_root() as first, TemporaryDirectory() as second, TemporaryDirectory() as third:
         roots = dict(zip(ways, (first, Path(second), Path(third)), strict=True))
-        whole = plan(count)
+        whole = plan(count, FEW if quick else [])
         runs.open_store(whole.finetune[0].experiment, progress=False)
         for root in list(roots.values())[1:]:
             shutil.copytree(paths.prepared_root(), root / paths.prepared_root().relative_to(first))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from common import Row, absolute, exponent, peak_mb, temporary_root
+from common import FEW, Row, absolute, exponent, peak_mb, temporary_root
 from scanning import expand, finish
 
 from clseg import paths
@@ -48,8 +48,9 @@ def made_and_mb(make: Callable[[], Made]) -> tuple[Made, float]:
     return made, kept / 1e6
 
 
-def step_of(slices: int, side: int) -> Callable[[], None]:
+def step_of(slices: int, side: int, quick: bool) -> Callable[[], None]:
     overrides = [f"geometry.size=[{side},{side}]", f"stages.0.slices={slices}"]
+    overrides += FEW if quick else []
     parameters = PretrainParameters(dataset="phantom", profile="laptop", method="gd", overrides=overrides)
     run = runs.pretrain_run(parameters)
     store = runs.open_store(run.experiment, progress=False)
@@ -117,7 +118,7 @@ def batches(quick: bool, rounds: int) -> list[Row]:
         (sides, (32, 64) if quick else (32, 64, 96, 128, 192), lambda size: (12, size)),
     ):
         for size in sizes:
-            step = step_of(*shape(size))
+            step = step_of(*shape(size), quick)
             step()
             growth.add("seconds per step", size, timed(step, rounds), "s")
             growth.add("memory of a step", size, [peak_mb(step)], "MB")
@@ -152,8 +153,8 @@ def grids(quick: bool, rounds: int) -> list[Row]:
     growth = Growth("runs in a grid")
     for seeds in (1, 2) if quick else (5, 53, 527):
         size, expanded = seeds * RUNS_PER_SEED, rounds if seeds < 100 else 1
-        growth.add("seconds to expand", size, timed(lambda seeds=seeds: expand(seeds), expanded), "s")
-        whole, kept = made_and_mb(lambda seeds=seeds: expand(seeds))
+        growth.add("seconds to expand", size, timed(lambda seeds=seeds: expand(seeds, quick), expanded), "s")
+        whole, kept = made_and_mb(lambda seeds=seeds: expand(seeds, quick))
         assert len(whole.all) == size
         growth.add("memory of the expanded grid", size, [kept], "MB")
         finish(whole)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import psutil
-from common import Row, against, temporary_root
+from common import FEW, Row, against, temporary_root
 
 from clseg.study import runs
 from clseg.study.parameters import resolve
@@ -23,7 +23,7 @@ PAUSE_S = 0.05
 PLAN = """
 from clseg.study import files, grid, parameters, runs
 changes = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", "study.seeds=[SEED]"]
-study, others = parameters.override_study(files.read_study("quickstart"), [*changes, "finetune.steps=5"])
+study, others = parameters.override_study(files.read_study("quickstart"), [*changes, "finetune.steps=5", *FEW])
 plan = grid.expand(study, "phantom", "PROFILE", others)
 """
 SINGLE, WORKER = PLAN + "runs.do(plan.finetune[0])", PLAN + "grid.execute(plan, 1)"
@@ -54,16 +54,15 @@ def kernels(about: psutil.Process) -> list[psutil.Process]:
 
 def measure(quick: bool) -> list[Row]:
     found: dict[str, dict[str, list[float]]] = {"resident": {}, "proportional": {}}
-    profile, rounds = ("smoke", 1) if quick else ("laptop", 5)
+    profile, rounds, few = ("smoke", 1, FEW) if quick else ("laptop", 5, [])
     with temporary_root():
-        runs.open_store(resolve("phantom", profile, "random"), progress=False)  # it is no part of a run
+        runs.open_store(resolve("phantom", profile, "random", overrides=few), progress=False)  # it is no part of a run
         for seed in range(rounds):
             for name, program, look_at in (("plain process", SINGLE, lambda p: [p]), ("ours", WORKER, kernels)):
                 # other seeds: the run of another name is not there yet
                 number = seed if name == "ours" else seed + rounds
-                for what, most in peaks(
-                    program.replace("PROFILE", profile).replace("SEED", str(number)), look_at
-                ).items():
+                about = f"FEW = {few}{program}".replace("PROFILE", profile).replace("SEED", str(number))
+                for what, most in peaks(about, look_at).items():
                     found[what].setdefault(name, []).append(most)
     return [
         against(f"{what} memory of a worker", samples, "plain process", 1.3, unit="MB")

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from unittest.mock import patch
 
-from common import Row, absolute, temporary_root
+from common import FEW, Row, absolute, temporary_root
 
 from clseg.study import grid, runs
 from clseg.study.files import read_study
@@ -23,17 +23,18 @@ GOAL = "2,000 runs in under 2 s"
 PEERS: list[str] = []
 
 
-def changes(seeds: int) -> list[str]:
+def changes(seeds: int, quick: bool) -> list[str]:
     """`--set` of a grid with 19 runs per seed, pre-trainings among them."""
     return [
         f"study.seeds={list(range(seeds))}",
         *("study.methods=[random,gd]", "study.labelled=[1,2,4]", "study.draws=[1,2,3]"),
         *("pretrain.steps=2", "finetune.steps=2", "finetune.validate_every=2"),
+        *(FEW if quick else []),
     ]
 
 
-def expand(seeds: int) -> grid.Grid:
-    study, others = override_study(read_study("quickstart"), changes(seeds))
+def expand(seeds: int, quick: bool) -> grid.Grid:
+    study, others = override_study(read_study("quickstart"), changes(seeds, quick))
     return grid.expand(study, "phantom", "smoke", others)
 
 
@@ -51,13 +52,13 @@ def finish(whole: grid.Grid) -> None:
                     os.link(file, run.folder / file.name)
 
 
-def until_the_first_kernel(seeds: int) -> float:
+def until_the_first_kernel(seeds: int, quick: bool) -> float:
     """Seconds of `clseg run` up to the execution of the grid."""
 
     class Reached(Exception):
         pass
 
-    words = ["run", "quickstart", *(word for text in changes(seeds) for word in ("--set", text))]
+    words = ["run", "quickstart", *(word for text in changes(seeds, quick) for word in ("--set", text))]
     began = time.perf_counter()
     try:
         with (
@@ -74,14 +75,14 @@ def until_the_first_kernel(seeds: int) -> float:
 def measure(quick: bool) -> list[Row]:
     seeds, rounds = (1, 2) if quick else (106, 5)
     with temporary_root():
-        whole = expand(seeds)
+        whole = expand(seeds, quick)
         finish(whole)
         looked, all_of_it = [], []
         for _ in range(rounds):
             began = time.perf_counter()
             assert all(run.is_done() for run in whole.all)
             looked.append(time.perf_counter() - began)
-            all_of_it.append(until_the_first_kernel(seeds))
+            all_of_it.append(until_the_first_kernel(seeds, quick))
         runs_of_it = f"{len(whole.all)} runs"
     return [
         absolute(f"{runs_of_it}: all that `clseg run` does before the first kernel", all_of_it, 2.0, "s"),

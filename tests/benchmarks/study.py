@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from common import Row, absolute, temporary_root
+from common import FEW, Row, absolute, temporary_root
 
 TITLE = "`make study` after installation"
 GOAL = "under 6 minutes on two cores"
@@ -14,7 +14,7 @@ PEERS: list[str] = []
 
 
 def measure(quick: bool) -> list[Row]:
-    narrow = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", "finetune.steps=2"]
+    narrow = ["study.methods=[random]", "study.labelled=[1]", "study.draws=[1]", "finetune.steps=2", *FEW]
     with temporary_root() as root:
         command = [sys.executable, "-m", "clseg", "run", "quickstart", "--out", str(root)]
         command += ["--profile", "smoke" if quick else "laptop"]
