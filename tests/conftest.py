@@ -37,6 +37,21 @@ def store(tmp_path_factory):
         return prepare(about, about.geometry["smoke"], progress=False)
 
 
+def command(root: Path, *words: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of `clseg`, in this process: it has imported everything already."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setenv("CLSEG_OUT", str(root))
+        status = cli.main([*words])
+    assert "Traceback" not in errors.getvalue()
+    return status, output.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope="session", name="command")
+def command_fixture():
+    return command
+
+
 class SmallGrid:
     """A smoke grid of one pre-training and two fine-tunings, as a command of its own."""
 
@@ -53,13 +68,8 @@ class SmallGrid:
         return subprocess.Popen(command, env=environment, **pipes, **options)
 
     def finish(self, root: Path, *more: str) -> tuple[int, str, str]:
-        """Exit status, output and errors of the command, in this process: it has imported everything already."""
-        output, errors = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-            patch.setenv("CLSEG_OUT", str(root))
-            status = cli.main([*self.words, *more])
-        assert "Traceback" not in errors.getvalue()
-        return status, output.getvalue(), errors.getvalue()
+        """Exit status, output and errors of the command."""
+        return command(root, *self.words, *more)
 
     @staticmethod
     def folders(root: Path, pattern: str = "*") -> list[Path]:

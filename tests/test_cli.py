@@ -51,7 +51,7 @@ def test_methods_and_data_sets_are_listed_a_line_each(capsys):
         (["run", "quickstart", "--set", "study.labelled=[1000]"], "1000"),
         (["run", "glcl_strategies", "--set", "study.labelled=[3]"], "no lists with 3 labelled"),
         (["run", "glcl_strategies"], "acdc"),
-        (["run", "quickstart", "--set", "stages.0.partitions=40"], "40"),
+        (["run", "quickstart", "--profile", "smoke", "--set", "stages.0.partitions=40"], "40"),
         (["table", "nowhere"], "nowhere"),
     ],
 )

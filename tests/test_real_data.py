@@ -1,9 +1,6 @@
 """The study on real volumes, end to end at smoke size: the job whose laptop results are committed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -16,27 +13,19 @@ pytestmark = pytest.mark.real_data
 CELLS = ["--set=study.labelled=[2]", "--set=study.draws=[1]"]
 
 
-def study(root, data_root, dataset, methods="random, gd+lr"):
-    environment = os.environ | {"CLSEG_OUT": str(root), "CLSEG_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
-    words = [
-        "run",
-        "glcl_strategies",
-        "--dataset",
-        dataset,
-        "--profile",
-        "smoke",
-        f"--set=study.methods=[{methods}]",
-        *CELLS,
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "clseg", *words], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return archive.read_table(root / f"paper_figures/smoke/{dataset}/glcl_strategies/table.csv")
+@pytest.fixture
+def study(tmp_path, data_root, command):
+    def run(dataset, methods="random, gd+lr"):
+        words = ["glcl_strategies", "--dataset", dataset, "--profile", "smoke", f"--set=study.methods=[{methods}]"]
+        status, _, errors = command(tmp_path, "run", *words, *CELLS)
+        assert status == 0, errors
+        return archive.read_table(tmp_path / f"paper_figures/smoke/{dataset}/glcl_strategies/table.csv")
+
+    return run
 
 
-def test_acdc_end_to_end_with_the_paper_s_own_subjects(tmp_path, data_root):
-    table = study(tmp_path, data_root, "acdc")
+def test_acdc_end_to_end_with_the_paper_s_own_subjects(tmp_path, study):
+    table = study("acdc")
     assert set(table["method"]) == {"random", "gd+lr"}
     protocol = read_dataset("acdc").protocols["chaitanya"]
     assert set(table["subject"]) == set(protocol.test)
@@ -51,8 +40,8 @@ def test_acdc_end_to_end_with_the_paper_s_own_subjects(tmp_path, data_root):
             assert subjects["validation"] == ["patient031", "patient072"]
 
 
-def test_hippocampus_end_to_end(tmp_path, data_root):
-    table = study(tmp_path, data_root, "hippocampus")
+def test_hippocampus_end_to_end(study):
+    table = study("hippocampus")
     assert table["subject"].nunique() == 60
     assert set(table["class_name"]) == {"Anterior", "Posterior"}
     assert set(table["hd95_unit"]) == {"mm"}
@@ -63,8 +52,8 @@ def test_hippocampus_end_to_end(tmp_path, data_root):
     ("dataset", "subjects", "structures", "unit"),
     [("mscmr", 10, {"myocardium", "left ventricle", "right ventricle"}, "mm"), ("ph2", 50, {"lesion"}, "px")],
 )
-def test_pairs_of_images_and_masks_end_to_end(tmp_path, data_root, dataset, subjects, structures, unit):
-    table = study(tmp_path, data_root, dataset, methods="random")
+def test_pairs_of_images_and_masks_end_to_end(study, dataset, subjects, structures, unit):
+    table = study(dataset, methods="random")
     assert table["subject"].nunique() == subjects
     assert set(table["class_name"]) == structures
     assert set(table["hd95_unit"]) == {unit}

@@ -165,7 +165,7 @@ def test_a_damaged_run_is_not_taken_for_done_and_is_mended(out, damage):
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(out, tmp_path):
     """kill -9 at several moments of pre-training and fine-tuning, then resume."""
-    slow = [*SMALL, "pretrain.steps=60", "finetune.steps=60"]
+    slow = [*SMALL, "pretrain.steps=40", "finetune.steps=40"]
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
