@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from clseg import paths
-from clseg.study.files import known_names, read_dataset, read_methods
+from clseg.study.files import known_names, read_dataset, read_methods, read_study
 from clseg.study.results import Results
+from clseg.study.schema import StudyConfig
 from clseg.tools import cli
 
 
@@ -28,14 +30,59 @@ def clseg(*words, out, data=None):
 
 def test_methods_and_data_sets_are_listed_a_line_each(capsys):
     assert cli.main(["methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(read_methods())
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(read_methods())
+    assert last.startswith("one of your own: ten lines in params/methods.yaml")
     assert cli.main(["datasets"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("one of your own: clseg check DIR --write MINE.yaml")
     assert [line.split()[0] for line in lines[::2]] == known_names("datasets")
     for name, about in zip(known_names("datasets"), lines[1::2], strict=True):  # indented, where to get it
         dataset = read_dataset(name)
         assert about.startswith("    ")
         assert all(text in about for text in (dataset.source, dataset.licence, dataset.tree, dataset.download_size))
+
+
+def test_studies_are_listed_with_their_grid_and_what_it_costs(capsys):
+    assert cli.main(["studies", "--profile", "smoke"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[::3]] == known_names("studies")
+    assert "_template" not in known_names("studies")
+    start = next(number for number, line in enumerate(lines) if line.startswith("quickstart: "))
+    about, cost = lines[start + 1 : start + 3]
+    assert about == "    notebook 00_start_here; data sets phantom; 4 methods x 3 numbers of labels x 1 draws x 1 seeds"
+    assert cost.startswith("    smoke on phantom: 2 pre-trainings shared by 10 fine-tunings; about ")
+    assert all(re.search(r"; about \d+ (s|min|h) \(.+\) and [\d,]+ MB$", line) for line in lines[2::3])
+    assert "params/studies/_template.yaml" in last
+
+
+def test_the_template_of_a_study_names_every_key_and_can_be_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+    text = (paths.PARAMS / "studies/_template.yaml").read_text()
+    for key in StudyConfig.model_fields:
+        assert re.search(rf"^(# )?{key}:", text, re.MULTILINE), key
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    assert cli.main(["run", str(mine), "--dry-run"]) == 0
+    assert "mine on phantom, profile smoke: 2 pre-trainings, 6 fine-tunings, 0 of them done" in capsys.readouterr().out
+    header, commented, _ = re.split(r"^(?=# seeds|# What)", text, flags=re.MULTILINE)
+    mine.write_text(header + re.sub(r"^# ", "", commented, flags=re.MULTILINE))
+    assert read_study(str(mine)).axes[0].key == "stages.0.temperature"
+
+
+@pytest.mark.parametrize(("study", "message"), [("quickstart", "1000"), ("glcl_strategies", "1000")])
+def test_a_dry_run_refuses_what_the_run_would_refuse(study, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    words = ["run", study, "--dataset", "phantom", "--set=dataset.options.subjects=30", "--dry-run"]
+    assert cli.main([*words, f"--set=study.labelled=[{message}]"]) == 2
+    assert f"clseg: {message} labelled, 4 validation and 16 test subjects are wanted" in capsys.readouterr().err
+
+
+def test_a_dry_run_without_the_data_says_that_it_was_not_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLSEG_DATA", str(tmp_path))
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    assert cli.main(["run", "acdc", "--dry-run"]) == 0
+    assert "not checked: data set acdc is not here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -46,6 +93,7 @@ def test_methods_and_data_sets_are_listed_a_line_each(capsys):
         (["run", "quickstart", "--profile", "smoky"], "did you mean 'smoke'"),
         (["run", "quickstart", "--dataset", "phantoms"], "did you mean 'phantom'"),
         (["run", "quickstart", "--set", "pretrain.step=1"], "did you mean 'steps'"),
+        (["run", "quickstart", "--set", "temperature=0.2"], "its full name is stages.0.temperature"),
         (["run", "quickstart", "--set", "study.method=[gd]"], "did you mean 'methods'"),
         (["run", "quickstart", "--set", "study.methods=[gdd]"], "did you mean"),
         (["run", "quickstart", "--set", "study.labelled=[1000]"], "1000"),

@@ -75,8 +75,8 @@ def _read_as(schema: Any, path: Path) -> Any:
 
 
 def known_names(kind: str) -> list[str]:
-    """The names known under `params/<kind>`."""
-    return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml"))
+    """The names known under `params/<kind>`; a template begins with an underscore and has none."""
+    return sorted(file.stem for file in (paths.PARAMS / kind).glob("*.yaml") if not file.stem.startswith("_"))
 
 
 def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:

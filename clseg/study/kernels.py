@@ -14,7 +14,6 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ipykernel.kernelapp
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
@@ -31,6 +30,8 @@ def _forked() -> BaseContext:
 
 
 def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
+    from ipykernel import kernelapp  # not above: where it is imported, progress bars take themselves for a notebook's
+
     os.setsid()  # signals to the kernel's group reach nobody else
     os.chdir(folder)
     os.environ.clear()
@@ -41,7 +42,7 @@ def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log:
     end_with_parent()
     os.environ.pop("JPY_PARENT_PID", None)  # ipykernel's own watch looks at the wrong process, the fork server
     sys.argv = ["ipykernel_launcher", *arguments]
-    ipykernel.kernelapp.launch_new_instance(argv=arguments)
+    kernelapp.launch_new_instance(argv=arguments)
 
 
 class _Process:

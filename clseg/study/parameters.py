@@ -167,7 +167,9 @@ def _resolve(
     for text in overrides:
         key, value = parse_override(text)
         if key[0] not in OVERRIDABLE:
-            raise RequestError(f"--set {text}: unknown key {key[0]!r}, {nearest(key[0], OVERRIDABLE)}")
+            full = _full_keys(key[0]) if len(key) == 1 else []
+            hint = f"its full name is {' or '.join(full)}" if full else nearest(key[0], OVERRIDABLE)
+            raise RequestError(f"--set {text}: unknown key {key[0]!r}, {hint}")
         tree = override(tree, key, value)
         if key == ["finetune", "steps"]:  # for every number of labels, unless the next one says more
             tree = override(tree, ["finetune", "steps_of"], {})
@@ -180,6 +182,20 @@ def _resolve(
             stage = stage.model_copy(update={"threshold": source.threshold})
         stages.append(stage)
     return experiment.model_copy(update={"stages": stages})
+
+
+def _full_keys(name: str) -> list[str]:
+    """The keys of a smoke run of any method that end with a name, such as `stages.0.temperature`."""
+    methods = read_methods().values()
+    trees = [method.model_dump(exclude={"title"}) for method in methods]
+    trees.append(read_profile("smoke").model_dump(include={"network", "pretrain", "finetune"}))
+
+    def below(tree: Any, at: str) -> Iterable[str]:
+        parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+        for key, value in parts:
+            yield from ([f"{at}{key}"] if key == name else []) + [*below(value, f"{at}{key}.")]
+
+    return list(dict.fromkeys(key for tree in trees for key in below(tree, "")))
 
 
 def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyConfig, list[str]]:

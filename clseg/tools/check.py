@@ -7,7 +7,6 @@ proposed geometry keeps the median spacing and holds the median volume and the l
 import json
 import os
 import re
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 
 from clseg.data.formats import (
@@ -37,10 +35,10 @@ from clseg.data.formats import (
 from clseg.data.prepare import normalise, require_new
 from clseg.data.volume import Volume, VolumeRef
 from clseg.errors import RequestError, once, reading, writing
-from clseg.loop import device
 from clseg.models import UNet
 from clseg.settings import DatasetConfig, Folds, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
 from clseg.study.archive import write_atomically
+from clseg.study.estimate import pass_cost
 from clseg.study.files import known_names, read_profile
 
 FILES = (*VOLUMES, *PICTURES)
@@ -421,39 +419,19 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
     return report
 
 
-def _cost(module: torch.nn.Module, image: torch.Tensor) -> tuple[float, float]:
-    """Seconds and bytes that an image takes, forward and back."""
-    seconds, kept = [], {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    for _ in range(3):  # the first time also sets things up
-        kept.clear()
-        start = time.perf_counter()
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = module(image)
-            loss = sum(part.square().mean() for part in (result if isinstance(result, list) else [result]))
-        loss.backward()
-        loss.item()  # waits for a GPU
-        seconds.append((time.perf_counter() - start) / len(image))
-    return min(seconds), sum(kept.values()) / len(image)
-
-
 def expect(report: Report) -> list[dict[str, Any]]:
     """Disk, memory and minutes of a run of `gd` by profile, from a few steps of its network timed on this machine."""
     dataset, rows = report.dataset, []
     slices = sum(v["shape"][0] for v in report.volumes)
     for name, geometry in dataset.geometry.items():
         experiment = read_profile(name)
-        torch.set_num_threads(experiment.threads)
         pretrain, finetune = experiment.pretrain, experiment.finetune
-        network = UNet(dataset.channels, len(dataset.classes) + 1, experiment.network, 2).to(device())
-        image = torch.rand(4, dataset.channels, *geometry.size, device=device())
+        about = experiment.network.model_dump_json(), dataset.channels, len(dataset.classes) + 1, tuple(geometry.size)
         views = 2 * min(12, pretrain.max_slices or 12)  # of a batch of 12 slices
-        (encoding, _), (segmenting, kept) = _cost(network.encoder, image), _cost(network, image)
-        memory = kept * finetune.batch + 16 * sum(p.numel() for p in network.parameters())  # gradients, Adam's means
+        (encoding, _), (segmenting, kept) = (pass_cost(*about, whole, experiment.threads) for whole in (False, True))
+        with torch.device("meta"):
+            parameters = UNet(*about[1:3], experiment.network, 2).parameters()
+        memory = kept * finetune.batch + 16 * sum(p.numel() for p in parameters)  # gradients, Adam's means
         row = {"profile": name, "disk_mb": slices * np.prod(geometry.size) * (2 * dataset.channels + 1) / 1e6}
         row |= {"memory_mb": memory / 1e6 + 500}  # 500: the program itself
         row |= {"pretrain_minutes": pretrain.steps * views * encoding / 60}

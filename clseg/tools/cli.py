@@ -36,10 +36,17 @@ def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
+def _missing(about: Any) -> bool:
+    """Whether a data set of an experiment has files, and none are here."""
+    from clseg import paths
+
+    return bool(about.dataset.folder) and not (paths.data_root() / about.dataset.folder).is_dir()
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from clseg import paths  # torch is imported only where it is needed
     from clseg.data.splits import write_splits
-    from clseg.study import archive, grid, rows, runs
+    from clseg.study import archive, estimate, grid, rows, runs
     from clseg.study.results import draw_figures, write_results
 
     _set_roots(arguments)
@@ -59,7 +66,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.extend and not rows.missing(plan, rows.read(plan.profile, plan.place)):
         return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
-    if arguments.splits or not arguments.dry_run:  # subjects are counted before anything is prepared
+    here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
+    jobs = arguments.jobs or (1 if arguments.extend else here)
+    if len(plan.all) > len(done) and not arguments.scheduler:
+        print(f"cost: {estimate.estimate(plan, done).text(jobs)}")
+    missing = {experiment.dataset.name: _missing(experiment) for experiment in experiments.values()}
+    if arguments.dry_run and any(missing.values()) and not arguments.splits:
+        print("not checked: " + "; ".join(f"data set {name} is not here" for name, gone in missing.items() if gone))
+    else:  # subjects are counted before anything is prepared
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
     if arguments.splits:
@@ -78,7 +92,6 @@ def _run(arguments: argparse.Namespace) -> int:
     for run in plan.all:
         if flaws[run.name]:
             print(f"clseg: {run.folder}: {flaws[run.name]}; it is made again", file=sys.stderr)
-    here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     if arguments.extend:
         return _extend(plan, stores, arguments)
     failure = None
@@ -170,7 +183,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
     root = Path(arguments.runs)
     if not root.is_dir():
-        raise RequestError(f"{root}: is not a folder; name the runs folder of a study, for example runs")
+        raise RequestError(f"{root}: is not a folder; name the runs folder of a study, for example out/runs")
     table = archive.table(path.parent for path in root.rglob("status.json"))
     if table.empty:
         example = "run a study first, for example clseg run quickstart"
@@ -227,7 +240,28 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _methods(_: argparse.Namespace) -> int:
     for name, method in read_methods().items():
-        print(f"{name:20} {method.title}")
+        print(f"{name:26} {method.title}")
+    print(f"one of your own: {OWN['methods']}")
+    return 0
+
+
+def _studies(arguments: argparse.Namespace) -> int:
+    from clseg.study import estimate, grid
+
+    profile = read_profile(arguments.profile)
+    for name in known_names("studies"):
+        study = read_study(name).within(profile)
+        dataset = study.datasets[0]
+        plan = grid.expand(study, dataset, arguments.profile)
+        sizes = {"methods": study.methods, "numbers of labels": study.labelled, "draws": study.draws}
+        sizes |= {"seeds": study.seeds}
+        words = " x ".join(f"{len(values)} {what}" for what, values in sizes.items())
+        words += "".join(f" + {len(axis.values)} values of {axis.key}" for axis in study.axes)
+        print(f"{name}: {study.title}")
+        print(f"    notebook {study.notebook}; data sets {', '.join(study.datasets)}; {words}")
+        count = f"{len(plan.pretrain)} pre-trainings shared by {len(plan.finetune)} fine-tunings"
+        print(f"    {profile.name} on {dataset}: {count}; {estimate.estimate(plan).text()}")
+    print(f"one of your own: {OWN['studies']}")
     return 0
 
 
@@ -238,6 +272,7 @@ def _datasets(_: argparse.Namespace) -> int:
     for dataset in map(read_dataset, known_names("datasets")):
         here = not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
         print(f"{dataset.name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
+    print(f"one of your own: {OWN['datasets']}")
     return 0
 
 
@@ -247,6 +282,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+OWN = {
+    "studies": "copy params/studies/_template.yaml, which names every key, and clseg run MINE.yaml",
+    "methods": "ten lines in params/methods.yaml; notebook 16_your_method shows it",
+    "datasets": "clseg check DIR --write MINE.yaml, then clseg run STUDY --dataset MINE.yaml",
+}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "do a study: its pre-trainings, fine-tunings, tables and figures"),
     "pretrain": (_pretrain, "one pre-training, and the stages before it; torchrun starts it on several GPUs"),
@@ -255,8 +295,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "check": (_check, "what is in a folder of scans, and what is wrong with it"),
     "predict": (_predict, "segment new images with the weights of a fine-tuning"),
     "export": (_export, "weights for other programs"),
-    "methods": (_methods, "methods that can be named in a study"),
-    "datasets": (_datasets, "data sets that can be named in a study"),
+    "studies": (_studies, "studies that can be run, and what they cost; where to write one's own"),
+    "methods": (_methods, "methods that can be named in a study; where to write one's own"),
+    "datasets": (_datasets, "data sets that can be named in a study; how to use one's own"),
 }
 
 
@@ -265,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, pretrain, results, table, check, predict, export, *_ = (
+    run, pretrain, results, table, check, predict, export, studies, *_ = (
         commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()
     )
 
@@ -273,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")
         roots = "folder that holds the data sets (default: $CLSEG_DATA or data/)"
         command.add_argument("--data", metavar="ROOT", help=roots)
-        where = "folder for runs/ and paper_figures/ (default: $CLSEG_OUT or the project)"
+        where = "folder for runs/ and paper_figures/ (default: $CLSEG_OUT or out/)"
         command.add_argument("--out", metavar="DIR", help=where)
         example = "override, e.g. pretrain.steps=100; of a study also study.labelled=[1,2]"
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
@@ -284,11 +325,13 @@ def parser() -> argparse.ArgumentParser:
     cluster = "address of a Dask scheduler whose workers do the runs, e.g. tcp://10.0.0.1:8786"
     run.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help=cluster)
     run.add_argument("--splits", metavar="FILE.json", help="write its draws there, as nnU-Net's splits_final.json")
-    run.add_argument("--dry-run", action="store_true", help="print the grid and stop")
+    run.add_argument("--dry-run", action="store_true", help="print the grid and what it costs, and stop")
 
     about = "add missing runs to the committed rows, in plain processes without notebooks; default --jobs 1"
     run.add_argument("--extend", action="store_true", help=about)
     run.add_argument("--minutes", type=float, help="with --extend: stop after so many, at a checkpoint")
+
+    studies.add_argument("--profile", default="laptop", help="whose cost is told (default: laptop)")
 
     results.add_argument("studies", nargs="*", metavar="STUDY", help="default: all")
 
@@ -301,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--dimensions", type=int, default=2, help="2 or 3 (default: 2)")
     pretrain.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentations (default: 0)")
 
-    table.add_argument("runs", metavar="RUNS")
+    table.add_argument("runs", metavar="RUNS", help="a folder of runs, for example out/runs")
     table.add_argument("--out", metavar="FILE.csv", help="write there instead of to standard output")
 
     check.add_argument("folder", metavar="DIR", help="a Decathlon or nnU-Net v2 folder, or images and masks")
