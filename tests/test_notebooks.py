@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
 import build
@@ -243,6 +244,41 @@ def test_nbval_compares_numbers_and_passes_over_warnings(built, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "1 failed, 9 passed" in done.stdout, done.stdout + done.stderr
     assert "FAILED notebooks/wrong.ipynb::Cell 2" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(build.FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_papermill_shows_every_parameter_with_type_default_and_help(path):
+    """What `papermill --help-notebook` prints; it passes over lines that it does not understand."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [line.split(":")[0] for source in tagged for line in source.splitlines()]
+    shown = papermill.inspect_notebook(path)
+    assert list(shown) == assigned
+    for name, about in shown.items():
+        assert about["inferred_type_name"] in ("str", "int", "list"), name
+        assert about["default"] != "", name
+        assert len(about["help"]) > 10, name
+
+
+def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, capsys, command):
+    """The loop of notebook 21, from another folder and under other names; then the command finds all of it done."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "by hand"))
+    monkeypatch.chdir(tmp_path)
+    for labelled in 1, 2:
+        parameters = {"method": "random", "labelled": labelled, "draw": 1}
+        papermill.execute_notebook(
+            build.FOLDER / "21_finetune.ipynb", f"random {labelled}.ipynb", parameters, progress_bar=False
+        )
+    words = ["run", "quickstart", "--profile=smoke", "--set=study.methods=[random]", "--set=study.labelled=[1,2]"]
+    status, output, _ = command(tmp_path / "by hand", *words)
+    assert (status, "0 pre-trainings, 2 fine-tunings, 2 of them done" in output) == (0, True)
+    assert command(tmp_path / "run", *words)[0] == 0
+    by_hand, run = (
+        command(tmp_path / place, "table", str(tmp_path / place / "runs"))[1] for place in ("by hand", "run")
+    )
+    without_study = [re.sub("^[^,]*,", "", text, flags=re.MULTILINE) for text in (by_hand, run)]
+    assert without_study[0] == without_study[1]
+    assert len(without_study[0].splitlines()) == 1 + 2 * 16 * 3
 
 
 LESSONS = [stem for stem in build.stems() if re.match(r"0[24]_|1\d_", stem)]

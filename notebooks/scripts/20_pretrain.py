@@ -6,7 +6,11 @@
 # You will see: the parameters as they were understood, one batch with its positives and negatives, the loss over all
 # steps. Seconds under `smoke`, minutes under `laptop`, on a CPU.
 #
-# Pre-training sees only the subjects of the pre-training set: never a test subject.
+# Pre-training sees only the subjects of the pre-training set: never a test subject. Runs lie in `out/runs` of the project, or below
+# `$CLSEG_OUT`; data sets in `data`, or below `$CLSEG_DATA`. By hand:
+# ```
+# papermill notebooks/20_pretrain.ipynb out.ipynb -p method pcl -p profile laptop
+# ```
 
 # %%
 from dataclasses import replace
@@ -30,7 +34,7 @@ stage: int = 0  # which of the method's stages, from 0; the ones before it are d
 protocol: str = ""  # how subjects are divided; "" is the data set's first
 dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
-overrides: list = []  # more of what `clseg run --set` takes: KEY=VALUE
+overrides: list = []  # more of what `clseg run --set` takes, as texts
 variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 
@@ -76,6 +80,22 @@ plots.training_curves(log)
 
 # %% tags=["nbval-check-output"]
 print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[-1]:.2f}, {len(log)} steps")
+
+# %% [markdown]
+# ## Did it learn?
+# The loss beside its *floor* (that of a collapsed network, whose embeddings are all the same) and its *bound* (no embedding
+# goes below). `learned` is how far the loss came from floor to bound. On subjects that it never saw: the loss again, and how much
+# of the slices' position and of the structures' sizes a straight line reads from the features (R², 1 is all, 0 or less is nothing).
+# These numbers find faults. They never choose a method: labels of test subjects play no part.
+
+# %% tags=["nbval-check-output"]
+if stage_config.stage == "contrast":
+    probe = run.read("probe").iloc[0]
+    print(probe.round(2).to_string())
+    if probe["learned"] < 0.1:
+        print("It learned little: the loss came less than a tenth of the way from its floor to its bound.")
+    if probe["loss_held_out"] >= probe["floor"]:
+        print("It learned its own slices by heart: on subjects that it never saw the loss is not below the floor.")
 
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"

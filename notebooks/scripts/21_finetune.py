@@ -7,7 +7,20 @@
 # subject's masks. Seconds under `smoke`, minutes under `laptop` on a CPU.
 #
 # Test subjects are scored once, after training: by the network of the last step, which needs no validation subject, or,
-# with `finetune.checkpoint=best`, by that of the best step on the validation subjects.
+# with `finetune.checkpoint=best`, by that of the best step on the validation subjects, on the grid of the network.
+#
+# By hand, and as a loop over label fractions; `clseg table out/runs` reads what they leave, and `clseg run` does none of it again:
+# ```
+# papermill notebooks/21_finetune.ipynb out.ipynb -p method gd -p labelled 2 -p draw 1
+# ```
+# ```python
+# import papermill
+# for labelled in 1, 2, 4:
+#     for draw in 1, 2, 3:
+#         parameters = {"method": "gd", "labelled": labelled, "draw": draw}
+#         papermill.execute_notebook("notebooks/21_finetune.ipynb", f"gd-{labelled}-{draw}.ipynb", parameters)
+# ```
+# Runs lie in `out/runs` of the project, or below `$CLSEG_OUT`; data sets in `data`, or below `$CLSEG_DATA`.
 
 # %%
 import yaml
@@ -27,7 +40,7 @@ pretrain_dataset: str = ""  # pre-train on another data set than this one; "" is
 protocol: str = ""  # how subjects are divided; "" is the data set's first
 dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
-overrides: list = []  # more of what `clseg run --set` takes: KEY=VALUE
+overrides: list = []  # more of what `clseg run --set` takes, as texts
 variant: str = ""  # one more override, named in the results of an ablation
 study: str = ""  # the study this run belongs to, for the results table
 
