@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import nibabel as nib
@@ -630,15 +631,47 @@ def test_text_in_headers_is_told_but_not_shown(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_study_on_a_folder_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("labelled", "numbers", "draws"), [(3, "[1]", "[1]"), (5, "[1,2]", "[1,2]"), (30, "[1,2,4,8,16]", "[1,2,3]")]
+)
+def test_the_study_that_is_proposed_fits_the_labels_that_are_there(tmp_path, labelled, numbers, draws):
+    report = check(medical(tmp_path / "scans", "nnunet", labelled=labelled, subjects=labelled + 2), "mine")
+    words = report.study("mine.yaml").split()
+    assert words[:4] == ["clseg", "run", "glcl_strategies", "--dataset"]
+    assert [f"study.labelled={numbers}", f"study.draws={draws}"] == words[-3::2]
+
+
+def test_from_a_folder_with_three_labels_to_masks_by_the_commands_that_are_printed(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    medical(tmp_path / "scans", "nnunet", labelled=3)
+    status, output, _ = command(tmp_path / "out", "check", "scans", "--write", "mine.yaml")
+    assert status == 0
+    (line,) = (line for line in output.splitlines() if line.startswith("next: clseg run "))
+    words = line.replace("laptop", "smoke").split()[2:]
+    status, output, errors = command(tmp_path / "out", *words, "--jobs", "1")
+    assert status == 0, errors
+    assert "\ncost: about " in output
+    (line,) = (line for line in output.splitlines() if line.startswith("masks of new scans: clseg predict "))
+    words = line.replace("SCANS", "scans/imagesTr").replace("MASKS", "masks").split()[6:]
+    assert command(tmp_path / "out", "predict", *words)[0] == 0
+    assert {path.name for path in (tmp_path / "masks").glob("*.nii.gz")} == {
+        path.name.replace("_0000", "") for path in (tmp_path / "scans/imagesTr").iterdir()
+    }
+
+
+def test_draws_that_label_the_same_subjects_count_once(tmp_path, monkeypatch, command):
+    """Of 5 labelled ones 2 test and 1 validates; of the 2 that are left there are two sets of one, and one of two."""
     monkeypatch.chdir(tmp_path)
     write(check(medical(tmp_path / "scans", "nnunet", labelled=5), "mine").dataset, tmp_path / "mine.yaml")
-    words = ["run", "quickstart", "--dataset", "mine.yaml", "--jobs", "1"]
-    words += ["--set", "study.labelled=[1]", "--set", "study.draws=[1]", "--set", "study.methods=[random,gd]"]
-    assert cli.main(words) == 0
-    assert (paths.results_dir("smoke", "mine", "quickstart") / "table.csv").is_file()
-    assert list(paths.runs_root().glob("mine/smoke/*quickstart.ipynb"))
+    words = ["run", "quickstart", "--dataset=mine.yaml", "--dry-run", "--set=study.methods=[random]"]
+    words += ["--set=study.labelled=[1,2]", "--set=study.draws=[1,2,3,4,5,6]", "--set=study.seeds=[0,1]"]
+    status, output, _ = command(tmp_path / "out", *words)
+    assert status == 0
+    assert "0 pre-trainings, 6 fine-tunings" in output  # two and one draws, two seeds
+    told = [line for line in output.splitlines() if line.startswith("left out: ")]
+    assert sorted(line.split(":")[1] for line in told)[-5:] == [f" 2 labelled, draw {n}" for n in (2, 3, 4, 5, 6)]
+    assert len(told) == 9
+    assert all(re.search(r": the same subjects as draw \d$", line) for line in told)
 
 
 @pytest.mark.real_data

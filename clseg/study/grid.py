@@ -11,10 +11,10 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from clseg import loop, paths
-from clseg.data.splits import available_draws
+from clseg.data.splits import Split, available_draws
 from clseg.digest import package_digest
 from clseg.errors import RequestError, nearest, reading
 from clseg.study import archive, runs
@@ -106,6 +106,29 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     if not finetune:
         raise RequestError(f"study {study.name}: nothing to run on {dataset}; " + "; ".join(notes))
     return Grid(study, budget.name, list(pretrain.values()), list(finetune.values()), list(notes))
+
+
+def distinct(grid: Grid, splits: Mapping[str, Split]) -> Grid:
+    """The grid without draws that label, validate and test the subjects of an earlier draw: they would count twice.
+
+    splits: of its fine-tunings by name. A protocol that draws subjects by chance may draw a set again, and of n
+    subjects there are no more than C(n, k) sets of k.
+    """
+    first: dict[tuple, int] = {}
+    kept, notes = [], dict.fromkeys(grid.notes)
+    for run in sorted(grid.finetune, key=lambda run: run.parameters.draw):
+        parameters, split = run.parameters, splits[run.name]
+        others = parameters.model_dump_json(exclude={"draw"})
+        subjects = map(frozenset, (split.labelled, split.test, split.validation))
+        draw = first.setdefault((others, *subjects), parameters.draw)
+        if draw == parameters.draw:
+            kept.append(run.name)
+        else:
+            notes[f"{parameters.labelled} labelled, draw {parameters.draw}: the same subjects as draw {draw}"] = None
+    finetune = [run for run in grid.finetune if run.name in set(kept)]
+    needed = {parent.name for run in finetune for parent in run.ancestors}
+    pretrain = [run for run in grid.pretrain if run.name in needed]
+    return replace(grid, pretrain=pretrain, finetune=finetune, notes=list(notes))
 
 
 def _require_parameters(source: Path) -> None:

@@ -7,9 +7,11 @@ proposed geometry keeps the median spacing and holds the median volume and the l
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,18 @@ class Report:
                 about = f"{c['voxels']:,} voxels in {c['subjects']} of {labelled} labelled"
                 lines.append(f"  class {c['value']:<6} {c['name']}: {about}")
         return "\n".join([*lines, *(f"  - {remark}" for remark in self.remarks)])
+
+    def study(self, file: str) -> str:
+        """The command of a study that the labelled subjects which are there can fill, on the data set file."""
+        words = ["clseg", "run", "glcl_strategies", "--dataset", file, "--profile", "laptop"]
+        methods = "random,gd" if self.dataset.positions == "known" else "random,gr"
+        protocol = self.dataset.protocols["seeded"]
+        most = len({v["subject"] for v in self.volumes if v["labelled"]}) - protocol.test - protocol.validation
+        labelled = [count for count in (1, 2, 4, 8, 16, 32) if count <= most]
+        draws = list(range(1, min(max(comb(most, count) for count in labelled), 3) + 1))
+        changes = {"methods": f"[{methods}]", "labelled": labelled, "draws": draws}
+        words += [w for key, value in changes.items() for w in ("--set", f"study.{key}={value}".replace(" ", ""))]
+        return shlex.join(words).replace("'", "")
 
 
 def _ranges(rows: list[list[float]]) -> str:

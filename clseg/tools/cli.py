@@ -57,25 +57,27 @@ def _run(arguments: argparse.Namespace) -> int:
     named = {key: _absolute(name) for key, name in named.items()}
     dataset, profile = named["dataset"], read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
-    flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
-    done = {name for name, flaw in flaws.items() if flaw is None}
-    steps = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done"
-    print(f"{study.name} on {dataset}, profile {profile}: {steps}")
-    for note in plan.notes:
-        print(f"left out: {note}")
+    print(f"{study.name} on {dataset}, profile {profile}:", end=" ")
     if arguments.extend and not rows.missing(plan, rows.read(plan.profile, plan.place)):
+        print("all rows are there")
         return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
-    here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
-    jobs = arguments.jobs or (1 if arguments.extend else here)
-    if len(plan.all) > len(done) and not arguments.scheduler:
-        print(f"cost: {estimate.estimate(plan, done).text(jobs)}")
-    missing = {experiment.dataset.name: _missing(experiment) for experiment in experiments.values()}
-    if arguments.dry_run and any(missing.values()) and not arguments.splits:
-        print("not checked: " + "; ".join(f"data set {name} is not here" for name, gone in missing.items() if gone))
+    gone = {about.dataset.name for about in experiments.values() if _missing(about)}
+    if gone and arguments.dry_run and not arguments.splits:
+        unchecked = f"not checked: data set {', '.join(gone)} is not here"
     else:  # subjects are counted before anything is prepared
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
+        plan, unchecked = grid.distinct(plan, splits), ""
+    flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
+    done = {name for name, flaw in flaws.items() if flaw is None}
+    print(f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done")
+    for note in [*(f"left out: {note}" for note in plan.notes), *filter(None, [unchecked])]:
+        print(note)
+    here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
+    if len(plan.all) > len(done) and not arguments.scheduler:
+        jobs = arguments.jobs or (1 if arguments.extend else here)
+        print(f"cost: {estimate.estimate(plan, done).text(jobs)}")
     if arguments.splits:
         few = [run for run in plan.finetune if not run.experiment.all_labels]
         write_splits(Path(arguments.splits), (splits[run.name] for run in few))
@@ -107,6 +109,9 @@ def _run(arguments: argparse.Namespace) -> int:
             write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
             notebook = draw_figures(plan, named)
         print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
+        last = [run for run in plan.finetune if run.is_done()][-1]
+        weights = last.folder.with_name(last.name.rpartition("-")[0])
+        print(f"masks of new scans: clseg predict --weights {weights} --input SCANS --output MASKS")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0
@@ -219,22 +224,25 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"clseg: {problem}", file=sys.stderr)
     if target and not report.problems:
         write(report.dataset, target)
+        if not arguments.json:
+            print(f"next: {report.study(str(target))}")
     return 2 if report.problems else 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from clseg.tools.predict import predict
+    from clseg.tools.predict import predict, weights_of
 
-    where = [Path(folder) for folder in (arguments.weights, arguments.input, arguments.output)]
-    images, before = predict(*where, arguments.probabilities)
+    where = [Path(folder) for folder in (arguments.input, arguments.output)]
+    images, before = predict(weights_of(Path(arguments.weights)), *where, arguments.probabilities)
     print(f"{images} segmented, {before} of them before: {arguments.output}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from clseg.tools.export import export
+    from clseg.tools.predict import weights_of
 
-    print(*export(Path(arguments.weights), arguments.format, Path(arguments.output)), sep="\n")
+    print(*export(weights_of(Path(arguments.weights)), arguments.format, Path(arguments.output)), sep="\n")
     return 0
 
 
@@ -353,8 +361,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="everything, for programs")
     check.add_argument("--write", metavar="FILE.yaml", help="a data set file for clseg run --dataset, if all is well")
 
-    weights = "weights.safetensors of a run"
-    predict.add_argument("--weights", required=True, metavar="FILE", help=weights)
+    weights = "weights.safetensors of a run, or its folder, whose name may end before the hash"
+    predict.add_argument("--weights", required=True, metavar="FILE_OR_RUN", help=weights)
     where = "NIfTI or photograph, as the weights need, or a folder of such"
     predict.add_argument("--input", required=True, metavar="FILE_OR_DIR", help=where)
     predict.add_argument(
@@ -362,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--probabilities", action="store_true", help="also those of each class, in an .npz")
 
-    export.add_argument("--weights", required=True, metavar="FILE", help=weights)
+    export.add_argument("--weights", required=True, metavar="FILE_OR_RUN", help=weights)
     export.add_argument("--format", required=True, choices=["monai", "safetensors"], help="monai: for its BasicUNet")
     export.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
     return top

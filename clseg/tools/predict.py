@@ -1,5 +1,6 @@
 """New images in, label maps out: on the grid, and with the label values, of the files that they come from."""
 
+import glob
 import gzip
 import hashlib
 import json
@@ -181,6 +182,19 @@ def _known(record: Path, about: dict[str, str]) -> dict[str, list[Any]]:
         if isinstance(known.get("images"), dict) and known == about | {"images": known["images"]}:
             return known["images"]
     raise RequestError(f"{record.parent}: holds files that are not of these weights; choose another --output")
+
+
+def weights_of(place: Path) -> Path:
+    """The weight file of a run: the file, its folder, or the folder's name without the hash at its end."""
+    if place.is_file() or place.suffix == ".safetensors":
+        return place
+    folders = [place] if place.is_dir() else sorted(place.parent.glob(f"{glob.escape(place.name)}*"))
+    found = [folder / "weights.safetensors" for folder in folders if (folder / "weights.safetensors").is_file()]
+    if len(found) != 1:
+        names = ", ".join(path.parent.name for path in found[:4]) or "none"
+        wanted = "one finished run was wanted; name it, or its weights.safetensors"
+        raise RequestError(f"{place}: {len(found)} runs have this name ({names}), {wanted}")
+    return found[0]
 
 
 def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tuple[int, int]:
