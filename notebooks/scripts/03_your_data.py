@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import yaml
+from PIL import Image
 
 from clseg import paths, plots
 from clseg.data.phantom import phantom_volume
@@ -134,8 +135,8 @@ for name, metrics in found.items():
     )
 
 # %% [markdown]
-# With two test subjects and `smoke` this decides nothing. A study with several draws of labelled subjects, intervals and paired
-# tests is one command: see the end.
+# With two test subjects and `smoke` this decides nothing. Of three labelled subjects one trains, one validates and one tests: enough to
+# look at masks, too few for a number. A study with several draws of labelled subjects and intervals is one command: see the end.
 #
 # ## Segment scans that have no mask
 # Here those of the folder itself, one after the other, into label maps on their own grid with their own affine.
@@ -148,14 +149,38 @@ results = sorted(path.name for path in output.iterdir() if path.suffix != ".json
 print(f"{images} segmented: runs/{dataset.name}/{profile}/{run.name}/segmented/{results[0]}")
 
 # %% [markdown]
+# Look at the masks before you trust a number. Above the scan at its own resolution, below the same slices with what was predicted.
+
+
+# %%
+def slices_of(file: Path) -> np.ndarray:
+    """[Z, Y, X] of a NIfTI file, [1, Y, X] of a photograph."""
+    if file.name.endswith((".nii", ".nii.gz")):
+        return np.asarray(nib.as_closest_canonical(nib.load(file)).dataobj).T
+    return np.asarray(Image.open(file).convert("L"))[None]
+
+
+label = slices_of(output / results[0])
+shown = np.unique(np.linspace(0, len(label) - 1, 5).astype(int)[1:-1])
+grey, label = slices_of(Path(bare[0]))[shown].astype(np.float32), label[shown]
+classes = dict(enumerate(sorted({*np.unique(label)} - {0}), start=1))
+label = sum((label == value) * number for number, value in classes.items()) + 0 * label
+plots.volume_grid(
+    np.concatenate([grey, grey]),
+    np.concatenate([0 * label, label]),
+    title=f"{name}, profile {profile}: predicted masks",
+    class_names={number: dataset.classes.get(int(value), f"value {value}") for number, value in classes.items()},
+)
+
+# %% [markdown]
 # ## Where things lie, and the same from the command line
-# `runs/<data set>/<profile>/finetune-*/weights.safetensors` are the weights, with a record of what they need to be used:
+# `out/runs/<data set>/<profile>/finetune-*/weights.safetensors` are the weights, with a record of what they need to be used:
 # network, channels, spacing, normalisation, label values.
 #
 # ```
-# clseg check FOLDER --write mine.yaml
-# clseg run quickstart --dataset mine.yaml --profile laptop --set study.labelled=[1,2]
-# clseg predict --weights runs/mine/laptop/finetune-.../weights.safetensors --input NEW_SCANS --output SEGMENTED
+# clseg check FOLDER --write mine.yaml      and the command of a study that your labels can fill:
+# clseg run glcl_strategies --dataset mine.yaml --profile laptop --set ...
+# clseg predict --weights out/runs/mine/laptop/finetune-gd-labelled1-draw1-seed0 --input NEW_SCANS --output SEGMENTED
 # ```
 #
 # **Try it.** Remove a mask from the example folder, truncate an image, or give a mask a value that is not declared, and run from
