@@ -7,7 +7,7 @@ from clseg import paths
 from clseg.study import archive, grid, rows
 from clseg.study.files import known_names, read_profile, read_study
 from clseg.study.parameters import override_study
-from clseg.study.results import write_results
+from clseg.study.results import committed_figures, write_results
 
 SMALL = [
     *(
@@ -122,6 +122,38 @@ def test_the_committed_rows_are_whole():
         assert set(have.scores["run"]) == set(have.runs["run"][have.runs["kind"] == "finetune"])
         assert not have.scores.duplicated(["run", "subject", "phase", "class_name"]).any()
         assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
+
+
+@pytest.mark.slow
+def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command):
+    """Half of it, at `smoke`, byte for byte, through the command that users give."""
+    words = ["run", "quickstart", "--profile=smoke", "--set=study.methods=[random,gd]", "--set=study.labelled=[1,2]"]
+    assert command(tmp_path, *words)[0] == 0
+    found = archive.read_table(paths.results_dir("smoke", "phantom", "quickstart", tmp_path) / "table.csv")
+    known = rows.read("smoke", "phantom").scores
+    assert set(found["run"]) < set(known["run"])
+    assert len(found) == 4 * 16 * 3
+    same = ["run", "subject", "phase", "class_name", "dice", "hd95", "missed"]
+    known = known[known["run"].isin(found["run"])]
+    texts = [table[same].sort_values(same[:4]).to_csv(index=False, float_format="%.4f") for table in (found, known)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("profile", "dataset", "name"), [("laptop", "acdc", "acdc"), ("laptop", "phantom", "quickstart")]
+)
+def test_the_charts_that_readers_see_first_are_those_of_the_code(profile, dataset, name, tmp_path):
+    """The chart of the README, and that of `make study`."""
+    whole = grid.expand(read_study(name).within(read_profile(profile)), dataset, profile)
+    there = rows.place(profile, dataset) / name
+    folder = tmp_path / profile / dataset / name
+    folder.mkdir(parents=True)
+    committed_figures(whole, folder)
+    charts = sorted(path.name for path in folder.glob("*.png"))
+    assert charts == sorted(path.name for path in there.glob("*.png"))
+    assert "dice_against_labelled.png" in charts
+    for chart in charts:
+        assert (folder / chart).read_bytes() == (there / chart).read_bytes(), chart
 
 
 def test_the_table_of_the_readme_is_that_of_the_rows():
