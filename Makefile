@@ -59,7 +59,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 
 lock: $(STAMP)
-	$(VENV)/bin/uv pip compile pyproject.toml --extra test --extra cluster --upgrade \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra test --extra cluster --extra site --extra browser --upgrade \
 	  --upgrade-package $(TORCH) --upgrade-package $(TORCHVISION) --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet --output-file requirements.lock
 

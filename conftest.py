@@ -12,16 +12,17 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 from build import ONE_THREAD, clean_room
 from clseg.study.kernels import Warm
 
+os.environ |= ONE_THREAD  # before tests/conftest.py imports torch
 collect_ignore_glob = ["notebooks/9*.ipynb"]  # exercises stop at their first stub; their solutions run as notebooks
 _OUT = pytest.StashKey[Path]()
 
 
 def pytest_configure(config):
-    """One thread, and an empty output folder of this session's own: results on disk must not stand in for training."""
+    """An empty output folder of this session's own: results on disk must not stand in for training."""
     out = tempfile.TemporaryDirectory(prefix="clseg-test-", ignore_cleanup_errors=True)
     config.add_cleanup(out.cleanup)
     config.stash[_OUT] = Path(out.name)
-    os.environ |= {"CLSEG_OUT": out.name, **ONE_THREAD}
+    os.environ["CLSEG_OUT"] = out.name
     nbval.kernel.KernelManager = type("Manager", (Warm, KernelManager), {})  # torch is imported once, not per notebook
 
 
