@@ -295,6 +295,19 @@ def prose(page: Path) -> str:
     return re.sub(r"```.*?```|`[^`\n]*`|\$[^$]*\$", "", text, flags=re.DOTALL)
 
 
+def test_what_students_get_has_no_solutions_and_its_links_stay_inside(tmp_path):
+    text = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    places = re.search(r"^STUDENTS := (.*)$", text, re.MULTILINE).group(1).split()
+    given = {path.resolve() for place in places for path in PROJECT.glob(place)}
+    assert {path.stem for path in given if path.suffix == ".ipynb"} == set(build.stems())
+    assert not [path for path in given if "solutions" in path.parts or path.name == "TEACHING.md"]
+    for page in sorted(path for path in given if path.suffix in (".ipynb", ".md")):
+        for link in LINK.findall(prose(page)):
+            target = (page.parent / link.partition("#")[0]).resolve()
+            inside = re.match("[a-z]+:|#", link) or target in given or target.name == "TEACHING.md"
+            assert inside or any(path.is_relative_to(target) for path in given), f"{page.name}: {link}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
 def test_links_lead_somewhere(page):
     for target in LINK.findall(prose(page)):
