@@ -30,6 +30,7 @@ def _forked() -> BaseContext:
 
 
 def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
+    import matplotlib
     from ipykernel import kernelapp  # not above: where it is imported, progress bars take themselves for a notebook's
 
     os.setsid()  # signals to the kernel's group reach nobody else
@@ -40,6 +41,8 @@ def _kernel(arguments: list[str], folder: str, environment: dict[str, str], log:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     end_with_parent()
+    # matplotlib looked for its backend when it was imported, and found no kernel
+    matplotlib.rcParams["backend"] = environment.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
     os.environ.pop("JPY_PARENT_PID", None)  # ipykernel's own watch looks at the wrong process, the fork server
     sys.argv = ["ipykernel_launcher", *arguments]
     kernelapp.launch_new_instance(argv=arguments)
