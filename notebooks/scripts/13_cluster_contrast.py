@@ -13,7 +13,6 @@
 # minutes**, one of them computing. Nothing is downloaded.
 
 # %%
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
