@@ -3,8 +3,8 @@
 import json
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +19,9 @@ from clseg.study.archive import provenance
 from clseg.study.grid import Grid
 from clseg.study.runs import Run
 
-# Image passes through the network per slice of a batch, forward and back, beside those of the plain kind: measured on
-# the phantom at `laptop`; what is not named counts as plain.
+# How much longer a step takes than one pass of every image, forward and back; rough, and 1 for what is not named.
 PASSES = {"weak_to_strong": 2.5, "mean_teacher": 2.5, "self_training": 2.0, "adversarial": 2.5, "contrast": 1.2}
+LOOKED_AT = 9  # finished runs of a kind
 
 
 @dataclass(frozen=True)
@@ -53,51 +53,67 @@ def minutes(seconds: float) -> str:
 def estimate(grid: Grid, done: Iterable[str] = ()) -> Cost:
     """The cost of the runs of a grid but those that are `done`, without reading any data."""
     done = set(done)
-    earlier = _seconds_per_step([run for run in grid.all if run.name in done])
-    todo = [run for run in grid.all if run.name not in done]
-    kinds = Counter(_kind(run) for run in todo)
-    of_step = {_kind(run): earlier.get(_kind(run)) or _timed_step(run) for run in todo}
-    seconds = sum(run.steps * of_step[_kind(run)] for run in todo)
-    known = sum(count for kind, count in kinds.items() if kind in earlier)
-    return Cost(seconds, sum(_megabytes(run) for run in todo), len(todo), known)
+    todo: dict[str, list[Run]] = defaultdict(list)
+    finished: dict[str, list[Run]] = defaultdict(list)
+    for run in grid.all:
+        (finished if run.name in done else todo)[_kind(run)].append(run)
+    seconds = megabytes = known = 0.0
+    for kind, runs in todo.items():
+        of_step = _earlier_step(finished.get(kind, ()))
+        known += len(runs) if of_step else 0
+        seconds += (of_step or _timed_step(runs[0])) * sum(run.steps for run in runs)
+        megabytes += _megabytes(runs[0]) * len(runs)
+    return Cost(seconds, megabytes, sum(map(len, todo.values())), int(known))
 
 
 def _kind(run: Run) -> str:
-    """What decides how long a step takes."""
-    experiment = run.experiment
-    part = run.stage.stage if run.kind == "pretrain" else experiment.recipe.recipe
-    size, images = experiment.geometry.size, run.stage.slices if run.kind == "pretrain" else run.finetune.batch
-    return json.dumps([run.kind, part, size, images, experiment.precision, experiment.network.model_dump()])
+    """What decides how long a step takes, and how large the weights are."""
+    experiment, classes = run.experiment, len(run.experiment.dataset.classes)
+    about = [run.kind, _part(run), _images(run), experiment.geometry.size, experiment.dataset.channels, classes]
+    return json.dumps([*about, experiment.precision, experiment.network.model_dump()])
 
 
-def _seconds_per_step(runs: Iterable[Run]) -> dict[str, float]:
-    """Of finished runs that this kind of machine made, the median by kind."""
-    here, found = provenance(), defaultdict(list)
-    for run in runs:
+def _part(run: Run) -> str:
+    return run.stage.stage if run.kind == "pretrain" else run.experiment.recipe.recipe
+
+
+def _images(run: Run) -> int:  # of a step
+    return 2 * run.stage.slices if run.kind == "pretrain" else run.finetune.batch
+
+
+def _earlier_step(runs: Sequence[Run]) -> float | None:
+    """Median seconds of a step of a few finished runs of a kind, if this kind of machine made them."""
+    here, found = provenance(), []
+    for run in runs[-LOOKED_AT:]:
         with suppress(OSError, ValueError, KeyError):
             record = json.loads((run.folder / "record.json").read_bytes())
             if all(record["provenance"][part] == here[part] for part in ("cpu", "cpus", "gpu")):
-                found[_kind(run)].append(record["training_seconds"] / record["steps"])
-    return {kind: statistics.median(values) for kind, values in found.items()}
+                found.append(record["training_seconds"] / record["steps"])
+    return statistics.median(found) if found else None
+
+
+def _network(run: Run) -> tuple[str, int, int, tuple[int, ...]]:
+    experiment = run.experiment
+    sizes = experiment.dataset.channels, len(experiment.dataset.classes) + 1
+    return experiment.network.model_dump_json(), *sizes, tuple(experiment.geometry.size)
 
 
 def _timed_step(run: Run) -> float:
-    experiment = run.experiment
-    pretraining = run.kind == "pretrain"
-    part = run.stage.stage if pretraining else experiment.recipe.recipe
-    whole = not pretraining or part not in ("contrast", "rotation", "pirl")
-    about = experiment.dataset.channels, len(experiment.dataset.classes) + 1, tuple(experiment.geometry.size), whole
-    seconds, _ = pass_cost(experiment.network.model_dump_json(), *about, experiment.threads, experiment.precision)
-    return seconds * (2 * run.stage.slices if pretraining else run.finetune.batch) * PASSES.get(part, 1)
+    whole = run.kind == "finetune" or _part(run) not in ("contrast", "rotation", "pirl")
+    seconds, _ = pass_cost(*_network(run), whole, run.experiment.threads, run.experiment.precision)
+    return seconds * _images(run) * PASSES.get(_part(run), 1)
 
 
 def _megabytes(run: Run) -> float:
-    """Weights, and half as much again for tables and the executed notebook, at least 0.2."""
-    experiment = run.experiment
+    """Of the weights, and 0.2 of tables and the executed notebook."""
+    return weights_in(*_network(run)) * 4e-6 + 0.2
+
+
+def weights_in(network: str, channels: int, classes: int, size: tuple[int, ...]) -> int:
+    """How many numbers a network (as JSON) learns; `size` says in how many dimensions."""
     with torch.device("meta"):
-        sizes = experiment.dataset.channels, len(experiment.dataset.classes) + 1
-        network = UNet(*sizes, experiment.network, len(experiment.geometry.size))
-    return sum(value.numel() for value in network.parameters()) * 4e-6 + 0.2
+        unet = UNet(channels, classes, NetworkConfig.model_validate_json(network), len(size))
+    return sum(value.numel() for value in unet.parameters())
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
@@ -37,10 +36,9 @@ from clseg.data.formats import (
 from clseg.data.prepare import normalise, require_new
 from clseg.data.volume import Volume, VolumeRef
 from clseg.errors import RequestError, once, reading, writing
-from clseg.models import UNet
 from clseg.settings import DatasetConfig, Folds, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
 from clseg.study.archive import write_atomically
-from clseg.study.estimate import pass_cost
+from clseg.study.estimate import pass_cost, weights_in
 from clseg.study.files import known_names, read_profile
 
 FILES = (*VOLUMES, *PICTURES)
@@ -443,9 +441,7 @@ def expect(report: Report) -> list[dict[str, Any]]:
         about = experiment.network.model_dump_json(), dataset.channels, len(dataset.classes) + 1, tuple(geometry.size)
         views = 2 * min(12, pretrain.max_slices or 12)  # of a batch of 12 slices
         (encoding, _), (segmenting, kept) = (pass_cost(*about, whole, experiment.threads) for whole in (False, True))
-        with torch.device("meta"):
-            parameters = UNet(*about[1:3], experiment.network, 2).parameters()
-        memory = kept * finetune.batch + 16 * sum(p.numel() for p in parameters)  # gradients, Adam's means
+        memory = kept * finetune.batch + 16 * weights_in(*about)  # gradients, Adam's means
         row = {"profile": name, "disk_mb": slices * np.prod(geometry.size) * (2 * dataset.channels + 1) / 1e6}
         row |= {"memory_mb": memory / 1e6 + 500}  # 500: the program itself
         row |= {"pretrain_minutes": pretrain.steps * views * encoding / 60}

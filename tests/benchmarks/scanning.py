@@ -1,7 +1,8 @@
 """Scanning 2,000 finished runs before a resume: what `clseg run` does until the first kernel would start.
 
 That is: the grid is expanded, every run's status, record and files are looked at, its subjects are drawn, and its data
-files are compared. The folders are those of one finished run, linked under the name of each run of the grid.
+files are compared; what the runs of one more seed, which are not done, will cost is estimated. The folders are those of
+one finished run, linked under the name of each run of the grid.
 """
 
 import os
@@ -82,7 +83,7 @@ def measure(quick: bool) -> list[Row]:
             began = time.perf_counter()
             assert all(run.is_done() for run in whole.all)
             looked.append(time.perf_counter() - began)
-            all_of_it.append(until_the_first_kernel(seeds, quick))
+            all_of_it.append(until_the_first_kernel(seeds + 1, quick))
         runs_of_it = f"{len(whole.all)} runs"
     return [
         absolute(f"{runs_of_it}: all that `clseg run` does before the first kernel", all_of_it, 2.0, "s"),
