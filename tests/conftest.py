@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -52,12 +53,28 @@ def command_fixture():
     return command
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; without one on the path the test is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on the path")
+    with playwright.sync_playwright() as run:
+        started = run.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
 class SmallGrid:
     """A smoke grid of one pre-training and two fine-tunings, as a command of its own."""
 
+    few = (
+        "dataset.options.subjects=10",
+        *("dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1"),
+    )
     words = (
-        *("run", "quickstart", "--profile", "smoke", "--set=dataset.options.subjects=10"),
-        *("--set=dataset.protocols.seeded.test=3", "--set=dataset.protocols.seeded.validation=1"),
+        *("run", "quickstart", "--profile", "smoke", *map("--set={}".format, few)),
         *("--set=study.methods=[random, gd]", "--set=study.labelled=[1]", "--set=study.draws=[1]"),
     )
 

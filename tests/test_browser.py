@@ -18,16 +18,11 @@ import pytest
 import build
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVERY = [stem for stem in build.stems() if re.match(r"0[24]_|1\d_", stem)]
 LESSONS = EVERY if os.environ.get("CLSEG_BROWSER") == "all" else ["04_infonce"]
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 LESSON_LIMIT_S = 240
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +56,19 @@ def lab(tmp_path_factory):
 
 
 @contextmanager
-def opened(lab, stem):
+def opened(browser, lab, stem):
     """A page on which a notebook has been opened and its kernel is idle."""
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{lab}/{stem}.ipynb?token=t&reset")
-        page.wait_for_selector(IDLE, timeout=60_000)
-        page.wait_for_timeout(2000)
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(f"{lab}/{stem}.ipynb?token=t&reset")
+    page.wait_for_selector(IDLE, timeout=60_000)
+    page.wait_for_timeout(2000)
+    yield page
+    page.close()
 
 
 @pytest.mark.parametrize("stem", LESSONS)
-def test_a_lesson_runs_and_its_slider_changes_the_picture(lab, stem):
-    with opened(lab, stem) as page:
+def test_a_lesson_runs_and_its_slider_changes_the_picture(browser, lab, stem):
+    with opened(browser, lab, stem) as page:
         assert page.locator(".lm-TabBar-tab.jp-mod-dirty").count() == 0, "opened, it has unsaved changes"
         page.click(".lm-MenuBar-item:has-text('Run')")
         page.click(".lm-Menu-item:has-text('Run All Cells') >> nth=0")
@@ -97,8 +90,8 @@ def test_a_lesson_runs_and_its_slider_changes_the_picture(lab, stem):
         assert picture.get_attribute("src") != before
 
 
-def test_an_exercise_tells_a_wrong_answer_what_is_wrong_and_accepts_the_right_one(lab):
-    with opened(lab, "91_infonce") as page:
+def test_an_exercise_tells_a_wrong_answer_what_is_wrong_and_accepts_the_right_one(browser, lab):
+    with opened(browser, lab, "91_infonce") as page:
         cells, number = page.locator(".jp-CodeCell"), itertools.count(1)
 
         def run(place, source=None):

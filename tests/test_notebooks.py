@@ -260,19 +260,17 @@ def test_papermill_shows_every_parameter_with_type_default_and_help(path):
         assert len(about["help"]) > 10, name
 
 
-def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, capsys, command):
+def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, command, small_grid):
     """The loop of notebook 21, from another folder and under other names; then the command finds all of it done."""
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "by hand"))
     monkeypatch.chdir(tmp_path)
-    few = ["dataset.options.subjects=10"]
-    few += ["dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1"]
     for labelled in 1, 2:
-        parameters = {"method": "random", "labelled": labelled, "draw": 1, "overrides": few}
+        parameters = {"method": "random", "labelled": labelled, "draw": 1, "overrides": [*small_grid.few]}
         papermill.execute_notebook(
             build.FOLDER / "21_finetune.ipynb", f"random {labelled}.ipynb", parameters, progress_bar=False
         )
     words = ["run", "quickstart", "--profile=smoke", "--set=study.methods=[random]", "--set=study.labelled=[1,2]"]
-    words += ["--set=study.draws=[1]", *(f"--set={text}" for text in few)]
+    words += ["--set=study.draws=[1]", *(f"--set={text}" for text in small_grid.few)]
     status, output, _ = command(tmp_path / "by hand", *words)
     assert (status, "0 pre-trainings, 2 fine-tunings, 2 of them done" in output) == (0, True)
     assert command(tmp_path / "run", *words)[0] == 0

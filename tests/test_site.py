@@ -1,7 +1,6 @@
 """The site: it is built without a warning, needs no server and no network, and its links lead somewhere."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import build
 
 PROJECT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.slow
 
 
@@ -48,15 +46,11 @@ def test_nothing_is_fetched_and_links_lead_to_files(site):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
-def test_its_search_works_from_the_file_system(site):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(f"{site.as_uri()}/search.html?q=temperature")
-        page.wait_for_selector("#search-results li a", timeout=20_000)
-        assert page.locator("#search-results li a").count() > 3
-        page.locator("#search-results li a").first.click()
-        assert "temperature" in page.inner_text("body").lower()
-        browser.close()
+def test_its_search_works_from_the_file_system(site, browser):
+    page = browser.new_page()
+    page.goto(f"{site.as_uri()}/search.html?q=temperature")
+    page.wait_for_selector("#search-results li a", timeout=20_000)
+    assert page.locator("#search-results li a").count() > 3
+    page.locator("#search-results li a").first.click()
+    assert "temperature" in page.inner_text("body").lower()
+    page.close()

@@ -411,10 +411,10 @@ def _scan_pairs(folder: Path, dataset: DatasetConfig) -> list[VolumeRef]:
     stems = [text.rpartition(".")[0].removesuffix(".nii") for text in texts]
     exact = stems[0] == stems[1]  # else an image would be its own mask
     images, labels = (matching(text, some, exact) for text, some in zip(texts, files, strict=True))
-    masks, found = set(labels.values()), {subject: image for subject, image in images.items()}
+    masks = set(labels.values())
     return [
         VolumeRef(subject, "", (folder / image,), folder / labels[subject] if subject in labels else None, folder)
-        for subject, image in found.items()
+        for subject, image in images.items()
         if image not in masks
     ]
 

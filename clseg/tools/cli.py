@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clseg import __version__
-from clseg.errors import RequestError, reading, writing
+from clseg.errors import RequestError, writing
+from clseg.settings import DatasetConfig
 from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
-from clseg.study.parameters import PretrainParameters, override_study, read_parameters, resolve
+from clseg.study.parameters import PretrainParameters, override_study, parse_override, read_parameters, resolve
 
 
 def _require_repository() -> None:
@@ -36,11 +35,11 @@ def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
-def _missing(about: Any) -> bool:
-    """Whether a data set of an experiment has files, and none are here."""
+def _here(dataset: DatasetConfig) -> bool:
+    """Whether a data set needs no files, or its folder is here."""
     from clseg import paths
 
-    return bool(about.dataset.folder) and not (paths.data_root() / about.dataset.folder).is_dir()
+    return not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -57,12 +56,12 @@ def _run(arguments: argparse.Namespace) -> int:
     named = {key: _absolute(name) for key, name in named.items()}
     dataset, profile = named["dataset"], read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
-    print(f"{study.name} on {dataset}, profile {profile}:", end=" ")
+    title = f"{study.name} on {dataset}, profile {profile}"
     if arguments.extend and not rows.missing(plan, rows.read(plan.profile, plan.place)):
-        print("all rows are there")
+        print(f"{title}: all rows are there")
         return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
-    gone = {about.dataset.name for about in experiments.values() if _missing(about)}
+    gone = {about.dataset.name for about in experiments.values() if not _here(about.dataset)}
     if gone and arguments.dry_run and not arguments.splits:
         unchecked = f"not checked: data set {', '.join(gone)} is not here"
     else:  # subjects are counted before anything is prepared
@@ -71,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plan, unchecked = grid.distinct(plan, splits), ""
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
     done = {name for name, flaw in flaws.items() if flaw is None}
-    print(f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done")
+    print(f"{title}: {len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done")
     for note in [*(f"left out: {note}" for note in plan.notes), *filter(None, [unchecked])]:
         print(note)
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
@@ -207,11 +206,10 @@ def _check(arguments: argparse.Namespace) -> int:
     target = Path(arguments.write) if arguments.write else None
     options = {}
     for text in arguments.set:
-        key, equals, value = text.partition("=")
-        if not key.startswith("options.") or not equals:
+        key, value = parse_override(text)
+        if len(key) != 2 or key[0] != "options":
             raise RequestError(f"--set {text}: of a check only options can be set, such as options.nan=0")
-        with reading(f"--set {text}", "YAML", "correct it"):
-            options[key.removeprefix("options.")] = yaml.safe_load(value)
+        options[key[1]] = value
     report = check(arguments.folder, target.stem if target else "", options)
     costs = [] if report.problems else expect(report)
     if arguments.json:
@@ -274,12 +272,11 @@ def _studies(arguments: argparse.Namespace) -> int:
 
 
 def _datasets(_: argparse.Namespace) -> int:
-    from clseg import paths
     from clseg.data.formats import how_to_get
 
     for dataset in map(read_dataset, known_names("datasets")):
-        here = not dataset.folder or (paths.data_root() / dataset.folder).is_dir()
-        print(f"{dataset.name:12} {'here   ' if here else 'missing'}  {dataset.title}\n    {how_to_get(dataset)}")
+        where = "here   " if _here(dataset) else "missing"
+        print(f"{dataset.name:12} {where}  {dataset.title}\n    {how_to_get(dataset)}")
     print(f"one of your own: {OWN['datasets']}")
     return 0
 

@@ -163,13 +163,13 @@ def slices_of(file: Path) -> np.ndarray:
 label = slices_of(output / results[0])
 shown = np.unique(np.linspace(0, len(label) - 1, 5).astype(int)[1:-1])
 grey, label = slices_of(Path(bare[0]))[shown].astype(np.float32), label[shown]
-classes = dict(enumerate(sorted({*np.unique(label)} - {0}), start=1))
-label = sum((label == value) * number for number, value in classes.items()) + 0 * label
+values = np.unique([0, *np.unique(label)])  # of the file; the picture counts classes from 1 on
+label = np.searchsorted(values, label)
 plots.volume_grid(
     np.concatenate([grey, grey]),
     np.concatenate([0 * label, label]),
     title=f"{name}, profile {profile}: predicted masks",
-    class_names={number: dataset.classes.get(int(value), f"value {value}") for number, value in classes.items()},
+    class_names={k: dataset.classes.get(int(value), f"value {value}") for k, value in enumerate(values) if k},
 )
 
 # %% [markdown]
