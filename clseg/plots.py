@@ -117,8 +117,8 @@ def looks(methods: Iterable[str]) -> dict[str, tuple[str, str, Any]]:
     """Colour, marker and line of every method of a figure, in the order of its legend.
 
     A method of the matched arm, or followed by weak_to_strong, has colour and marker of its base, and a line that says
-    which. Those in no family (one's own, ablated values) have others, given in order of their names: so they are the
-    same in all figures of the same methods. A remark in parentheses changes nothing.
+    which. Those in no family (one's own, ablated values) have others, line and colour both, given in order of their names:
+    so they are the same in all figures of the same methods. A remark in parentheses changes nothing.
     """
     found, others = {}, 0
     for method in sorted(set(methods), key=_parts):
@@ -128,7 +128,7 @@ def looks(methods: Iterable[str]) -> dict[str, tuple[str, str, Any]]:
             arm = {(True, False): MATCHED, (False, True): CONSISTENT, (True, True): BOTH}.get((matched, consistent))
             found[method] = colour, marker, arm or line
         else:
-            found[method] = *OWN[others % len(OWN)], LINES[others // len(OWN) % len(LINES)]
+            found[method] = *OWN[others % len(OWN)], LINES[(others + others // len(OWN)) % len(LINES)]
             others += 1
     return found
 

@@ -46,6 +46,7 @@ RUN = ["draw", "seed"]
 FACTORS = ("subjects", "draws", "seeds")
 MARGIN = 0.02  # of Dice: less does not matter
 LEVEL = 0.05
+VERDICTS = ("helps", "harms", "no difference that matters", "not known")
 NO_TESTS = ("smoke",)  # profiles whose numbers prove only that everything runs
 SUMMARY_COLUMNS = [
     *[*CELL, "n_subjects", "n_draws", "n_seeds", "n_runs", "runs_missing"],

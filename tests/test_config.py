@@ -7,7 +7,8 @@ import pytest
 
 from clseg import paths
 from clseg.errors import RequestError
-from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_study
+from clseg.study.files import known_names, read_dataset, read_methods, read_profile, read_setting, read_study
+from clseg.study.grid import expand
 from clseg.study.parameters import FinetuneParameters, applicable, override_study, read_parameters, resolve
 
 
@@ -16,6 +17,7 @@ def test_every_yaml_file_of_the_project_is_valid():
     for kind, read in (
         ("datasets", read_dataset),
         ("profiles", read_profile),
+        ("settings", read_setting),
         ("studies", read_study),
     ):
         names = known_names(kind)
@@ -35,7 +37,9 @@ def test_every_method_resolves_on_every_data_set_and_profile():
                     resolve(dataset.name, profile, method)
                 refused.add((dataset.name, method))
             else:
-                assert resolve(dataset.name, profile, method).geometry == dataset.geometry[profile]
+                found = resolve(dataset.name, profile, method)
+                theirs = (dataset.name, profile, found.network.architecture) == ("acdc", "paper", "pcl")
+                assert theirs or found.geometry == dataset.geometry[profile]
     assert {("hvsmr", "pcl"), ("isic2018", "pcl"), ("ph2", "pcl")} <= refused
     assert resolve("ph2", "smoke", "pcl", overrides=["stages.0.threshold=0.2"]).stages[0].threshold == 0.2
 
@@ -49,6 +53,53 @@ def test_published_settings_are_the_paper_profile_s():
     assert (contrast.slices, contrast.partitions, contrast.temperature, contrast.learning_rate) == (16, 4, 0.1, 1e-3)
     assert (local.regions, local.size, local.negatives, local.decoder_blocks) == (13, 3, 5, 3)
     assert (contrast.answer, local.answer) == ("gd", "lr")  # in the names of run folders
+    assert (experiment.network.architecture, experiment.network.norm_momentum) == ("glcl", 0.01)
+    assert (experiment.dataset.normalisation.kind, experiment.dataset.phases) == ("percentiles", ["ED"])
+    recipe = experiment.recipe
+    assert (recipe.loss, recipe.optimiser, recipe.learning_rate, recipe.schedule) == ("dice", "adam", 1e-3, "constant")
+
+
+def test_zeng_et_al_have_their_own_published_setting():
+    """That of their released code: wherever their methods are named, and for all methods of their studies."""
+    experiment = resolve("acdc", "paper", "pcl")
+    network, geometry, normalisation = experiment.network, experiment.geometry, experiment.dataset.normalisation
+    assert (network.architecture, network.filters, network.norm_momentum) == ("pcl", [48, 96, 192, 384, 768], 0.1)
+    assert (geometry.size, geometry.spacing_mm) == ([352, 352], 1.25)
+    assert (normalisation.kind, normalisation.low, normalisation.high) == ("z_score", 0.0, 100.0)
+    stage = experiment.stages[0]
+    assert (stage.pairs, stage.threshold, stage.temperature, stage.denominator) == ("position", 0.35, 0.1, "all")
+    assert (stage.head, stage.views, stage.slices) == ("pool", "pcl", 32)
+    assert (stage.optimiser, stage.learning_rate, stage.schedule, stage.weight_decay) == ("sgd", 0.1, "cosine", 1e-5)
+    assert experiment.pretrain.steps == 1902 // 32 * 300 + 100  # 300 epochs of the slices of both phases, rounded
+    recipe, finetune = experiment.recipe, experiment.finetune
+    assert (recipe.loss, recipe.augmentation, recipe.optimiser) == ("cross_entropy", "pcl", "adam")
+    assert (recipe.schedule, recipe.learning_rate, recipe.final_learning_rate) == ("cosine", 5e-4, 5e-6)
+    assert (recipe.weight_decay, finetune.batch) == (1e-5, 10)
+    assert [finetune.steps_for(labelled) for labelled in (2, 6, 10)] == [400, 1100, 1900]  # 100 epochs
+    chd = resolve("chd", "paper", "pcl")
+    assert (chd.network.filters, chd.geometry.size, chd.stages[0].threshold) == (
+        [32, 64, 128, 256, 512],
+        [512, 512],
+        0.1,
+    )
+    assert (chd.dataset.normalisation.low, chd.dataset.normalisation.high) == (1.0, 99.0)
+    assert (chd.recipe.augmentation, chd.recipe.learning_rate, chd.recipe.final_learning_rate) == ("none", 5e-5, 1e-6)
+    for run in expand(read_study("pcl_semi"), "acdc", "paper").finetune:
+        assert (run.experiment.network, run.experiment.geometry) == (network, geometry), run.method
+
+
+def test_a_transfer_takes_the_setting_of_each_data_set():
+    (run, *_) = [run for run in expand(read_study("pcl_transfer"), "hvsmr", "paper").finetune if run.method == "pcl"]
+    of_target, of_source = run.experiment.geometry, run.parent.experiment.geometry
+    assert (of_target.spacing_mm, of_source.spacing_mm) == (0.7, 1.25)
+    assert of_target.size == of_source.size == [352, 352]
+
+
+def test_a_setting_stands_for_its_overrides():
+    plain = resolve("phantom", "laptop", "gd", overrides=["setting=zeng"])
+    assert plain.network.architecture == "pcl"
+    narrow = resolve("phantom", "laptop", "gd", overrides=["setting=zeng", "network.filters=[8, 16, 32, 32, 32]"])
+    assert narrow.network.filters == [8, 16, 32, 32, 32], "what comes later wins"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +118,7 @@ def test_published_settings_are_the_paper_profile_s():
         ("pretrain.steps", "KEY=VALUE"),
         ("pretrain.steps=[1", "not valid YAML"),
         ("pretrain.steps.more=1", "nothing is below it"),
+        ("setting=zang", "did you mean 'zeng'"),
     ],
 )
 def test_a_wrong_override_names_itself_and_the_remedy(override, message):

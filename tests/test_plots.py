@@ -214,6 +214,8 @@ def test_looks_are_fixed_and_tell_methods_apart():
     in_grey = [str(look[1:]) for look in everything.values()]
     assert len(set(in_grey)) == len(in_grey) == len({*plots.STYLES, *more, *own})
     assert {look[0] for name, look in everything.items() if name in own} == {colour for colour, _ in plots.OWN}
+    warm, hot = (everything[f"gd [stages.0.temperature={value}]"] for value in (0.5, 1.0))
+    assert all(one != other for one, other in zip(warm, hot, strict=True)), "colour, marker and line differ"
     assert everything["matched-gd"] == (plots.BLUE, "D", "--")
     assert everything["gd+weak_to_strong"] == (plots.BLUE, "D", "-.")
     assert everything["matched-gd+weak_to_strong"][:2] == (plots.BLUE, "D")

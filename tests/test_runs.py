@@ -213,11 +213,24 @@ def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     runs.do(other)
     (other.folder / "status.json").unlink()
     table = archive.table(path.parent for path in paths.runs_root().rglob("parameters.json"))
-    assert list(table.columns) == archive.TABLE_COLUMNS
+    assert list(table.columns) == [*archive.TABLE_COLUMNS, "overrides"]
     assert run.name in set(table["run"])
     assert other.name not in set(table["run"])
-    assert set(archive.table([run.folder], "mine")["study"]) == {"mine"}
     assert archive.table([]).empty
+    assert list(archive.table([]).columns) == archive.TABLE_COLUMNS
+
+
+def test_the_table_tells_apart_runs_that_were_told_other_things(out):
+    plain, warmer = finetuning("gd"), finetuning("gd", overrides=[*SMALL, "stages.0.temperature=0.2"])
+    ablated = finetuning("gd", variant="stages.0.temperature=0.2")
+    for run in (plain, warmer, ablated):
+        runs.do(run)
+    table = archive.table([plain.folder, warmer.folder, ablated.folder])
+    assert list(table.columns) == [*archive.TABLE_COLUMNS, "overrides"]
+    said, small = table.groupby("run")[["method", "overrides"]].first(), "; ".join(SMALL)
+    assert [*said.loc[plain.name]] == ["gd", small]
+    assert [*said.loc[warmer.name]] == ["gd", f"{small}; stages.0.temperature=0.2"]
+    assert [*said.loc[ablated.name]] == ["gd [stages.0.temperature=0.2]", small]
 
 
 def test_a_table_survives_its_file(tmp_path):

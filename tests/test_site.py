@@ -51,6 +51,7 @@ def test_its_search_works_from_the_file_system(site, browser):
     page.goto(f"{site.as_uri()}/search.html?q=temperature")
     page.wait_for_selector("#search-results li a", timeout=20_000)
     assert page.locator("#search-results li a").count() > 3
-    page.locator("#search-results li a").first.click()
+    with page.expect_navigation():
+        page.locator("#search-results li a").first.click()
     assert "temperature" in page.inner_text("body").lower()
     page.close()

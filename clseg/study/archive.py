@@ -188,16 +188,18 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
-def table(folders: Iterable[Path], study: str | None = None, name: str = "metrics") -> pd.DataFrame:
-    """Tidy results of finished fine-tunings, a row per subject, phase and class; `study` overrides the recorded one."""
-    tables = []
+def table(folders: Iterable[Path]) -> pd.DataFrame:
+    """Tidy results of finished fine-tunings, a row per subject, phase and class.
+
+    Where any was told more than its names say (`--set`, `set` of a study) a last column `overrides` says what.
+    """
+    tables = [pd.DataFrame(columns=[*TABLE_COLUMNS, "overrides"])]
     for folder in sorted(folders):
-        if (folder / f"{name}.csv").is_file() and is_done(folder):
+        if (folder / "metrics.csv").is_file() and is_done(folder):
             with reading(folder, "finished run", "remove it to have it made again"):
-                recorded = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]["study"]
-                own = read_table(folder / f"{name}.csv").assign(study=recorded if study is None else study)
-                tables.append(own[TABLE_COLUMNS])
-    if not tables:
-        return pd.DataFrame(columns=TABLE_COLUMNS)
+                told = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]
+                own = read_table(folder / "metrics.csv").assign(study=told["study"])
+                tables.append(own[TABLE_COLUMNS].assign(overrides="; ".join(told["overrides"])))
     order = ["dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
-    return pd.concat(tables).sort_values(order, kind="stable", ignore_index=True)
+    found = pd.concat(tables[1:] or tables).sort_values(order, kind="stable", ignore_index=True)
+    return found if found["overrides"].any() else found[TABLE_COLUMNS]

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from clseg import paths
 from clseg.errors import RequestError, nearest, reading
 from clseg.settings import AnyStrict, DatasetConfig
-from clseg.study.schema import MethodConfig, ProfileConfig, StudyConfig
+from clseg.study.schema import MethodConfig, ProfileConfig, SettingConfig, StudyConfig
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -90,6 +90,7 @@ def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
 read_dataset = partial(_named, DatasetConfig, "datasets")  # each by a name, or by the path of a YAML file
 read_profile = partial(_named, ProfileConfig, "profiles")
 read_study = partial(_named, StudyConfig, "studies")
+read_setting = partial(_named, SettingConfig, "settings")
 
 
 def read_methods() -> dict[str, MethodConfig]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from clseg import paths
 from clseg.errors import RequestError, nearest, reading
 from clseg.settings import AnyStrict, Count, Folds, Natural, SplitsFileProtocol, Strict
-from clseg.study.files import _plain, _read_as, _validated, read_dataset, read_methods, read_profile
+from clseg.study.files import _plain, _read_as, _validated, read_dataset, read_methods, read_profile, read_setting
 from clseg.study.schema import OVERRIDABLE, Experiment, MethodConfig, StudyConfig
+
+SETTING = "setting="  # an override that stands for several: params/settings
 
 
 class RunParameters(Strict):
@@ -121,6 +123,11 @@ def resolve(
     protocol, folds = protocol or next(iter(data.protocols)), None
     if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
         folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
+    if own := methods.get(method):  # one that is not known is refused below
+        scaled = [*budget.set.get("*", ()), *budget.set.get(method, ())]
+        places = budget.name, f"{budget.name}.{data.name}"
+        overrides = [*applicable(scaled, own), *overrides]
+        overrides = [text for given in overrides for text in _spelt_out(given, places, own)]
     # the runs of a grid share few experiments; files that did not change are the same objects
     read = tuple(map(_Same, (data, budget, methods, source, folds)))
     return _resolve(read, (dataset, profile, method), protocol, tuple(overrides), dimensions)
@@ -162,8 +169,6 @@ def _resolve(
         tree["dataset"]["protocols"][protocol] |= {"file": "", "folds": [fold.model_dump() for fold in folds]}
     if dimensions == 3:
         tree["network"] = budget.network_3d.model_dump()
-    scaled = [*budget.set.get("*", []), *budget.set.get(method, [])]
-    overrides = (*applicable(scaled, methods[method]), *overrides)
     for text in overrides:
         key, value = parse_override(text)
         if key[0] not in OVERRIDABLE:
@@ -182,6 +187,16 @@ def _resolve(
             stage = stage.model_copy(update={"threshold": source.threshold})
         stages.append(stage)
     return experiment.model_copy(update={"stages": stages})
+
+
+def _spelt_out(text: str, places: tuple[str, ...], method: MethodConfig) -> Iterable[str]:
+    """An override, or those that `setting=NAME` stands for: of a profile, and of a profile and data set (`places`)."""
+    if not text.startswith(SETTING):
+        return [text]
+    setting = read_setting(text.removeprefix(SETTING))
+    if not (there := [place for place in places if place in setting.set]):
+        raise RequestError(f"--set {text}: it says nothing of {' or '.join(places)}; it has {', '.join(setting.set)}")
+    return applicable([one for place in there for one in setting.set[place]], method)
 
 
 def _full_keys(name: str) -> list[str]:

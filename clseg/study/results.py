@@ -15,10 +15,15 @@ from clseg import paths, stats
 from clseg.errors import RequestError
 from clseg.settings import ListProtocol
 from clseg.study import archive, runs
-from clseg.study.files import read_dataset, read_profile, read_study
+from clseg.study.files import read_dataset, read_methods, read_profile, read_study
 from clseg.study.grid import Grid, execute_notebook, expand
-from clseg.study.parameters import resolve
+from clseg.study.parameters import applicable, resolve
 from clseg.study.rows import Rows
+
+SCORED = {
+    "last": "the last step, on the grid of the files",
+    "best": "the best step on validation subjects, chosen on the network's grid; on the grid of the files",
+}
 
 
 def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
@@ -98,7 +103,15 @@ class Results:
         """Which results these are, how they were made, and on what."""
         about, made_by = self.provenance, f"{self.shown}\nmade by: {self.provenance['command']}"
         time = f"{about['training_seconds'] / 60:.0f} minutes of training on {', '.join(about['made']['device'])}"
-        return f"{made_by}\n{about['runs']['done']} runs, {time}\n{about['dataset']['description']}"
+        kinds = sorted({setting["finetune"]["checkpoint"] for setting in about["settings"].values()})
+        scored = " or ".join(SCORED[kind] for kind in kinds)
+        lines = [
+            made_by,
+            f"{about['runs']['done']} runs, {time}",
+            f"scores of {scored}",
+            about["dataset"]["description"],
+        ]
+        return "\n".join(lines)
 
     @property
     def gaps(self) -> str:
@@ -124,6 +137,27 @@ class Results:
             holm = {p: self.contrasts[p].map("{:.2g}".format) for p in ("p_holm", "p_margin_holm")}
             shown = shown.assign(**holm, verdict=self.contrasts["verdict"])
         return shown.assign(note=self.contrasts["note"]).to_string(index=False)
+
+    @property
+    def findings(self) -> str:
+        """The contrasts as sentences, by verdict, with their numbers; or why there are none."""
+        if why := stats.why_no_tests(self.table):
+            return why
+        if (self.contrasts["family"] == "declared").any():
+            lines = [line for verdict in stats.VERDICTS for line in self._sentences(verdict, verdict)]
+        else:
+            lines = self._sentences("", "exploratory, so without a verdict")
+        return "\n".join(lines)
+
+    def _sentences(self, verdict: str, title: str) -> list[str]:
+        """A line for each pair of methods whose contrast has this verdict."""
+        found = self.contrasts[self.contrasts["verdict"].fillna("") == verdict]
+        lines = [f"{title}:"] if len(found) else [f"{title}: none"]
+        for (method, baseline), own in found.groupby(["method", "baseline"], sort=False):
+            numbers = own[["difference", "low", "high", "labelled"]].itertuples(index=False)
+            cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n}" for mean, low, high, n in numbers]
+            lines.append(f"  {method} minus {baseline}: {'; '.join(cells)} labelled")
+        return lines
 
     @property
     def distances(self) -> pd.DataFrame:
@@ -167,19 +201,23 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
 
 def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:
     """The summary rows of an ablation, one per axis and value: columns axis, value, base (the method's own value), and
-    those of the summary."""
+    those of the summary. No row of a study without axes."""
+    about, methods = read_study(study), read_methods()
+    common = about.set.get(read_profile(profile).name, [])
     rows = []
-    for axis in read_study(study).axes:
+    for axis in about.axes:
         key = axis.key.split(".")
         for method in axis.methods:
-            tree = resolve(dataset, profile, method).model_dump()
+            told = applicable(common, methods[method])
+            tree = resolve(dataset, profile, method, overrides=told, dimensions=about.dimensions).model_dump()
             for part in key:
                 tree = tree[int(part) if part.isdigit() else part]
             values = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
             named = summary["method"].str.removesuffix(runs.SEEN)
             found = summary[named.isin(values)].assign(axis=axis.name, base=named == method, value=named.map(values))
             rows.append(found.assign(method=method))
-    table, first = pd.concat(rows), ["axis", "value", "base"]
+    first = ["axis", "value", "base"]
+    table = pd.concat(rows) if rows else summary.head(0).assign(**dict.fromkeys(first))
     return table[[*first, *table.columns.drop(first)]]
 
 

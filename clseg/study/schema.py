@@ -71,6 +71,14 @@ class ProfileConfig(Budget):
     network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
 
+class SettingConfig(Strict):
+    """Overrides that belong together, by profile and by PROFILE.DATASET; `setting=NAME` stands for them."""
+
+    name: Name
+    title: str
+    set: dict[str, list[str]]
+
+
 class Experiment(Budget):
     """All that decides a method's numbers but labelled, draw, seed; `unlabelled` limits subjects of pre-training."""
 

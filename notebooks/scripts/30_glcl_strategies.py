@@ -59,7 +59,7 @@ results.distances
 published
 
 # %% [markdown]
-# ## Paired tests against no pre-training
+# ## Against no pre-training
 # A method minus `random` on the same subjects, draws and seeds, with its 95 % interval. They are exploratory: no protocol
 # declared them. Under `smoke` there are none.
 
@@ -74,3 +74,15 @@ print(results.tests)
 figure = plots.pretraining_curves(results.pretraining)
 results.save(figure, "pretraining_loss")
 figure
+
+# %% [markdown]
+# ## What we see
+
+# %%
+print(results.findings)
+
+# %% [markdown]
+# ## What this does not show
+# * Whether this initialisation is worth its time where fine-tuning uses the unlabelled scans itself: `42_which_method` asks that.
+# * Which answer to "who is alike?" is best: here each method has its own batch and steps. The matched arm of `42_which_method` has one for all.
+# * The published table: images, steps and fine-tuning differ, and it stands in a second-hand source.

@@ -88,3 +88,8 @@ print(f"a random slice of another subject is off by {by_chance:.2f}")
 # %% [markdown]
 # "position off by" is the mean distance in position (0 to 1) to the nearest slice of another subject: small where position
 # orders the slices. The other column says how much the subject itself decides.
+#
+# ## What this does not show
+# * That an embedding that is ordered by position segments better: these are features, not Dice. `33_pcl_semi` has the Dice.
+# * Distances: a t-SNE keeps neighbours, not how far groups lie apart. Compare the two numbers of the table, not the pictures.
+# * One seed and one fold: another seed gives another picture, and somewhat other numbers.

@@ -106,3 +106,15 @@ display(figure)
 # %% tags=["nbval-check-output"]
 columns = ["method", "labelled", "n_subjects", "n_draws", "dice_mean", "dice_low", "dice_high"]
 print(results.summary[columns].round(2).to_string(index=False))
+
+# %% [markdown]
+# ## What we see
+
+# %%
+print(results.findings)
+
+# %% [markdown]
+# ## What this does not show
+# * The best number of clusters: the values are scored on test subjects, so none may be chosen here.
+# * Clusters of real scans: the phantom's subjects differ in intensity and shape by design, and the auto-encoder finds that first.
+# * How the paper cuts its hierarchy: it has no public code.

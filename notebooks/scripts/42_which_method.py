@@ -68,20 +68,8 @@ print(results.tests)
 # %% [markdown]
 # ## What we see
 
-
-# %%
-def sentences(verdict):
-    """One sentence for each pair of methods whose contrast has this verdict."""
-    found = results.contrasts[results.contrasts["verdict"] == verdict]
-    for (method, baseline), own in found.groupby(["method", "baseline"], sort=False):
-        cells = [
-            f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f}) with {row.labelled}" for row in own.itertuples()
-        ]
-        yield f"{method} minus {baseline}: {'; '.join(cells)} labelled"
-
-
-for verdict in ("helps", "harms", "no difference that matters", "not known"):
-    print(f"{verdict}:", *(sentences(verdict) or ["-"]), sep="\n  ")
+# %% tags=["nbval-check-output"]
+print(results.findings)
 
 # %% [markdown]
 # ## Did the pre-trainings learn?
