@@ -117,8 +117,8 @@ def looks(methods: Iterable[str]) -> dict[str, tuple[str, str, Any]]:
     """Colour, marker and line of every method of a figure, in the order of its legend.
 
     A method of the matched arm, or followed by weak_to_strong, has colour and marker of its base, and a line that says
-    which. Those in no family (one's own, ablated values) have others, line and colour both, given in order of their names:
-    so they are the same in all figures of the same methods. A remark in parentheses changes nothing.
+    which. Those in no family (one's own, ablated values) have others, line and colour both, in the order of their
+    names: so they are the same in all figures of the same methods. A remark in parentheses changes nothing.
     """
     found, others = {}, 0
     for method in sorted(set(methods), key=_parts):
@@ -265,7 +265,7 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
     if axes_table.empty:
         return _nothing("no finished run")
     titles = list(dict.fromkeys(axes_table["axis"]))
-    figure, panels = _panels(len(titles), 4, 1.9, 2.1, sharey=True)
+    figure, panels = _panels(len(titles), 4, 1.9 if len(titles) > 1 else 5.0, 2.1, sharey=True)
     look_of = looks([*axes_table["method"], *(() if reference is None else reference["method"])])
     lines = {count: LINES[n % len(LINES)] for n, count in enumerate(sorted(set(axes_table["labelled"])))}
     for panel, title in zip(panels, titles, strict=True):
@@ -280,16 +280,18 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
             _intervals(panel, x, own, (*look_of[method][:2], lines[labelled]), f"{method}, {labelled} labelled")
             look = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
             base = own["base"].astype(bool)
-            panel.scatter(x[base], own["dice_mean"][base], label="the method's own value", **look)
+            if base.any():
+                panel.scatter(x[base], own["dice_mean"][base], label="the method's own value", **look)
         for row in () if reference is None else reference.itertuples():
             label = f"{row.method}, {row.labelled} labelled"
             panel.axhline(row.dice_mean, label=label, color=look_of[row.method][0], linestyle="--")
         panel.set_xticks(range(len(ticks)), list(ticks))
         panel.set(xlim=(-0.6, len(ticks) - 0.4), title=title)
-    figure.supylabel("Dice (mean over test subjects)")
+    for panel in panels[::4]:
+        panel.set_ylabel("Dice")
     _lacking(panels[0], axes_table["note"])
     figure.suptitle(f"{axes_table['dataset'].iloc[0]}\n{_over(axes_table)}")
-    _legend(figure, panels, loc="outside lower center", ncols=min(4, len(panels)))
+    _legend(figure, panels, loc="outside lower center", ncols=min(4, len(panels) + 1))
     return figure
 
 

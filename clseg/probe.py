@@ -86,6 +86,20 @@ def linear_probe(feature: np.ndarray, target: np.ndarray, group: np.ndarray) -> 
     return float(r2_score(target, found))
 
 
+def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> tuple[float, float]:
+    """What the nearest slice, by cosine of features [n, d], has in common with a slice.
+
+    The mean distance in position [n] to the nearest slice of another subject, and the share of slices whose nearest of
+    all is of the same subject [n].
+    """
+    unit = feature / np.linalg.norm(feature, axis=1, keepdims=True).clip(1e-12)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -2)
+    same = subject[:, None] == subject[None, :]
+    other = np.where(same, -2, similarity).argmax(axis=1)
+    return np.abs(position - position[other]).mean(), (subject == subject[similarity.argmax(axis=1)]).mean()
+
+
 @torch.no_grad()
 def probe(
     encoder: nn.Module,

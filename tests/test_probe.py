@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clseg import probe
+from clseg import probe, train
 from clseg.losses import contrastive_loss
 from clseg.models import Encoder, GlobalHead
 from clseg.pairs import cluster_pairs, instance_pairs
-from clseg.settings import NetworkConfig
+from clseg.settings import ContrastStage, NetworkConfig
 
 VIEWS = instance_pairs(torch.arange(4).repeat(2))  # one positive and six negatives of each row
 
@@ -67,3 +67,32 @@ def test_a_probe_changes_nothing_and_knows_a_collapsed_network(store):
     assert dead["learned"] == pytest.approx(0, abs=1e-6)
     assert dead["cosine"] == pytest.approx(1)
     assert np.isnan([dead["loss_held_out"], dead["position_r2"]]).all()
+
+
+def test_the_nearest_slice_by_hand():
+    feature = np.array([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 1.0]])
+    off, same = probe.nearest(feature, np.array([0.1, 0.3, 0.9, 0.5]), np.array(["a", "b", "a", "b"]))
+    assert off == pytest.approx((0.2 + 0.2 + 0.4 + 0.4) / 4)  # the nearest of another: 0-1, 1-0, 2-3, 3-2
+    assert same == 0
+
+
+def test_the_encoders_of_a_pre_training_work_as_they_were_trained(store):
+    """As `36_pcl_embedding` shows them: with running averages features are nearly those that a batch has in training.
+
+    With the averages that a new network starts with they are others.
+    """
+    config = NetworkConfig(filters=[8, 16, 32, 32], norm_momentum=0.1)
+    about = {"pairs": "position", "threshold": 0.2, "denominator": "all", "head": "pool", "views": "pcl", "slices": 16}
+    stage = ContrastStage(**about, schedule="cosine")
+    weights = train.pretrain(store, store.subjects, stage, steps=100, network=config).weights
+    new, rows = train.new_network(store, config, 0).state_dict(), store.rows(store.subjects)
+
+    def error(start):
+        encoder = train.new_network(store, config, 0, start).encoder
+        found = probe.features(encoder, store, rows)
+        with torch.no_grad():
+            trained = encoder.train()(store.batch(rows).image)[-1].flatten(2).mean(2).numpy()
+        return np.abs(found - trained).mean() / np.abs(trained).mean()
+
+    assert error(weights) < 0.3
+    assert error(weights | {name: new[name] for name in weights if "running" in name}) > 0.5

@@ -7,7 +7,7 @@ from clseg import paths
 from clseg.study import archive, grid, rows
 from clseg.study.files import known_names, read_profile, read_study
 from clseg.study.parameters import override_study
-from clseg.study.results import committed_figures, write_results
+from clseg.study.results import committed_figures, read_results, write_results
 
 SMALL = [
     *(
@@ -113,6 +113,14 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     write_results(whole, found, tmp_path, command)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (there / path.name).read_bytes(), path.name
+    results = read_results(name, dataset, profile)
+    assert len(results.missing) == len(rows.missing(whole, found))
+    assert bool(results.missing) == (command in results.gaps)
+    told = results.findings
+    for row in results.contrasts.itertuples():
+        assert f"{row.method} minus {row.baseline}: " in told
+        assert f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f}) with {row.labelled}" in told
+    assert profile != "smoke" or (results.contrasts.empty and "no intervals, tests or conclusions" in told)
 
 
 def test_the_committed_rows_are_whole():

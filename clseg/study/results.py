@@ -91,7 +91,6 @@ class Results:
     provenance: dict[str, Any]
     pretraining: pd.DataFrame
     missing: list[str]
-    command: str
 
     @property
     def shown(self) -> str:
@@ -117,7 +116,7 @@ class Results:
     def gaps(self) -> str:
         """The cells of the grid that have no run, and the command that makes them."""
         lines = [f"{len(self.missing)} cells are missing", *(f"  {cell}" for cell in self.missing[:10])]
-        return "\n".join(lines + [f"make them with: {self.command}"] * bool(self.missing))
+        return "\n".join(lines + [f"make them with: {self.provenance['command']}"] * bool(self.missing))
 
     @property
     def dice(self) -> str:
@@ -188,15 +187,17 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
     names = ("table", "summary", "contrasts", "pretraining")
     table, summary, contrasts, pretraining = (archive.read_table(folder / f"{name}.csv") for name in names)
-    there = set(zip(table["method"], table["labelled"], table["draw"], table["seed"], strict=True))
-    benchmark = {(method, 0, draw, seed) for method, _, draw, seed in there}
+    methods = read_methods()
+    ceilings = {name for name in methods if methods[name].all_labels}
+    cells = table[["method", "labelled", "draw", "seed"]].drop_duplicates()
+    limited = cells["labelled"].isin(about.labelled) & ~cells["method"].str.partition(" ")[0].isin(ceilings)
+    there = {*cells.assign(labelled=cells["labelled"].where(limited, "all")).itertuples(index=False, name=None)}
     missing = []
     for run in expand(about, dataset, profile).finetune:
-        cell = (run.method, run.parameters.labelled, run.key["draw"], run.parameters.seed)
-        if cell not in (benchmark if run.experiment.all_labels else there):
-            missing.append(f"{run.method}, {run.key['labelled']} labelled, draw {cell[2]}, seed {cell[3]}")
+        if (cell := (run.method, run.labelled, run.key["draw"], run.parameters.seed)) not in there:
+            missing.append(f"{cell[0]}, {cell[1]} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
-    return Results(folder, table, summary, contrasts, provenance, pretraining, missing, command)
+    return Results(folder, table, summary, contrasts, provenance, pretraining, missing)
 
 
 def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:
@@ -214,8 +215,8 @@ def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame)
                 tree = tree[int(part) if part.isdigit() else part]
             values = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
             named = summary["method"].str.removesuffix(runs.SEEN)
-            found = summary[named.isin(values)].assign(axis=axis.name, base=named == method, value=named.map(values))
-            rows.append(found.assign(method=method))
+            found = summary.assign(axis=axis.name, base=named == method, value=named.map(values), method=method)
+            rows.append(found[named.isin(values)])
     first = ["axis", "value", "base"]
     table = pd.concat(rows) if rows else summary.head(0).assign(**dict.fromkeys(first))
     return table[[*first, *table.columns.drop(first)]]

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from clseg import paths, probe
 from clseg.study import archive, runs
-from clseg.study.grid import Grid, RunFailed
+from clseg.study.files import read_profile, read_study
+from clseg.study.grid import Grid, RunFailed, expand
 from clseg.study.processes import end_with_parent
 from clseg.study.runs import Run
 
@@ -139,6 +140,12 @@ def missing(grid: Grid, rows: Rows) -> list[Run]:
     """The fine-tunings of a grid without rows, seed by seed: every method and draw once before the next seed."""
     have = set(rows.runs["run"])
     return sorted((run for run in grid.finetune if run.name not in have), key=lambda run: run.parameters.seed)
+
+
+def progress(study: str, dataset: str, profile: str) -> tuple[int, int]:
+    """How many fine-tunings of a study have committed rows, and how many it plans."""
+    grid = expand(read_study(study).within(read_profile(profile)), dataset, profile)
+    return len(grid.finetune) - len(missing(grid, read(profile, grid.place))), len(grid.finetune)
 
 
 def _do(run: Run) -> str:

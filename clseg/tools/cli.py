@@ -138,9 +138,9 @@ def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace)
 
 
 def _results(arguments: argparse.Namespace) -> int:
-    """Tables and charts of every study that has committed rows."""
+    """Tables and charts of every study that has some, or committed rows of each of its methods."""
     from clseg import paths
-    from clseg.study import grid, rows
+    from clseg.study import grid, rows, runs
     from clseg.study.results import committed_figures, write_results
 
     for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
@@ -152,8 +152,9 @@ def _results(arguments: argparse.Namespace) -> int:
                 continue
             plan = grid.expand(study, dataset, profile)
             found = have.of(run.name for run in plan.all)
-            if found.scores.empty:
-                continue
+            lacks = set(study.methods) - {*found.runs["method"].str.removesuffix(runs.SEEN)}
+            if lacks and not (folder / name / "table.csv").is_file():
+                continue  # what rows there are it shares with another study
             command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"
             write_results(plan, found, folder / name, command)
             committed_figures(plan, folder / name)

@@ -20,9 +20,9 @@
 #
 # Teachers find order, hints and projects in [TEACHING.md](../TEACHING.md), and all terms in [GLOSSARY.md](../GLOSSARY.md).
 #
-# **You do research** (an hour to see it all): [01_data](01_data.ipynb) (5 minutes) and this notebook (5), then what the papers' tables become on one
-# footing: [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb), [33_pcl_semi](33_pcl_semi.ipynb),
-# [37_ufc_skin](37_ufc_skin.ipynb), [42_which_method](42_which_method.ipynb) (5 each); what happens in one run: [20_pretrain](20_pretrain.ipynb),
+# **You do research** (an hour to see it all): [01_data](01_data.ipynb) (5 minutes) and this notebook (5), then the answer of this study,
+# [42_which_method](42_which_method.ipynb) (10), and the papers' tables on one footing: [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb), [33_pcl_semi](33_pcl_semi.ipynb),
+# [37_ufc_skin](37_ufc_skin.ipynb) (5 each); your own study: [41_study](41_study.ipynb); what happens in one run: [20_pretrain](20_pretrain.ipynb),
 # [21_finetune](21_finetune.ipynb); what it costs: [40_benchmarks](40_benchmarks.ipynb). The command line is in the [README](../README.md).
 #
 # **You have scans of your own** (20 minutes to a first result): [03_your_data](03_your_data.ipynb) checks the folder, pre-trains, fine-tunes and segments. Read
@@ -31,7 +31,7 @@
 # ## The example: does pre-training help when few subjects are labelled?
 # Segmentation of a cardiac phantom with 1, 2 and 4 labelled subjects, with and without contrastive pre-training. `make study` made the
 # table; the cells below read it and train nothing. Seconds on a CPU. The phantom is a model, not a patient:
-# [30_glcl_strategies](30_glcl_strategies.ipynb) shows the same on real cardiac MRI.
+# [42_which_method](42_which_method.ipynb) asks the same on real cardiac MRI.
 
 # %%
 from clseg import plots

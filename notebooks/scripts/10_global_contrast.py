@@ -510,7 +510,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
 #
 # ## Where to read on
 # * Next lessons: [11_local_contrast](11_local_contrast.ipynb), regions inside a slice; [12_positional_contrast](12_positional_contrast.ipynb),
-#   partitions without borders. Does it help a segmenter? [30_glcl_strategies](30_glcl_strategies.ipynb), [31_glcl_ablation](31_glcl_ablation.ipynb).
+#   partitions without borders. Does it help a segmenter? [42_which_method](42_which_method.ipynb).
 # * The code: `clseg/pairs.py` (`partition_pairs`) and `clseg/stages/contrast.py`.
 # * K. Chaitanya et al., NeurIPS 2020, [arXiv:2006.10511](https://arxiv.org/abs/2006.10511), and
 #   [their code](https://github.com/krishnabits001/domain_specific_cl).

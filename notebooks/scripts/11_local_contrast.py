@@ -445,8 +445,8 @@ for kind, (network, _) in trained.items():
 # Each training makes the map better at finding the heart, and the one on noise no less than the one on slices. None beats the
 # yardstick. Here, then, what the decoder gained is knowledge of place: useful, because hearts lie in the middle, but not
 # knowledge of hearts. **What this does not show:** that the published result is due to place. There the encoder is
-# pre-trained, images are larger, and what counts is Dice after fine-tuning. Ask the runs: `30_glcl_strategies` compares `gd`
-# with `gd+lr` on the same footing.
+# pre-trained, images are larger, and what counts is Dice after fine-tuning. Ask the runs: [42_which_method](42_which_method.ipynb) compares
+# `matched-gd` with `matched-gd+lr` on real patients.
 #
 # ## What to notice
 # * The positive of a region is at the *same place*, and its negatives are at *other places*. So the place alone solves the task.
@@ -464,8 +464,8 @@ for kind, (network, _) in trained.items():
 # [93_local_contrast](93_local_contrast.ipynb): the first loss, one term in code, a cheat, and four statements.
 #
 # ## Where to read on
-# * Next lesson: [12_positional_contrast](12_positional_contrast.ipynb). Does it help a segmenter? [30_glcl_strategies](30_glcl_strategies.ipynb)
-#   compares `gd` with `gd+lr`, and [31_glcl_ablation](31_glcl_ablation.ipynb) asks which choices matter.
+# * Next lesson: [12_positional_contrast](12_positional_contrast.ipynb). Does it help a segmenter? [42_which_method](42_which_method.ipynb)
+#   compares `matched-gd` with `matched-gd+lr`; [31_glcl_ablation](31_glcl_ablation.ipynb) asks which choices matter.
 # * The code: `clseg/regions.py` (the published tables), `clseg/losses.py` (`local_contrastive_loss`), `clseg/stages/local.py`.
 # * K. Chaitanya et al., NeurIPS 2020, [arXiv:2006.10511](https://arxiv.org/abs/2006.10511), and
 #   [their code](https://github.com/krishnabits001/domain_specific_cl).

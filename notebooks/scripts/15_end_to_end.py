@@ -196,6 +196,6 @@ print("what this run varied: draws 3; what it did not vary: 1 image size, 1 leng
 # 4. *Explain:* swap your paragraph with a neighbour's. Underline every claim that no output supports.
 #
 # ## Where to read on
-# * Next: [16_your_method](16_your_method.ipynb). The same on real patients: [30_glcl_strategies](30_glcl_strategies.ipynb), [42_which_method](42_which_method.ipynb).
+# * Next: [16_your_method](16_your_method.ipynb). The same on real patients: [42_which_method](42_which_method.ipynb).
 # * The code: `clseg/train.py` (one page), `clseg/stats.py`, `clseg/data/splits.py`.
 # * A. Reinke et al., *Understanding metric-related pitfalls*, Nature Methods 2024, [doi.org/10.1038/s41592-023-02150-0](https://doi.org/10.1038/s41592-023-02150-0).

@@ -11,10 +11,9 @@
 # %%
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.manifold import TSNE
 
-from clseg import loop, plots
+from clseg import plots, probe
 from clseg.study import grid, runs
 from clseg.study.files import read_study
 from clseg.study.parameters import FigureParameters, read_parameters
@@ -37,23 +36,17 @@ print(f"{len(pretrained)} pre-trainings; {len(split.test)} subjects of the test 
 
 # %% [markdown]
 # ## The features
-# The encoder's deepest feature map, averaged over its pixels, of every slice of the test fold.
+# The encoder's deepest feature map, averaged over its pixels, of every slice of the test fold. Batch norm uses the running averages
+# that came with the pre-trained weights.
 
 # %%
 rows = store.rows(split.test)
-batch = store.batch(rows, loop.device())
-subject = np.array([store.subjects[number] for number in batch.subject.tolist()])
-position = batch.position.cpu().numpy()
-
-
-@torch.no_grad()
-def features(network):
-    return network.eval().encoder(batch.image)[-1].mean(dim=(2, 3)).cpu().numpy()
-
+slices = store.slices.loc[rows]
+subject, position = store.volumes["subject"].loc[slices["volume"]].to_numpy(), slices["position"].to_numpy()
 
 networks = {"random": runs.build_network(plan.pretrain[0], store)}  # as a first stage starts
 networks |= {run.method: runs.build_network(run, store) for run in plan.finetune}
-embedded = {name: features(network) for name, network in networks.items()}
+embedded = {name: probe.features(network.encoder, store, rows) for name, network in networks.items()}
 
 # %%
 panels = {
@@ -68,21 +61,12 @@ figure
 # slice, the nearest slice of *another* subject, and the nearest of all.
 
 # %% tags=["nbval-check-output"]
-table = []
-for name, values in embedded.items():
-    unit = torch.nn.functional.normalize(torch.from_numpy(values), dim=1)
-    similarity = (unit @ unit.T).fill_diagonal_(-2).numpy()
-    same = subject[:, None] == subject[None, :]
-    other = np.where(same, -2, similarity).argmax(axis=1)
-    table.append(
-        {
-            "pre-training": name,
-            "position off by": np.abs(position - position[other]).mean(),
-            "nearest is same subject": (subject == subject[similarity.argmax(axis=1)]).mean(),
-        }
-    )
+table = pd.DataFrame(
+    {name: probe.nearest(values, position, subject) for name, values in embedded.items()},
+    index=["position off by", "nearest is same subject"],
+).T
 by_chance = np.abs(position[:, None] - position[None, :])[subject[:, None] != subject[None, :]].mean()
-print(pd.DataFrame(table).round(2).to_string(index=False))
+print(table.round(2).to_string())
 print(f"a random slice of another subject is off by {by_chance:.2f}")
 
 # %% [markdown]
