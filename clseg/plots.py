@@ -217,7 +217,7 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
     counts = sorted(curves["labelled"].unique())
     gap = min(np.diff(np.log2(counts)), default=1.0)  # in doublings, as is the step: bars of neighbours never meet
     step = min(0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0])))
-    figure, panels = _panels(len(groups), 4, *(1.8, 1.6) if several else (6.6, 3.6), sharey=True)
+    figure, panels = _panels(len(groups), 4, *(2.0, 1.6) if several else (6.6, 3.6), sharey=True)
     for panel, members in zip(panels, groups, strict=True):
         for number, method in enumerate(members):
             shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), look_of[method][0]
@@ -291,7 +291,7 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
         panel.set_ylabel("Dice")
     _lacking(panels[0], axes_table["note"])
     figure.suptitle(f"{axes_table['dataset'].iloc[0]}\n{_over(axes_table)}")
-    _legend(figure, panels, loc="outside lower center", ncols=min(4, len(panels) + 1))
+    _legend(figure, panels, loc="outside lower center", ncols=max(2, min(4, len(panels))))
     return figure
 
 
@@ -369,11 +369,10 @@ def training_curves(log: pd.DataFrame) -> Figure:
 
 @styled
 def pretraining_curves(log: pd.DataFrame) -> Figure:
-    """The loss of every pre-training (columns step, loss, run), a panel each: their losses have scales of their own."""
+    """The loss of every pre-training (step, loss, and in stage its name), a panel each, with a scale of its own."""
     if log.empty:
         return _nothing("no pre-training")
-    runs = log.groupby("run", sort=False)[["step", "loss"]]
-    figure = _curves({run.removeprefix("pretrain-"): own for run, own in runs}, 4, 2.1, 1.8)
+    figure = _curves(dict(iter(log.groupby("stage", sort=False)[["step", "loss"]])), 4, 2.1, 1.8)
     figure.supylabel("loss")
     return figure
 

@@ -320,12 +320,12 @@ def test_training_curves_of_one_step():
 def test_pretraining_curves_have_a_panel_per_run():
     log = pd.concat(
         [
-            pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}).assign(run=f"pretrain-gd-seed{n}")
+            pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}).assign(stage=f"contrast gd, seed {n}")
             for n in range(5)
         ]
     )
     figure = drawn(plots.pretraining_curves(log))
-    assert [axes.get_title() for axes in figure.axes] == [f"gd-seed{n}" for n in range(5)]
+    assert [axes.get_title() for axes in figure.axes] == [f"contrast gd, seed {n}" for n in range(5)]
     assert plots.pretraining_curves(log.iloc[:0]).texts[0].get_text() == "no pre-training"
 
 

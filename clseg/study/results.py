@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
     stages = set(found.runs["run"][found.runs["kind"] == "pretrain"])
-    archive.write_table(folder / "pretraining.csv", found.losses[found.losses["run"].isin(stages)])
+    losses = found.losses[found.losses["run"].isin(stages)]
+    archive.write_table(folder / "pretraining.csv", losses.assign(stage=losses["run"].map(_stages(found))))
     about = {
         "command": command,
         "runs": {"expected": len(grid.all), "done": len(found.runs)},
@@ -52,6 +54,20 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "subjects": _subjects(grid, table),
     }
     archive.write_json(folder / "provenance.json", about)
+
+
+def _stages(found: Rows) -> dict[str, str]:
+    """Pre-trainings by name in words, with the stages before them: contrast gd > local lr, seed 0."""
+    parents = dict(zip(found.runs["run"], found.runs["parent"], strict=True))
+
+    def words(run: str) -> tuple[list[str], str]:
+        what, seed = re.fullmatch(r"pretrain-(.+)-seed(\d+)-\w+", run).groups()
+        before = words(parents[run])[0] if parents.get(run) in parents else []
+        return [*before, what.replace("-", " ", 1)], seed
+
+    chains = {run: words(run) for run in parents if run.startswith("pretrain-")}
+    several = len({seed for _, seed in chains.values()}) > 1
+    return {run: " > ".join(chain) + f", seed {seed}" * several for run, (chain, seed) in chains.items()}
 
 
 def _declared(grid: Grid) -> int:

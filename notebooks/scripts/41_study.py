@@ -63,9 +63,10 @@ else:
 # verdict for each; without them every method is compared with `random`, an ablated value with the method's own, and there is no verdict.
 
 # %%
-figure = plots.forest(results.contrasts)
-results.save(figure, "contrasts")
-display(figure)
+if len(results.contrasts):
+    figure = plots.forest(results.contrasts)
+    results.save(figure, "contrasts")
+    display(figure)
 print(results.tests)
 
 # %% [markdown]
