@@ -10,7 +10,7 @@ STAMP := $(VENV)/installed
 
 .PHONY: help study test results validate bench notebooks students site lab lint lock
 help:
-	@echo "make study      the label-fraction study on the phantom: ./runs and ./paper_figures"
+	@echo "make study      the label-fraction study on the phantom: tables and figures in out/"
 	@echo "make test       all tests, and every notebook executed again"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make validate   a small grid, then all its run notebooks executed again from scratch: same numbers"

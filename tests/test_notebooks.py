@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from nbconvert import HTMLExporter
 
 import build
 
@@ -261,14 +262,15 @@ def test_papermill_shows_every_parameter_with_type_default_and_help(path):
 
 
 def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, command, small_grid):
-    """The loop of notebook 21, from another folder and under other names; then the command finds all of it done."""
+    """The loop of notebook 21, of a copy with another name in another folder, and without a home that can be written
+    to; then the command finds all of it done."""
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "by hand"))
+    monkeypatch.setenv("HOME", "/proc/nothing")
     monkeypatch.chdir(tmp_path)
+    shutil.copy(build.FOLDER / "21_finetune.ipynb", "mine.ipynb")
     for labelled in 1, 2:
         parameters = {"method": "random", "labelled": labelled, "draw": 1, "overrides": [*small_grid.few]}
-        papermill.execute_notebook(
-            build.FOLDER / "21_finetune.ipynb", f"random {labelled}.ipynb", parameters, progress_bar=False
-        )
+        papermill.execute_notebook("mine.ipynb", f"random {labelled}.ipynb", parameters, progress_bar=False)
     words = ["run", "quickstart", "--profile=smoke", "--set=study.methods=[random]", "--set=study.labelled=[1,2]"]
     words += ["--set=study.draws=[1]", *(f"--set={text}" for text in small_grid.few)]
     status, output, _ = command(tmp_path / "by hand", *words)
@@ -280,6 +282,17 @@ def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, c
     without_study = [re.sub("^[^,]*,", "", text, flags=re.MULTILINE) for text in (by_hand, run)]
     assert without_study[0] == without_study[1]
     assert len(without_study[0].splitlines()) == 1 + 2 * 3 * 3
+
+
+@pytest.mark.parametrize("stem", ["04_infonce", "42_which_method"])
+def test_a_notebook_as_html_is_readable(stem):
+    """What `jupyter nbconvert --to html` makes: its text, its pictures, nothing of a terminal's colours."""
+    page, _ = HTMLExporter().from_filename(build.FOLDER / f"{stem}.ipynb")
+    notebook = nbformat.read(build.FOLDER / f"{stem}.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert page.count('src="data:image/png;base64,') == sum("image/png" in o.get("data", {}) for o in outputs)
+    assert notebook.cells[0].source.splitlines()[0].removeprefix("# ") in page
+    assert "\x1b" not in page
 
 
 LESSONS = [stem for stem in build.stems() if re.match(r"0[24]_|1\d_", stem)]

@@ -48,7 +48,11 @@ study: str = ""  # the study this run belongs to, for the results table
 parameters = read_parameters(globals(), FinetuneParameters)
 run = runs.finetune_run(parameters)
 print(f"run {run.name}\nstarts from {run.parent.name if run.parent else 'random weights'}")
-print(yaml.safe_dump({key: run.key[key] for key in ("recipe", "budget", "network")}, sort_keys=False))
+print(
+    yaml.safe_dump(
+        {key: run.key[key] for key in ("recipe", "budget", "network")}, sort_keys=False, default_flow_style=None
+    )
+)
 
 # %%
 store = runs.open_store(run.experiment)
