@@ -13,14 +13,14 @@ import common
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__main__", "common"))
-LONG = ["study"]
+LONG = ["speedrun", "study"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=" ".join(NAMES))
     parser.add_argument("--quick", action="store_true", help="smallest sizes: shows that it runs, not how fast")
-    parser.add_argument("--full", action="store_true", help="without names: also what takes long, which is `study`")
+    parser.add_argument("--full", action="store_true", help="without names: also what takes long: speedrun, study")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
