@@ -10,6 +10,7 @@ Each exercise is one function below that returns a `Check`: the right answer, an
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +82,8 @@ class Check:
             wanted = "write a function, not its result" if self.cases else "give the value, not a function"
             return Verdict(False, f"{wanted}.")
         try:
+            if isinstance(self.right, float) and np.shape(answer):
+                return Verdict(False, "give one number, not a list of numbers.")
             found = self._measured(answer)
         except NotYet:
             raise
@@ -113,13 +116,17 @@ def _same(one: Any, other: Any, tolerance: float) -> bool:
 
 
 def statements(right: str, why: str, **hints: str) -> Check:
-    """Which of several statements are true: `right` has their letters, `hints` what to say where one is misjudged."""
+    """Which of several statements are true: `right` has their letters, `hints` what to say where one is misjudged.
+
+    Capitals, spaces and commas of an answer do not matter.
+    """
 
     def first_misjudged(answer: str) -> str:
-        return min(set(answer) ^ set(right), default="")
+        letters = set(re.sub(r"[\s,]", "", answer.lower()))
+        return min(letters ^ set(right), default="") if letters and letters <= {*hints} else "no letters"
 
     wrong = {hint: "".join(sorted(set(right) ^ {letter})) for letter, hint in hints.items()}
-    letters = f"write the letters of the true statements, such as {min(hints) + max(hints)!r}."
+    letters = f"write the letters of the true statements in one text, such as 'abc'; they go from a to {max(hints)}."
     return Check(right, why, wrong, letters, measure=first_misjudged)
 
 
@@ -146,7 +153,7 @@ def dice_by_hand() -> Check:
         "that is the share of the prediction that is right (precision); the four missed pixels must cost something.": 1,
         "nearly: what both have is counted twice.": 6 / 16,
     }
-    otherwise = "no: twice the pixels that both have, over the pixels of one plus the pixels of the other."
+    otherwise = "twice the pixels that both have, over the pixels of one plus the pixels of the other."
     return Check(12 / 16, "2 · 6 / (6 + 10) = 0.75.", wrong, otherwise)
 
 
@@ -177,7 +184,7 @@ def dice() -> Check:
         (_masks("....", "#..."), _masks("....", ".##.")),
         (_masks("####", "####"), _masks("####", "####")),
     ]
-    otherwise = "no: `prediction & reference` has the pixels that both have, `.sum()` counts pixels."
+    otherwise = "`prediction & reference` has the pixels that both have, `.sum()` counts pixels."
     why = "it is 2 |P and R| / (|P| + |R|), the function `clseg.metrics.dice`."
     return Check(package_dice, why, wrong, otherwise, cases)
 
@@ -198,7 +205,7 @@ def mean_over_subjects() -> Check:
         ),
     }
     why = "every subject counts once, however many slices, structures or runs it has."
-    otherwise = "no: `table.groupby('subject')['dice']` holds the values of each subject."
+    otherwise = "`table.groupby('subject')['dice']` holds the values of each subject."
     cases = [(table,), (table.iloc[1:],)]
     return Check(lambda t: t.groupby("subject")["dice"].mean().mean(), why, wrong, otherwise, cases)
 
@@ -229,11 +236,14 @@ def collapsed_loss() -> Check:
         "nearly: the positive stands in the denominator, too.": log(62),
         "there are two views of each slice, so 64 rows.": log(32),
         "that would be the loss of a network that has learned everything.": 0.0,
+        "63 equal terms is right: the positive has the share 1/63; the loss is -log of it.": 63.0,
+        "the share 1/63 is right; the loss is -log of it.": 1 / 63,
+        "right, if you rounded: give two decimals.": 4.1,
     }
     equal = torch.ones(64, 2)
     right = contrastive_loss(equal, instance_pairs(torch.arange(32).repeat(2))).item()
     why = "all 63 terms of the denominator are equal, so the fraction is 1/63 at every temperature: log 63 ≈ 4.14."
-    return Check(right, why, wrong, "no: all e^s are equal, so the fraction is 1 over how many terms?")
+    return Check(right, why, wrong, "all e^s are equal, so the fraction is 1 over how many terms?")
 
 
 @exercise
@@ -241,20 +251,23 @@ def info_nce() -> Check:
     """A function (embedding [B, D], partner: list of B row numbers, temperature): InfoNCE, where row `partner[i]` is
     the positive of row i and all rows but i itself are in the denominator."""
 
-    def variant(unit=True, itself=False, positive=True, divide=True):
+    def variant(unit=True, itself=False, positive=True, power=-1, neighbours=False, end=torch.mean):
         def loss(embedding, partner, temperature):
             z = F.normalize(embedding, dim=1) if unit else embedding
-            s = z @ z.T / temperature if divide else z @ z.T * temperature
+            s = z @ z.T * temperature**power
             terms = []
             for i, j in enumerate(partner):
+                j = i ^ 1 if neighbours else j
                 rows = [k for k in range(len(z)) if (itself or k != i) and (positive or k != j)]
                 terms.append(s[i, rows].logsumexp(dim=0) - s[i, j])
-            return torch.stack(terms).mean()
+            return end(torch.stack(terms))
 
         return loss
 
     generator = torch.Generator().manual_seed(0)
-    cases = [(torch.randn(6, 3, generator=generator) * 2, [1, 0, 3, 2, 5, 4], tau) for tau in (0.5, 1.0)]
+    orders = [1, 0, 3, 2, 5, 4], [3, 4, 5, 0, 1, 2]
+    settings = zip(orders, (0.5, 2.0), strict=True)
+    cases = [(torch.randn(6, 3, generator=generator) * 2, order, tau) for order, tau in settings]
     wrong = {
         "the embeddings must be divided by their lengths: the similarity is a cosine.": variant(unit=False),
         "nearly: leave the anchor itself out of the denominator (its similarity is 1, the largest there is).": variant(
@@ -263,9 +276,16 @@ def info_nce() -> Check:
         "nearly: the positive belongs into the denominator, too. Without it the loss can fall below 0.": variant(
             positive=False
         ),
-        "divide the similarities by the temperature, do not multiply.": variant(divide=False),
+        "divide the similarities by the temperature, do not multiply.": variant(power=1),
+        "the similarities must be divided by the temperature.": variant(power=0),
+        "the partner of row i is row `partner[i]`; it need not be the next row.": variant(neighbours=True),
+        "the sign is missing: it is minus the logarithm.": variant(end=lambda terms: -terms.mean()),
+        "you have the sum over the rows; return the mean.": variant(end=torch.sum),
+        "take the logarithm of each row's share first, then the mean.": variant(
+            end=lambda terms: -(-terms).exp().mean().log()
+        ),
     }
-    otherwise = "no: for every row i it is -log( e^s of its partner / sum of e^s over all rows but i ), then the mean."
+    otherwise = "for every row i it is -log( e^s of its partner / sum of e^s over all rows but i ), then the mean."
     return Check(variant(), "the same value as `clseg.losses.contrastive_loss`.", wrong, otherwise, cases)
 
 
@@ -278,12 +298,14 @@ def hardest_share() -> Check:
 
     wrong = {
         "you forgot the temperature: s = cosine / 0.5.": share(0.8, 0.6, 0.2),
-        "divide by the temperature, do not multiply.": share(0.4, 0.3, 0.1),
-        "that is the cosine's share of the cosines; the weights are e^s.": 0.8 / 1.6,
+        "that is right for temperature 2, or you multiplied by 0.5: divide by it.": share(0.4, 0.3, 0.1),
+        "that is right for temperature 0.1; here it is 0.5.": share(8, 6, 2),
+        "that is the cosine's share of the cosines, or you rounded: the weights are e^s; give two decimals.": 0.8 / 1.6,
         "an equal share it would be at a very high temperature.": 1 / 3,
     }
     why = "e^1.6 / (e^1.6 + e^1.2 + e^0.4) ≈ 0.51; at temperature 0.1 it is 0.88."
-    return Check(share(1.6, 1.2, 0.4), why, wrong, "no: it is a softmax of cosine / temperature.")
+    otherwise = "e^s of this negative over the sum of e^s of all three, with s = cosine / 0.5; give two decimals."
+    return Check(share(1.6, 1.2, 0.4), why, wrong, otherwise)
 
 
 @exercise
@@ -294,7 +316,7 @@ def infonce_statements() -> Check:
         "and so one looks first at the loss of a collapsed network, log(2N - 1), and at the embeddings themselves.",
         a="(a) a loss that stays at log(2N - 1) is that of equal embeddings: nothing was learned.",
         b="(b) the cosine forgets the length: embeddings of twice the length have the same loss.",
-        c="(c) more rows mean more terms in the denominator and a larger loss: batches of unlike size do not compare.",
+        c="(c) more rows mean more terms in the denominator and a larger loss: compare batches of one size only.",
         d="(d) the lower the temperature, the larger the share of the most similar negative in the push.",
     )
 
@@ -315,7 +337,7 @@ def first_loss_gd() -> Check:
         "slices of other volumes are negatives, too, if they are of another partition.": log(7),
     }
     why = "the negatives are the rows of the other partitions, 5 · 3 · 2 = 30, so every term is log(1 + 30) ≈ 3.43."
-    return Check(right, why, wrong, "no: all e^s are equal, so the fraction is 1 over how many terms?")
+    return Check(right, why, wrong, "all e^s are equal, so the fraction is 1 over how many terms?")
 
 
 @exercise
@@ -332,7 +354,7 @@ def pairs_of_gd_minus() -> Check:
         "each slice of another partition has three rows.": (2, 9),
     }
     why = "two other rows of its own slice; 3 volumes · 3 other partitions · 3 rows."
-    return Check(right, why, wrong, "no: write (positives, negatives); count the rows of each slice first.")
+    return Check(right, why, wrong, "write (positives, negatives); count the rows of each slice first.")
 
 
 @exercise
@@ -351,7 +373,7 @@ def gd_positives() -> Check:
     }
     cases = [(torch.tensor([0, 1, 2, 0, 1, 2]),), (torch.tensor([3, 3, 0]),)]
     why = "the mask of `clseg.pairs.partition_pairs(slice_id, partition, 'gd').positive`."
-    otherwise = "no: `partition[:, None] == partition[None, :]` compares every row with every other, [B, B]."
+    otherwise = "`partition[:, None] == partition[None, :]` compares every row with every other, [B, B]."
     return Check(right, why, wrong, otherwise, cases)
 
 
@@ -382,7 +404,7 @@ def first_local_loss() -> Check:
         "only its 5 neighbours are negatives of a region, not all others.": log(25),
     }
     right = local_contrastive_loss(equal, equal, near).item()
-    return Check(right, "1 positive and 2 · 5 negatives: log 11 ≈ 2.40.", wrong, "no: how many terms are equal?")
+    return Check(right, "1 positive and 2 · 5 negatives: log 11 ≈ 2.40.", wrong, "how many terms are equal?")
 
 
 @exercise
@@ -406,7 +428,7 @@ def cheat() -> Check:
         "angles.": torch.randn(17, 4, generator=torch.Generator().manual_seed(0)),
     }
     why = "the loss cannot tell this cheat from an embedding that knows anatomy."
-    return Check(torch.eye(17), why, wrong, "no: how far apart can 17 directions be?", measure=fault)
+    return Check(torch.eye(17), why, wrong, "how far apart can 17 directions be?", measure=fault)
 
 
 @exercise
@@ -430,7 +452,7 @@ def local_term() -> Check:
         "the neighbours in its own map a are negatives, too.": variant(own=False),
         "nearly: the positive belongs into the denominator, too.": variant(positive=False),
     }
-    otherwise = "no: -log( e^s(a_r, b_r) / (e^s(a_r, b_r) + sum over m of e^s(a_r, a_m) + e^s(a_r, b_m)) ), s a cosine."
+    otherwise = "-log( e^s(a_r, b_r) / (e^s(a_r, b_r) + sum over m of e^s(a_r, a_m) + e^s(a_r, b_m)) ), s a cosine."
     cases = [(a, b, 0, [1, 3], 0.5), (b, a, 2, [4], 1.0)]
     return Check(variant(), "the mean of these terms is `local_contrastive_loss`.", wrong, otherwise, cases)
 
@@ -463,7 +485,7 @@ def count_positives() -> Check:
         "those are the slices; each has two views, and one of these rows is the anchor.": 5,
     }
     why = "0.3 to 0.7 are five slices, ten rows, and one of them is the anchor."
-    return Check(right, why, wrong, "no: which of 0.1, 0.2, ... 1.0 are nearer to 0.5 than 0.3?")
+    return Check(right, why, wrong, "which of 0.1, 0.2, ... 1.0 are nearer to 0.5 than 0.3?")
 
 
 @exercise
@@ -485,7 +507,7 @@ def position_positives() -> Check:
         "take the absolute value: a slice far below is not alike.": variant(sign=True),
     }
     position = torch.tensor([0.0, 0.25, 0.5, 1.0])  # exact in binary, so the border is one
-    otherwise = "no: `position[:, None] - position[None, :]` has all differences, [B, B]."
+    otherwise = "`position[:, None] - position[None, :]` has all differences, [B, B]."
     cases = [(position, 0.25), (position, 0.75)]
     return Check(variant(), "the mask of `clseg.pairs.position_pairs`.", wrong, otherwise, cases)
 
@@ -499,7 +521,7 @@ def share_of_positives() -> Check:
         "that is the share of the pairs that are negative.": 0.81,
     }
     why = "two uniform places differ by less than t with probability 1 - (1 - t)² = 0.19."
-    return Check(0.19, why, wrong, "no: draw the square of all (p, q) and shade the band |p - q| < 0.1.")
+    return Check(0.19, why, wrong, "draw the square of all (p, q) and shade the band |p - q| < 0.1.")
 
 
 @exercise
@@ -532,7 +554,7 @@ def least_loss() -> Check:
     }
     right = contrastive_loss(torch.eye(3)[of_row], perfect, 0.01).item()
     why = "4 · 2 - 1 = 7 equal terms are left: log 7 ≈ 1.95. Larger clusters have a larger least loss."
-    otherwise = "no: how many terms of the denominator are left, and how large are they?"
+    otherwise = "how many terms of the denominator are left, and how large are they?"
     return Check(right, why, wrong, otherwise)
 
 
@@ -558,7 +580,7 @@ def purity() -> Check:
         (np.array([0, 0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 1, 1])),
         (np.array([0, 1, 1, 1, 1]), np.array([0, 2, 2, 0, 1])),
     ]
-    otherwise = "no: for each cluster count its most frequent label, add up, divide by the number of slices."
+    otherwise = "for each cluster count its most frequent label, add up, divide by the number of slices."
     return Check(package_purity, "the function `clseg.cluster.purity`.", wrong, otherwise, cases)
 
 
@@ -571,7 +593,7 @@ def extreme_clusters() -> Check:
         "with no cluster there would be no pairs.": (200, 0),
     }
     why = "one slice in each cluster leaves only its own views alike; one cluster makes all alike."
-    return Check((200, 1), why, wrong, "no: write (k of SimCLR, k of all alike).")
+    return Check((200, 1), why, wrong, "write (k of SimCLR, k of all alike).")
 
 
 @exercise
@@ -599,7 +621,7 @@ def memory_of_teacher() -> Check:
         "that is after one step.": 0.99,
         "that is the share of the student in one step.": 0.01,
     }
-    return Check(0.99**100, "0.99^100 ≈ 0.37: it remembers some hundred steps.", wrong, "no: each step multiplies it.")
+    return Check(0.99**100, "0.99^100 ≈ 0.37: it remembers some hundred steps.", wrong, "each step multiplies it.")
 
 
 @exercise
@@ -627,7 +649,7 @@ def believe() -> Check:
         "the softmax runs over the classes (dim=1), not over the pixels.": over_pixels,
     }
     otherwise = (
-        "no: return (label, sure), the argmax over dim=1, and whether the largest probability is confidence or more."
+        "return (label, sure), the argmax over dim=1, and whether the largest probability is confidence or more."
     )
     return Check(right, "the function `clseg.recipes.weak_to_strong.pseudo_labels`.", wrong, otherwise, cases)
 
@@ -652,7 +674,7 @@ def consistency() -> Check:
         "pixels that are not sure must not count.": everywhere,
         "divide by the number of all pixels.": total,
     }
-    otherwise = "no: F.cross_entropy(logits, label, reduction='none') has a value for each pixel, [B, H, W]."
+    otherwise = "F.cross_entropy(logits, label, reduction='none') has a value for each pixel, [B, H, W]."
     cases = [(logits, label, logits.softmax(dim=1).amax(dim=1) > 0.6)]
     return Check(consistency_loss, "the function `consistency_loss` of the recipe.", wrong, otherwise, cases)
 

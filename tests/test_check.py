@@ -637,7 +637,7 @@ def test_text_in_headers_is_told_but_not_shown(tmp_path):
 def test_the_study_that_is_proposed_fits_the_labels_that_are_there(tmp_path, labelled, numbers, draws):
     report = check(medical(tmp_path / "scans", "nnunet", labelled=labelled, subjects=labelled + 2), "mine")
     words = report.study("mine.yaml").split()
-    assert words[:4] == ["clseg", "run", "glcl_strategies", "--dataset"]
+    assert words[:4] == ["clseg", "run", "own_data", "--dataset"]
     assert [f"study.labelled={numbers}", f"study.draws={draws}"] == words[-3::2]
 
 

@@ -97,7 +97,7 @@ def test_a_solution_that_cannot_be_cut_out_is_told(source, words):
         (0.75, "write a function, not its result"),
         (lambda prediction, reference: None, "end it with `return ...`"),
         (lambda prediction: 1.0, "it stops with TypeError"),
-        (lambda prediction, reference: "a half", "no: "),
+        (lambda prediction, reference: "a half", "the pixels that both have"),
     ],
 )
 def test_answers_of_another_kind_are_told(answer, words):
@@ -109,7 +109,9 @@ def test_answers_of_another_kind_are_told(answer, words):
 def test_values_that_are_no_functions_and_stubs():
     assert "not a function" in teach.dice_by_hand(lambda: 0.75).text
     assert not teach.dice_by_hand(None).right
-    assert not teach.dice_by_hand([0.75, 0.75]).right
+    assert "one number" in teach.dice_by_hand([0.75, 0.75]).text
+    assert all(teach.infonce_statements(text).right for text in ("ad", "AD", "a, d", "d a"))
+    assert all("letters" in teach.infonce_statements(text).text for text in ("", "e", "ade", "all"))
     assert teach.dice_by_hand(torch.tensor(0.75, requires_grad=True)).right
     with pytest.raises(teach.NotYet, match="count the pixels"):
         teach.dice(lambda prediction, reference: teach.todo("count the pixels"))

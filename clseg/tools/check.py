@@ -85,13 +85,17 @@ class Report:
 
     def study(self, file: str) -> str:
         """The command of a study that the labelled subjects which are there can fill, on the data set file."""
-        words = ["clseg", "run", "glcl_strategies", "--dataset", file, "--profile", "laptop"]
-        methods = "random,gd" if self.dataset.positions == "known" else "random,gr"
+        words = ["clseg", "run", "own_data", "--dataset", file, "--profile", "laptop"]
         protocol = self.dataset.protocols["seeded"]
-        most = len({v["subject"] for v in self.volumes if v["labelled"]}) - protocol.test - protocol.validation
+        held_out = protocol.test + protocol.validation
+        most = len({v["subject"] for v in self.volumes if v["labelled"]}) - held_out
         labelled = [count for count in (1, 2, 4, 8, 16, 32) if count <= most]
         draws = list(range(1, min(max(comb(most, count) for count in labelled), 3) + 1))
-        changes = {"methods": f"[{methods}]", "labelled": labelled, "draws": draws}
+        changes = {"labelled": labelled, "draws": draws}
+        others = len({v["subject"] for v in self.volumes}) - held_out - labelled[-1]  # weak_to_strong needs some
+        methods = ["random", "gd" if self.dataset.positions == "known" else "gr", *["weak_to_strong"] * (others > 0)]
+        if methods != ["random", "gd", "weak_to_strong"]:
+            changes = {"methods": f"[{','.join(methods)}]"} | changes
         words += [w for key, value in changes.items() for w in ("--set", f"study.{key}={value}".replace(" ", ""))]
         return shlex.join(words).replace("'", "")
 

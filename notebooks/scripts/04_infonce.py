@@ -1,13 +1,14 @@
 # %% [markdown]
 # # What does "alike" mean to a network?
-# **InfoNCE is one line: pull together what is alike, push away all else. Every contrastive method in this course is this line with
-# another answer to "who is alike?".**
+# **A contrastive method learns from images alone, by comparing them. Nearly all use one loss, InfoNCE: pull together what is alike, push away
+# all else. The methods of this course differ in their answer to "who is alike?".**
 #
 # **Goals.** After this lesson you can (1) compute InfoNCE by hand and in code, (2) say what the temperature does, (3) tell from one
-# number whether a pre-training has learned anything.
+# number whether a *pre-training* (the training on images alone, before a segmenter is trained on few labels) has learned anything.
 #
 # **You need** [02_few_labels](02_few_labels.ipynb) for what an encoder is, cosine and logarithm, and that training follows the
-# negative gradient. **About 30 minutes**, one of them computing. Nothing is downloaded.
+# negative gradient. **About 40 minutes**, one of them computing. Nothing is downloaded: the images
+# are computed, too. `log` is the natural logarithm.
 
 # %%
 from math import log
@@ -76,8 +77,8 @@ plt.show()
 #
 # ## By hand
 # How alike two points are is the cosine of the angle between them: 1 at the same place, 0 at a right angle, -1 opposite. Divide by a
-# *temperature* $\tau$ and call it $s_{ij}=\cos(z_i,z_j)/\tau$. For the *anchor* $i$ with its positive $j$, InfoNCE asks: of all
-# others, what share does the positive have?
+# *temperature* $\tau$ and call it $s_{ij}=\cos(z_i,z_j)/\tau$. Take one view, the *anchor* $i$; its positive is $j$. InfoNCE asks: of the sum of
+# $e^{s}$ over all other views, what share does the positive have? (Such a share is also called a *softmax*.)
 # $$\ell_i=-\log\frac{e^{s_{ij}}}{\sum_{k\neq i}e^{s_{ik}}}$$
 # A share of 1 costs nothing; a small share costs much. For the anchor A1 at $\tau=0.5$:
 
@@ -113,8 +114,8 @@ def slow_loss(embedding, slice_id, temperature):
 
 
 # %% [markdown]
-# The package separates the two questions. `instance_pairs` says who is alike; `contrastive_loss` knows nothing of slices.
-# Do value and gradient agree?
+# The package separates the two questions. `instance_pairs` says who is alike: two tables of True and False, `pairs.positive` and
+# `pairs.negative`, with a row and a column for each view. `contrastive_loss` knows nothing of slices. Do value and gradient agree?
 
 # %% tags=["nbval-check-output"]
 pairs = instance_pairs(slice_id)
@@ -131,7 +132,8 @@ for temperature in (0.1, 0.5):
 # %% [markdown]
 # ## What changes when the temperature changes?
 # Left: the arrows are the way each point wants to go, the negative gradient (the longest arrow always has the same length, and the
-# number says how steep it is). Right: how the push of anchor A1 is shared out among its four negatives.
+# number says how steep it is); a point without an arrow has almost no gradient. Right: how the push of anchor A1 is shared out among its four
+# negatives. It is $e^s$ of one negative, divided by the sum over the *negatives only* (in the table above the positive was in the sum, too).
 
 
 # %%
@@ -157,8 +159,11 @@ for temperature in (0.1, 1.0):
     push(temperature)
 
 # %% [markdown]
-# At 0.1 nearly all the push goes to B1, the *hardest* negative: the one that is most like the anchor. At 1.0 the push is
-# spread over all negatives (dashed: an equal share). Run the next cell to move the temperature yourself. At which one does the hardest negative have half of the push?
+# At 0.1 nearly all the push goes to B1, the *hardest* negative: the one that is most like the anchor. C1 and C2 have no arrow there: each has
+# nearly the whole share already. At 1.0 the push is spread more evenly, from 0.40 to 0.12 (dashed: an equal share). Run the next
+# cell to move the temperature yourself. At which one has the hardest negative about half of the push? (At 0.5: 0.54.)
+#
+# The losses in the titles are of different temperatures: such losses cannot be compared.
 
 # %% tags=["slider"]
 options = [0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0]
@@ -189,8 +194,8 @@ for axis, (temperature, points) in zip(axes, ends.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The views of a slice meet (*alignment*), and the slices spread evenly (*uniformity*): three of them, 120 degrees apart. At 0.1 the points stop
-# early: once a positive has nearly the whole share, there is nothing left to gain.
+# At 0.5 and 1.0 the views of a slice meet (*alignment*), and the slices spread evenly (*uniformity*): three of them, 120 degrees apart. At 0.1
+# they stop before they meet: once a positive has nearly the whole share, the loss is 0.00 and nothing is left to gain.
 #
 # ## The loss of a network that has learned nothing
 # If a network gives *all* images the same embedding, it has **collapsed**. Then all $e^{s}$ are equal, and the positive has the share of one in
@@ -205,11 +210,12 @@ for count in (3, 12, 32):
     print(f"{count} slices: {at[0]:.4f} at 0.1, {at[1]:.4f} at 1.0, log(2 * {count} - 1) = {log(2 * count - 1):.4f}")
 
 # %% [markdown]
-# Remember this number, the **collapse line**. A pre-training whose loss stays at it has learned nothing, however long it ran. Only what
-# lies clearly below it is learned. The first loss of an untrained network is often near it, too: it sees all slices as nearly alike.
+# Remember this number, the **collapse line**. A pre-training whose loss stays at it has learned nothing, however long it ran. An untrained
+# network often starts a little below it, because two views of a slice look alike before anything was learned. So compare with the line
+# *and* with the first step. Above the line means: positives are less alike than negatives.
 #
-# Does that happen? Two trainings of one small encoder on 16 subjects. `InfoNCE` pulls and pushes. `only pulling` just brings the two views of
-# a slice together, without negatives: why not, if that is what we want?
+# Does collapse happen? We train one small encoder twice on 16 subjects. `InfoNCE` pulls and pushes. `only pulling` brings the two views of a slice
+# together and has no negatives. Is that not what we want?
 
 # %%
 small = prepare(phantom_dataset(subjects=24), Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
@@ -218,18 +224,18 @@ stage = ContrastStage(pairs="instance", slices=12, temperature=0.1)
 
 
 def embed(training, views):
-    """Both views pass encoder and head one after the other: embeddings [2 n, D]."""
+    """Both views pass the encoder, and then the head, two small layers that serve the loss alone: embeddings [2 n, D]."""
     encoder, head = training.learning["encoder"], training.learning["head"]
     return torch.cat([head(encoder(view)[-1]) for view in views])
 
 
 def trained(loss_of, steps=120):
     """Trains with a loss of (embedding, pairs); returns InfoNCE of every step, whatever was trained, and the similarities at the end."""
-    work = stage_work(small, small.subjects[:16], stage, steps, config)
-    training, curve = contrast(work, stage), []
+    work = stage_work(small, small.subjects[:16], stage, steps, config)  # a new network, and the slices it may see
+    training, curve = contrast(work, stage), []  # what learns: encoder and head
     optimiser = torch.optim.Adam([p for part in training.learning.values() for p in part.parameters()], 1e-3)
     for step in range(steps):
-        views, pairs = draw_batch(work, stage, step)
+        views, pairs = draw_batch(work, stage, step)  # two views of each of 12 slices, and who is alike
         z = embed(training, views)
         optimiser.zero_grad()
         loss_of(z, pairs).backward()
@@ -263,22 +269,25 @@ plt.show()
 # %% tags=["nbval-check-output"]
 for name, (curve, alike, unlike) in results.items():
     end = sum(curve[-10:]) / 10
-    print(f"{name}: InfoNCE {end:.1f} at the end, cosine of positives {alike:.1f}, of negatives {unlike:.1f}")
+    print(
+        f"trained with {name}: loss InfoNCE {end:.1f} at the end, cosine of positives {alike:.1f}, of negatives {unlike:.1f}"
+    )
 
 # %% [markdown]
 # `only pulling` does what it was told: positives have cosine 1. So have the negatives. It has collapsed onto the dashed line, and its own loss,
-# -1, looks perfect. The push keeps a network from that.
+# -1, looks perfect. The push keeps a network from that. InfoNCE is a minute's training here: its curve is noisy, and its negatives are still
+# rather alike (0.7), but less than its positives (0.9). That difference is all it has learned so far.
 #
 # ## What to notice
 # * The loss knows similarities only. It forgets lengths, and it does not know what is *in* an image.
 # * What is alike is decided before the loss, in `clseg.pairs`. That one choice tells the methods apart.
-# * The collapse line depends on the batch: losses of batches of unlike size must not be compared.
+# * The collapse line depends on the batch: losses of batches of different size must not be compared.
 #
 # ## Summary
-# * Views of one slice are positives; all other rows of the batch are negatives.
+# * Views of one slice are positives; all other views of the batch (its *rows*) are negatives.
 # * InfoNCE is -log of the share that the positive has among all others, after a softmax of cosine / temperature.
-# * A low temperature pushes the hardest negative, a high one all alike.
-# * Its minimum: views meet, slices spread evenly.
+# * A low temperature pushes the hardest negative, a high one all negatives about equally.
+# * Where it leads: views of a slice come together, slices spread evenly.
 # * A collapsed network has the loss log(2N - 1). Compare every pre-training with this line before you believe in it.
 #
 # ## Exercises

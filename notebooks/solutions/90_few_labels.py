@@ -18,10 +18,10 @@ from clseg import teach
 
 # %% tags=["solution"]
 # hint: count the pixels that both masks have, and the pixels of each
-answer = 2 * 6 / (6 + 10)
+answer_1 = 2 * 6 / (6 + 10)
 
 # %% tags=["nbval-check-output"]
-teach.dice_by_hand(answer)
+teach.dice_by_hand(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: Dice
@@ -71,7 +71,7 @@ teach.mean_over_subjects(mean_over_subjects)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"ac"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) With 16 test patients of 10 slices each, the interval of a mean Dice is that of 160 observations.
 # * (b) A structure that the network did not find at all counts with Dice 0.
@@ -80,7 +80,7 @@ teach.mean_over_subjects(mean_over_subjects)
 
 # %% tags=["solution"]
 # hint: for each, ask what was drawn by chance, and what the number does not see
-answer = "bd"
+answer_4 = "bd"
 
 # %% tags=["nbval-check-output"]
-teach.few_labels_statements(answer)
+teach.few_labels_statements(answer_4)

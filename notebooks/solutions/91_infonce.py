@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from clseg import teach
 
 # %% [markdown]
-# ## 1. Predict: a network that says the same of everything
-# A batch has 32 slices, two views of each. The network gives every row the same embedding. What is the loss?
+# ## 1. Predict: a network that gives every image the same embedding
+# A batch has 32 slices, two views of each. The network gives every view (every *row* of the batch) the same embedding. What is the loss?
+# The temperature does not matter; why? Two decimals are enough.
 
 # %% tags=["solution"]
 # hint: all e^s are equal; how many of them are in the denominator of an anchor?
-answer = log(2 * 32 - 1)
+answer_1 = log(2 * 32 - 1)
 
 # %% tags=["nbval-check-output"]
-teach.collapsed_loss(answer)
+teach.collapsed_loss(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: InfoNCE
@@ -44,7 +45,8 @@ def info_nce(embedding, partner, temperature):
 teach.info_nce(info_nce)
 
 # %% [markdown]
-# A test of your own: equal embeddings must give log(B - 1), opposite pairs at right angles nearly 0.
+# A test of your own: equal embeddings must give log(B - 1). Where the two of a pair are equal and the pairs at right angles to each other,
+# the loss must be nearly 0.
 
 # %%
 equal, apart = torch.ones(6, 3), torch.eye(3).repeat_interleave(2, dim=0)
@@ -53,29 +55,29 @@ for name, embedding in {"equal": equal, "apart": apart}.items():
 
 # %% [markdown]
 # ## 3. Change: who is pushed?
-# An anchor has three negatives, with cosines 0.8, 0.6 and 0.2. What share of the push falls on the first one at temperature 0.5?
-# Then change the temperature to 0.1 and to 2 and see.
+# An anchor has three negatives, with cosines 0.8, 0.6 and 0.2. Among these three, what share of the push falls on the
+# first one at temperature 0.5? Two decimals. Then try 0.1 and 2: the check knows these, too.
 
 # %% tags=["solution"]
 # hint: the share is a softmax of cosine / temperature
 weights = [exp(cosine / 0.5) for cosine in (0.8, 0.6, 0.2)]
-answer = weights[0] / sum(weights)
+answer_3 = weights[0] / sum(weights)
 
 # %% tags=["nbval-check-output"]
-teach.hardest_share(answer)
+teach.hardest_share(answer_3)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"bc"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) If the loss stays at log(2N - 1) during a pre-training, the network has learned nothing.
 # * (b) Embeddings of twice the length have half the loss.
-# * (c) A lower loss with a smaller batch is a better network.
+# * (c) If the loss is lower because the batch is smaller, the network is better.
 # * (d) A lower temperature gives more of the push to the most similar negative.
 
 # %% tags=["solution"]
 # hint: put equal embeddings, longer embeddings and fewer rows into the formula
-answer = "ad"
+answer_4 = "ad"
 
 # %% tags=["nbval-check-output"]
-teach.infonce_statements(answer)
+teach.infonce_statements(answer_4)

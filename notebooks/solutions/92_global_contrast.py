@@ -21,10 +21,10 @@ from clseg.pairs import Pairs
 
 # %% tags=["solution"]
 # hint: every term is log(1 + number of negatives of an anchor)
-answer = log(1 + 5 * 3 * 2)
+answer_1 = log(1 + 5 * 3 * 2)
 
 # %% tags=["nbval-check-output"]
-teach.first_loss_gd(answer)
+teach.first_loss_gd(answer_1)
 
 # %% [markdown]
 # ## 2. Predict: count pairs
@@ -33,10 +33,10 @@ teach.first_loss_gd(answer)
 
 # %% tags=["solution"]
 # hint: positives are the other rows of its own slice; negatives are all rows of other partitions
-answer = (2, 3 * 3 * 3)
+answer_2 = (2, 3 * 3 * 3)
 
 # %% tags=["nbval-check-output"]
-teach.pairs_of_gd_minus(answer)
+teach.pairs_of_gd_minus(answer_2)
 
 # %% [markdown]
 # ## 3. Implement: who is alike?
@@ -69,7 +69,7 @@ print(
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"ad"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) After the same number of steps `gd` has a lower loss than `gr`, so it has learned more.
 # * (b) Two slices on the two sides of a border between partitions are negatives, though they may show nearly the same.
@@ -78,7 +78,7 @@ print(
 
 # %% tags=["solution"]
 # hint: write down positives and negatives of one anchor for each strategy
-answer = "bc"
+answer_4 = "bc"
 
 # %% tags=["nbval-check-output"]
-teach.global_statements(answer)
+teach.global_statements(answer_4)

@@ -20,10 +20,10 @@ from clseg import teach
 
 # %% tags=["solution"]
 # hint: count the terms of the denominator
-answer = log(1 + 2 * 5)
+answer_1 = log(1 + 2 * 5)
 
 # %% tags=["nbval-check-output"]
-teach.first_local_loss(answer)
+teach.first_local_loss(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: one term
@@ -51,10 +51,10 @@ teach.local_term(local_term)
 
 # %% tags=["solution"]
 # hint: which directions are as far apart as possible, and how many dimensions do 17 of them need?
-answer = torch.eye(17)
+answer_3 = torch.eye(17)
 
 # %% tags=["nbval-check-output"]
-teach.cheat(answer)
+teach.cheat(answer_3)
 
 # %% [markdown] tags=["solution"]
 # At right angles every term is $\log(1+10\,e^{-1/\tau})\approx 10\,e^{-10}\approx 0.0005$. Directions that point away from each
@@ -62,7 +62,7 @@ teach.cheat(answer)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"ad"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) A decoder could make the local loss small on pictures of noise.
 # * (b) The two views of a slice may be cropped differently.
@@ -71,7 +71,7 @@ teach.cheat(answer)
 
 # %% tags=["solution"]
 # hint: what does the loss compare, and at which place?
-answer = "ac"
+answer_4 = "ac"
 
 # %% tags=["nbval-check-output"]
-teach.local_statements(answer)
+teach.local_statements(answer_4)

@@ -17,10 +17,10 @@ from clseg import teach
 
 # %% tags=["solution"]
 # hint: which slices are nearer than 0.3, how many rows are they, and which row is the anchor?
-answer = 5 * 2 - 1
+answer_1 = 5 * 2 - 1
 
 # %% tags=["nbval-check-output"]
-teach.count_positives(answer)
+teach.count_positives(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: who is near?
@@ -52,14 +52,14 @@ for threshold in (0.05, 0.15, 0.25, 0.35, 0.45):
 
 # %% tags=["solution"]
 # hint: draw the square of all pairs (p, q) and the band where they are near; what is outside are two triangles
-answer = 1 - (1 - 0.1) ** 2
+answer_3 = 1 - (1 - 0.1) ** 2
 
 # %% tags=["nbval-check-output"]
-teach.share_of_positives(answer)
+teach.share_of_positives(answer_3)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"ac"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) "Near" sorts the slices of a volume into classes.
 # * (b) In stacks of ten slices the thresholds 0.32 and 0.38 are the same method.
@@ -68,7 +68,7 @@ teach.share_of_positives(answer)
 
 # %% tags=["solution"]
 # hint: try each on the slices at 0.2, 0.4 and 0.6
-answer = "bd"
+answer_4 = "bd"
 
 # %% tags=["nbval-check-output"]
-teach.positional_statements(answer)
+teach.positional_statements(answer_4)

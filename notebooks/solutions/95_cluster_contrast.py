@@ -20,10 +20,10 @@ from clseg import teach
 
 # %% tags=["solution"]
 # hint: how many rows of its own class are in the denominator of an anchor?
-answer = log(4 * 2 - 1)
+answer_1 = log(4 * 2 - 1)
 
 # %% tags=["nbval-check-output"]
-teach.least_loss(answer)
+teach.least_loss(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: purity
@@ -57,14 +57,14 @@ for k in (2, 10, 50, 200):
 
 # %% tags=["solution"]
 # hint: in SimCLR a slice is like its own other view only
-answer = (200, 1)
+answer_3 = (200, 1)
 
 # %% tags=["nbval-check-output"]
-teach.extreme_clusters(answer)
+teach.extreme_clusters(answer_3)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"bc"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) An auto-encoder may describe whose chest it sees better than which part of the heart.
 # * (b) A purity of 0.8 proves that the clusters found the labels.
@@ -73,7 +73,7 @@ teach.extreme_clusters(answer)
 
 # %% tags=["solution"]
 # hint: compare with shuffled clusters, and with the least loss of exercise 1
-answer = "ad"
+answer_4 = "ad"
 
 # %% tags=["nbval-check-output"]
-teach.cluster_statements(answer)
+teach.cluster_statements(answer_4)

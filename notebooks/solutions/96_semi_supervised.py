@@ -17,10 +17,10 @@ from clseg import teach
 
 # %% tags=["solution"]
 # hint: each step multiplies what is left by the decay
-answer = 0.99**100
+answer_1 = 0.99**100
 
 # %% tags=["nbval-check-output"]
-teach.memory_of_teacher(answer)
+teach.memory_of_teacher(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: what may be believed?
@@ -64,7 +64,7 @@ teach.consistency(consistency)
 
 # %% [markdown]
 # ## 4. Explain: true or false?
-# Write the letters of the true statements, for example `"ab"`.
+# Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) The strong view of a slice must not be cropped in another way than the weak one.
 # * (b) The gradient of the consistency loss trains the teacher.
@@ -73,7 +73,7 @@ teach.consistency(consistency)
 
 # %% tags=["solution"]
 # hint: for each, ask where a label comes from and what it is compared with
-answer = "ad"
+answer_4 = "ad"
 
 # %% tags=["nbval-check-output"]
-teach.semi_supervised_statements(answer)
+teach.semi_supervised_statements(answer_4)
