@@ -263,7 +263,7 @@ def _studies(arguments: argparse.Namespace) -> int:
         sizes = {"methods": study.methods, "numbers of labels": study.labelled, "draws": study.draws}
         sizes |= {"seeds": study.seeds}
         words = " x ".join(f"{len(values)} {what}" for what, values in sizes.items())
-        words += "".join(f" + {len(axis.values)} values of {axis.key}" for axis in study.axes)
+        words += "".join(f" + {len(axis.values)} more of {axis.key}" for axis in study.axes)
         print(f"{name}: {study.title}")
         print(f"    notebook {study.notebook}; data sets {', '.join(study.datasets)}; {words}")
         count = f"{len(plan.pretrain)} pre-trainings shared by {len(plan.finetune)} fine-tunings"
