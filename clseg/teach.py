@@ -118,12 +118,14 @@ def _same(one: Any, other: Any, tolerance: float) -> bool:
 def statements(right: str, why: str, **hints: str) -> Check:
     """Which of several statements are true: `right` has their letters, `hints` what to say where one is misjudged.
 
-    Capitals, spaces and commas of an answer do not matter.
+    Capitals, spaces, commas and parentheses of an answer do not matter.
     """
 
-    def first_misjudged(answer: str) -> str:
-        letters = set(re.sub(r"[\s,]", "", answer.lower()))
-        return min(letters ^ set(right), default="") if letters and letters <= {*hints} else "no letters"
+    def first_misjudged(answer: str | Sequence[str]) -> str:
+        letters = set(re.sub(r"[\s,()]", "", "".join(answer).lower()))
+        if not letters or not letters <= {*hints}:
+            return "no letters"
+        return min(letters - set(right), default=min(set(right) - letters, default=""))  # wrongly chosen ones first
 
     wrong = {hint: "".join(sorted(set(right) ^ {letter})) for letter, hint in hints.items()}
     letters = f"write the letters of the true statements in one text, such as 'abc'; they go from a to {max(hints)}."
@@ -151,7 +153,9 @@ def dice_by_hand() -> Check:
         "that is the share of the reference that was found (recall); Dice counts what was found twice, over both "
         "sizes.": 6 / 10,
         "that is the share of the prediction that is right (precision); the four missed pixels must cost something.": 1,
-        "nearly: what both have is counted twice.": 6 / 16,
+        "what both have is counted twice.": 6 / 16,
+        "12 is right above the line; divide by the sizes of both, 6 + 10.": 12,
+        "a Dice is a share, from 0 to 1, not a percentage.": 75,
     }
     otherwise = "twice the pixels that both have, over the pixels of one plus the pixels of the other."
     return Check(12 / 16, "2 · 6 / (6 + 10) = 0.75.", wrong, otherwise)
@@ -174,17 +178,33 @@ def dice() -> Check:
     def accuracy(prediction, reference):
         return (prediction == reference).mean()
 
+    def recall(prediction, reference):
+        return (prediction & reference).sum() / reference.sum()
+
+    def precision(prediction, reference):
+        return (prediction & reference).sum() / prediction.sum()
+
+    def either(prediction, reference):
+        return 2 * (prediction & reference).sum() / (prediction + reference).sum()
+
+    def no_sum(prediction, reference):
+        return 2 * (prediction & reference) / (prediction.sum() + reference.sum())
+
     wrong = {
         "that is intersection over union (Jaccard): a relative of Dice, and smaller.": overlap_over_union,
-        "nearly: it never exceeds 0.5; what both have is counted twice.": without_two,
+        "it never exceeds 0.5; what both have is counted twice.": without_two,
         "that is the share of equal pixels: an empty prediction of a small organ would score above 0.9.": accuracy,
+        "that is the share of the reference that was found (recall): divide by both sizes.": recall,
+        "that is the share of the prediction that is right (precision): divide by both sizes.": precision,
+        "of two bool arrays, `+` is `or`: add the two sums, not the arrays.": either,
+        "it returns an array; count the pixels that both have with `.sum()`.": no_sum,
     }
     cases = [
-        (_masks("##..", "##.."), _masks("##..", "####")),
+        (_masks("###.", "##.."), _masks("##..", "####")),
         (_masks("....", "#..."), _masks("....", ".##.")),
-        (_masks("####", "####"), _masks("####", "####")),
+        (_masks("###.", "##.."), _masks("##..", "####")),
     ]
-    otherwise = "`prediction & reference` has the pixels that both have, `.sum()` counts pixels."
+    otherwise = "`prediction & reference` (not `and`) has the pixels that both have, `.sum()` counts pixels."
     why = "it is 2 |P and R| / (|P| + |R|), the function `clseg.metrics.dice`."
     return Check(package_dice, why, wrong, otherwise, cases)
 
@@ -192,7 +212,7 @@ def dice() -> Check:
 @exercise
 def mean_over_subjects() -> Check:
     """A function of a table with columns subject and dice, several rows a subject: the mean of the subjects' means."""
-    table = pd.DataFrame({"subject": ["a", "b", "b", "b", "c", "c"], "dice": [0.9, 0.3, 0.4, 0.2, 0.8, 0.7]})
+    table = pd.DataFrame({"subject": ["a", "b", "b", "b", "c", "c"], "dice": [0.9, 0.3, 0.4, 0.08, 0.8, 0.71]})
     wrong = {
         "that is the mean of all rows: the subject with most rows counts most. The unit is the subject.": lambda t: t[
             "dice"
@@ -203,9 +223,16 @@ def mean_over_subjects() -> Check:
         "that is the mean of the first rows: take all rows of a subject.": lambda t: (
             t.groupby("subject")["dice"].first().mean()
         ),
+        "that is the mean of the medians: take the mean of a subject.": lambda t: (
+            t.groupby("subject")["dice"].median().mean()
+        ),
+        "you rounded; return the number as it is.": lambda t: round(t.groupby("subject")["dice"].mean().mean(), 2),
+        "you return a series with one number in it; take `table['dice']`, and return the number.": lambda t: (
+            t.groupby("subject").mean().mean()
+        ),
     }
     why = "every subject counts once, however many slices, structures or runs it has."
-    otherwise = "`table.groupby('subject')['dice']` holds the values of each subject."
+    otherwise = "`table.groupby('subject')['dice']` holds the values of each subject; use the argument `table`."
     cases = [(table,), (table.iloc[1:],)]
     return Check(lambda t: t.groupby("subject")["dice"].mean().mean(), why, wrong, otherwise, cases)
 
@@ -220,8 +247,7 @@ def few_labels_statements() -> Check:
         b="(b) a structure that was not found counts with Dice 0. To leave it out would reward missing it.",
         c="(c) an interval over test subjects says nothing about other draws of labelled subjects: that is another "
         "source of chance.",
-        d="(d) Dice of a large, roughly found structure can be high while its border is far off at one place: HD95 "
-        "sees that.",
+        d="(d) Dice can be high although the border is far off at one place. HD95 sees that.",
     )
 
 
@@ -232,8 +258,8 @@ def few_labels_statements() -> Check:
 def collapsed_loss() -> Check:
     """InfoNCE of 32 slices with two views each where the network gives all rows the same embedding."""
     wrong = {
-        "nearly: an anchor is not compared with itself.": log(64),
-        "nearly: the positive stands in the denominator, too.": log(62),
+        "an anchor is not compared with itself.": log(64),
+        "the positive stands in the denominator, too.": log(62),
         "there are two views of each slice, so 64 rows.": log(32),
         "that would be the loss of a network that has learned everything.": 0.0,
         "63 equal terms is right: the positive has the share 1/63; the loss is -log of it.": 63.0,
@@ -270,10 +296,10 @@ def info_nce() -> Check:
     cases = [(torch.randn(6, 3, generator=generator) * 2, order, tau) for order, tau in settings]
     wrong = {
         "the embeddings must be divided by their lengths: the similarity is a cosine.": variant(unit=False),
-        "nearly: leave the anchor itself out of the denominator (its similarity is 1, the largest there is).": variant(
+        "leave the anchor itself out of the denominator (its similarity is 1, the largest there is).": variant(
             itself=True
         ),
-        "nearly: the positive belongs into the denominator, too. Without it the loss can fall below 0.": variant(
+        "the positive belongs into the denominator, too. Without it the loss can fall below 0.": variant(
             positive=False
         ),
         "divide the similarities by the temperature, do not multiply.": variant(power=1),
@@ -332,8 +358,8 @@ def first_loss_gd() -> Check:
     right = contrastive_loss(torch.ones(40, 3), pairs, 0.1, "pair").item()
     wrong = {
         "you counted every other row; of its own partition an anchor has no negatives.": log(39),
-        "nearly: the positive itself is in the denominator, too.": log(30),
-        "nearly: each slice has two views, and both are negatives.": log(16),
+        "the positive itself is in the denominator, too.": log(30),
+        "each slice has two views, and both are negatives.": log(16),
         "slices of other volumes are negatives, too, if they are of another partition.": log(7),
     }
     why = "the negatives are the rows of the other partitions, 5 · 3 · 2 = 30, so every term is log(1 + 30) ≈ 3.43."
@@ -365,7 +391,7 @@ def gd_positives() -> Check:
         return (partition[:, None] == partition[None, :]).fill_diagonal_(False)
 
     wrong = {
-        "nearly: no row is a positive of itself; clear the diagonal.": lambda p: p[:, None] == p[None, :],
+        "no row is a positive of itself; clear the diagonal.": lambda p: p[:, None] == p[None, :],
         "that are the negatives: rows of *other* partitions.": lambda p: p[:, None] != p[None, :],
         "neighbouring partitions are not alike, only the same one.": lambda p: (
             (p[:, None] - p[None, :]).abs() <= 1
@@ -400,7 +426,7 @@ def first_local_loss() -> Check:
     equal = torch.ones(1, len(corners), 2)
     wrong = {
         "the neighbours of both maps are negatives: twice 5.": log(6),
-        "nearly: the positive is in the denominator, too.": log(10),
+        "the positive is in the denominator, too.": log(10),
         "only its 5 neighbours are negatives of a region, not all others.": log(25),
     }
     right = local_contrastive_loss(equal, equal, near).item()
@@ -450,7 +476,7 @@ def local_term() -> Check:
     wrong = {
         "the neighbours in map b are negatives, too.": variant(across=False),
         "the neighbours in its own map a are negatives, too.": variant(own=False),
-        "nearly: the positive belongs into the denominator, too.": variant(positive=False),
+        "the positive belongs into the denominator, too.": variant(positive=False),
     }
     otherwise = "-log( e^s(a_r, b_r) / (e^s(a_r, b_r) + sum over m of e^s(a_r, a_m) + e^s(a_r, b_m)) ), s a cosine."
     cases = [(a, b, 0, [1, 3], 0.5), (b, a, 2, [4], 1.0)]
@@ -480,8 +506,8 @@ def count_positives() -> Check:
     right = position_pairs(place.repeat(2), 0.3).positive[4].sum().item()
     wrong = {
         "a distance of exactly 0.3 is not below 0.3.": 13,
-        "nearly: no row is a positive of itself.": 10,
-        "nearly: the other view of its own slice is a positive, too.": 8,
+        "no row is a positive of itself.": 10,
+        "the other view of its own slice is a positive, too.": 8,
         "those are the slices; each has two views, and one of these rows is the anchor.": 5,
     }
     why = "0.3 to 0.7 are five slices, ten rows, and one of them is the anchor."
@@ -502,8 +528,8 @@ def position_positives() -> Check:
         return positives
 
     wrong = {
-        "nearly: a pair at exactly the threshold is a negative.": variant(equal=True),
-        "nearly: no row is a positive of itself.": variant(itself=True),
+        "a pair at exactly the threshold is a negative.": variant(equal=True),
+        "no row is a positive of itself.": variant(itself=True),
         "take the absolute value: a slice far below is not alike.": variant(sign=True),
     }
     position = torch.tensor([0.0, 0.25, 0.5, 1.0])  # exact in binary, so the border is one
@@ -517,7 +543,7 @@ def share_of_positives() -> Check:
     """The share of pairs of slices of two long volumes that are alike at t = 0.1."""
     wrong = {
         "a slice is alike in both directions along the volume: below and above.": 0.1,
-        "nearly: near the ends of the volume there is less than t on one side.": 0.2,
+        "near the ends of the volume there is less than t on one side.": 0.2,
         "that is the share of the pairs that are negative.": 0.81,
     }
     why = "two uniform places differ by less than t with probability 1 - (1 - t)² = 0.19."
@@ -547,9 +573,9 @@ def least_loss() -> Check:
     perfect = cluster_pairs(torch.arange(12).repeat(2), of_row)
     wrong = {
         "the positives are in the denominator, all of them.": 0.0,
-        "nearly: an anchor is not its own positive.": log(8),
+        "an anchor is not its own positive.": log(8),
         "each slice has two views, and both are rows.": log(3),
-        "nearly: an anchor is not its own positive, and each slice has two views.": log(4),
+        "an anchor is not its own positive, and each slice has two views.": log(4),
         "that is the loss before training, when all 24 rows are alike.": log(23),
     }
     right = contrastive_loss(torch.eye(3)[of_row], perfect, 0.01).item()
@@ -645,7 +671,7 @@ def believe() -> Check:
     cases = [(half, 0.5), (half * 2, 0.9)]
     wrong = {
         "logits are no probabilities: take their softmax over the classes first.": without_softmax,
-        "nearly: a probability that equals the confidence counts.": strictly,
+        "a probability that equals the confidence counts.": strictly,
         "the softmax runs over the classes (dim=1), not over the pixels.": over_pixels,
     }
     otherwise = (

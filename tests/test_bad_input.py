@@ -327,7 +327,10 @@ def finished_run(**changes):
         folder = world.root / "runs" / "finetune-random"
         folder.mkdir(parents=True)
         table = ",".join(archive.TABLE_COLUMNS[1:]) + "\n" + ",".join(["1"] * (len(archive.TABLE_COLUMNS) - 1)) + "\n"
-        files = {"metrics.csv": table, "parameters.json": json.dumps({"parameters": {"study": "tiny"}})}
+        files = {
+            "metrics.csv": table,
+            "parameters.json": json.dumps({"parameters": {"study": "tiny", "overrides": []}}),
+        }
         for name, text in files.items():
             (folder / name).write_text(text)
         record = {"files": {name: len(text) for name, text in files.items()}}

@@ -110,7 +110,8 @@ def test_values_that_are_no_functions_and_stubs():
     assert "not a function" in teach.dice_by_hand(lambda: 0.75).text
     assert not teach.dice_by_hand(None).right
     assert "one number" in teach.dice_by_hand([0.75, 0.75]).text
-    assert all(teach.infonce_statements(text).right for text in ("ad", "AD", "a, d", "d a"))
+    assert all(teach.infonce_statements(text).right for text in ("ad", "AD", "a, d", "(a)(d)", ["a", "d"]))
+    assert teach.infonce_statements("c").text.startswith("(c)"), "what was chosen wrongly comes first"
     assert all("letters" in teach.infonce_statements(text).text for text in ("", "e", "ade", "all"))
     assert teach.dice_by_hand(torch.tensor(0.75, requires_grad=True)).right
     with pytest.raises(teach.NotYet, match="count the pixels"):

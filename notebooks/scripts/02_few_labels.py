@@ -3,10 +3,12 @@
 # **A segmenter is a network that says for every pixel what it is. It learns from masks that people drew, and these are few.**
 #
 # **Goals.** After this lesson you can (1) say what a U-Net takes and gives, (2) compute Dice and HD95 and say what each of them does
-# not see, (3) say what "8 labelled of 77" means, and why one draw of labelled patients says nothing.
+# not see, (3) say what "8 labelled of 77" means, and why one draw of labelled patients is not enough.
 #
-# **You need** Python with NumPy, and what a mean and an interval are. Nothing of medicine: the images are those of
-# [01_data](01_data.ipynb). **About 30 minutes**, one of them computing. Nothing is downloaded.
+# **You need** Python with NumPy, and what a mean and an interval are. Nothing of medicine: the images are computed (a *phantom*,
+# [01_data](01_data.ipynb) shows how). They look like a heart cut into *slices*: two chambers that pump, the left and the right
+# *ventricle*, and the *myocardium*, the muscle around the left one. **About 45 minutes**, one of them computing.
+# Nothing is downloaded. The code of the pictures can be skipped. A *subject* is a patient, or here a phantom.
 
 # %%
 import matplotlib.pyplot as plt
@@ -67,8 +69,9 @@ axis.set_axis_off()
 plt.show()
 
 # %% [markdown]
-# Each box is a stack of *feature maps*: channels × height × width. Read it from left to right. Contrastive pre-training, the subject
-# of the lessons [10](10_global_contrast.ipynb) to [13](13_cluster_contrast.ipynb), trains the blue part (and sometimes a part of the
+# Each box is a stack of *feature maps*: channels × height × width (a box is as wide as it has channels, as high as a map). Read it
+# from left to right. A last layer, not drawn, turns the 8 channels of each pixel into 4 scores: background and three structures; the
+# largest wins. Contrastive pre-training, which learns from images alone and is the subject of the lessons [10](10_global_contrast.ipynb) to [13](13_cluster_contrast.ipynb), trains the blue part (and sometimes a part of the
 # red one) before anybody has drawn a mask. *Fine-tuning* then trains all of it on the few masks there are.
 #
 # ## Dice by hand
@@ -105,9 +108,9 @@ print(f"slow {slow:.4f}, package {fast:.4f}, the same: {slow == fast}")
 # %% [markdown]
 # ## HD95: how far off is the border?
 # Dice counts pixels, wherever they are. The *Hausdorff distance* looks at borders: for every border pixel of one mask, how far is
-# the nearest border pixel of the other? *HD95* is the 95th percentile of these distances (the larger of both directions), so
-# that one stray pixel does not decide. It is a length, in mm, and small is good. Four predictions of one left
-# ventricle:
+# the nearest border pixel of the other? *HD95* is the 95th percentile of these distances: 95 of 100 are smaller, so that one stray
+# pixel does not decide. It is taken from one mask to the other and back, and the larger one counts. It is a length, in mm, and
+# small is good. Four predictions of one left ventricle:
 
 # %% tags=["nbval-check-output"]
 slices = store.labels[store.volume_rows(0)]
@@ -146,8 +149,9 @@ plt.show()
 
 # %% [markdown]
 # Blue: the reference; red: the border of the prediction. Compare by eye first, then read the numbers. The speck hardly changes Dice, and
-# HD95 jumps: the two say different things, so we report both. A structure that was *not found* counts with Dice 0 and
-# the diagonal of the image as its distance. To leave it out of the mean would reward missing it.
+# HD95 jumps: the two say different things, so we report both. (The border of the speck is more than 5 of 100 border pixels, so HD95 sees it.
+# It would not see a single pixel.) A structure that was *not found* counts with Dice 0 and
+# the diagonal of the image as its distance, here 64 · 3.2 mm · √2 = 290 mm. To leave it out of the mean would reward missing it.
 #
 # ## What changes when the mask moves?
 
@@ -155,7 +159,7 @@ plt.show()
 # %%
 def moved(pixels=4):
     """The prediction is the reference, moved to the right by some pixels; all shifts beside it as curves."""
-    shifts = range(0, 17)
+    shifts = range(0, 25)
     table = pd.DataFrame([judged(np.roll(heart, shift, axis=1)) for shift in shifts], index=shifts)
     _, axes = plt.subplots(1, 3, figsize=(10, 3.2))
     compared(axes[0], np.roll(heart, pixels, axis=1), f"moved by {pixels} pixels")
@@ -172,14 +176,14 @@ moved(4)
 # Run the next cell to get a slider. At which shift is Dice 0.5? What do the two curves do once the masks no longer touch?
 
 # %% tags=["slider"]
-_ = interact(moved, pixels=(0, 16))
+_ = interact(moved, pixels=(0, 24))
 
 # %% [markdown]
-# Dice reaches 0 and stays there: it cannot tell "just missed" from "far away". HD95 goes on.
+# Dice is 0.5 between 6 and 7 pixels. At 15 it reaches 0 and stays there: it cannot tell "just missed" from "far away". HD95 goes on.
 #
 # ## Slices are not patients
 # A small segmenter, trained on one labelled subject, is tested on 12 new ones. Here is the Dice of the left ventricle in every
-# slice, sorted by subject.
+# slice, sorted by subject. Slices without a left ventricle in either mask have no Dice and are left out.
 
 # %%
 labelled, tested = store.subjects[:12], store.subjects[12:]
@@ -202,7 +206,7 @@ for place, (_, values) in enumerate(sorted(by_subject, key=lambda item: item[1].
 axis.plot([], [], "o", color=plots.SKY, label="a slice")
 axis.plot([], [], "D", color=plots.RED, label="mean of a subject")
 axis.set(xlabel="test subject, sorted", ylabel="Dice of the left ventricle", xticks=range(len(by_subject)))
-axis.set_title("slices of one subject are good or bad together")
+axis.set_title("subjects differ; slices of one subject are more alike")
 axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
@@ -214,15 +218,15 @@ print(
 print(f"with {len(by_subject)} subjects as the unit: {right[0]:.2f} to {right[1]:.2f}, width {right[1] - right[0]:.2f}")
 
 # %% [markdown]
-# Both are 95 % bootstrap intervals of a mean. The first one is too narrow: it believes in over a hundred independent slices where there are
-# twelve patients. **The unit is the subject.** So in this project a score is averaged inside a subject before anything
-# else is done with it.
+# Both are 95 % *bootstrap* intervals of a mean: draw as many again, with replacement, thousands of times, and take the middle 95 % of the
+# means. The first one is too narrow: it believes in over a hundred independent slices where there are twelve patients. **The unit is
+# the subject.** Above we scored slices, to see them. The project puts the slices of a subject together to one *volume* and scores that once.
 #
 # ## "8 labelled of 77"
 # ACDC is a data set of 100 cardiac MRI patients. A square is a patient:
 
 # %%
-kinds = [("tested, never seen in training", 20, plots.RED), ("choose the checkpoint, or rest", 3, plots.PINK)]
+kinds = [("tested, never seen in training", 20, plots.RED), ("not used here", 3, plots.PINK)]
 kinds += [("labelled: image and mask are used", 8, plots.BLUE), ("image only: the mask is not used", 69, plots.SKY)]
 figure, axis = plt.subplots(figsize=(9, 2.4))
 number = 0
@@ -239,12 +243,13 @@ plt.show()
 
 # %% [markdown]
 # All masks exist, but the study acts as if only 8 did. Why? Because then we can compare with what all of them would give (the
-# *benchmark*, all 77 blue ones with their masks). In a hospital the light blue ones are the rule: images are there, and nobody has
-# the hours to outline them. Pre-training uses images of both blue groups.
+# *benchmark*, all 8 + 69 = 77 blue ones with their masks). In a hospital the light blue ones are the rule: images are there, and nobody has
+# the hours to outline them. Pre-training may use the images of both blue groups, and never those of the red one.
 #
-# ## One draw says nothing
+# ## One draw is not enough
 # *Which* patients are labelled is chance, too: a *draw*. Here are five draws of one labelled subject and five of four, each tested
-# on the same 12 subjects. The images are small (32 pixels), so that each draw takes seconds.
+# on the same 12 subjects. The images are small (32 pixels), so that each draw takes seconds, and the Dice is the mean of all three
+# structures: do not compare it with the Dice above.
 
 # %%
 small = prepare(phantom_dataset(subjects=24), Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
@@ -277,8 +282,9 @@ for count, values in draws.items():
 
 # %% [markdown]
 # The worst and the best draw of one subject lie far apart, and the network, the training and the test subjects are the same.
-# A paper that reports one draw reports luck: a method would have to gain more than this spread before one could see it. More labels help,
-# and they make the draws more alike.
+# A paper that reports one draw, on patients of its own, reports luck: its method would have to gain more than this spread before one could
+# see it. On the same draws the spread cancels, so we compare methods there. More labels help. Whether they also make draws more alike, five
+# draws cannot show.
 #
 # ## What to notice
 # * Dice and HD95 answer different questions; a missed structure must count.
@@ -287,7 +293,7 @@ for count, values in draws.items():
 #
 # ## Summary
 # * A segmenter gives a class to every pixel. A U-Net has an encoder, a decoder and skip connections.
-# * Dice = 2 · common / (sum of sizes). HD95 is a distance of borders. Both are computed on the volume of a subject.
+# * Dice = 2 · common / (sum of sizes). HD95 is a distance of borders. The project computes both on the whole volume of a subject.
 # * The unit is the subject, not the slice.
 # * "8 labelled of 77" means 8 subjects with masks, the images of all, and test subjects that nobody sees before the end.
 # * With few labels the draw decides a lot: compare methods on the same draws, and on several.

@@ -48,8 +48,8 @@ stage = ContrastStage(
 
 # %% [markdown]
 # ## The idea in one picture
-# Nobody has labelled these slices. But a volume is not a bag of slices: it runs from the base of the heart to its apex, in
-# every subject. So cut every volume into S equal parts, the *partitions*, and take one slice of each.
+# Nobody has labelled these slices. But a *volume* (the scan of one subject) is not a bag of slices: it runs from the base of the heart (the top,
+# where the vessels are) to its apex (the tip), in every subject. So cut every volume into S equal parts, the *partitions*, and take one slice of each.
 
 # %%
 phantom = phantom_dataset(subjects=24)
@@ -290,7 +290,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
     print(f"temperature {tau}: hardest negative {push.max() / push.sum():.2f}, all together {push.sum() * tau:.2f}")
 
 # %% [markdown]
-# A low temperature listens to one negative only, a high one to all alike. Hard negatives are the most informative ones, and
+# A low temperature listens to one negative only, a high one to all about equally. Hard negatives are the most informative ones, and
 # the first to be *wrong*: a neighbouring partition of another volume, nearly the same anatomy. So temperature and
 # partitions belong together.
 #

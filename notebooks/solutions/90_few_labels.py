@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Exercises: few labels
-# **Four tasks on masks, scores and subjects, from a number on paper to a judgement.** About 25 minutes. The lesson is
+# **Four tasks on masks, scores and subjects, from a number on paper to a judgement.** About 20 minutes. The lesson is
 # [02_few_labels](../02_few_labels.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong, so try before you
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong, so try before you
 # look anything up.
 
 # %%
@@ -39,7 +39,8 @@ def dice(prediction, reference):
 teach.dice(dice)
 
 # %% [markdown]
-# Try it on two discs of the same size, moved apart pixel by pixel. Before you run the cell: does Dice fall in a straight line?
+# Try it on two discs of the same size, moved apart pixel by pixel. Before you run the cell: does Dice fall in a
+# straight line? (Almost, at first; then slower and slower.)
 
 # %%
 row, column = np.indices((64, 64))
@@ -53,7 +54,7 @@ pd.Series({shift: round(dice(disc, np.roll(disc, shift, axis=1)), 2) for shift i
 # %% [markdown]
 # ## 3. Change: who counts once?
 # The table has the Dice of every slice. Patient b has many slices and a low Dice. Write a function that gives the mean in
-# which every *patient* counts once.
+# which every *patient* counts once: a function of any such table.
 
 # %%
 table = pd.DataFrame({"subject": list("aabbbbbbcc"), "dice": [0.9, 0.8, 0.3, 0.4, 0.2, 0.3, 0.3, 0.3, 0.7, 0.8]})
@@ -73,7 +74,7 @@ teach.mean_over_subjects(mean_over_subjects)
 # ## 4. Explain: true or false?
 # Write the letters of the true statements, in one text, such as `"abc"`.
 #
-# * (a) With 16 test patients of 10 slices each, the interval of a mean Dice is that of 160 observations.
+# * (a) With 16 test patients of 10 slices each, one computes the interval of a mean Dice as of 160 independent observations.
 # * (b) A structure that the network did not find at all counts with Dice 0.
 # * (c) A narrow 95 % interval over test patients says that other labelled patients would have given the same Dice.
 # * (d) Two masks with equal Dice can have very different HD95.

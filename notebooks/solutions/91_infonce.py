@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Exercises: InfoNCE
-# **Four tasks on the loss behind all contrastive methods.** About 30 minutes. The lesson is [04_infonce](../04_infonce.ipynb).
+# **Four tasks on the loss behind all contrastive methods.** About 40 minutes. The lesson is [04_infonce](../04_infonce.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 from math import exp, log

@@ -3,7 +3,7 @@
 # **Four tasks on pairs of slices: count them, make them, judge them.** About 30 minutes. The lesson is
 # [10_global_contrast](../10_global_contrast.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 from math import log

@@ -3,7 +3,7 @@
 # **Four tasks on regions of a slice, among them a way to cheat.** About 30 minutes. The lesson is
 # [11_local_contrast](../11_local_contrast.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 from math import log

@@ -3,7 +3,7 @@
 # **Four tasks on a single number, the threshold.** About 25 minutes. The lesson is
 # [12_positional_contrast](../12_positional_contrast.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 import torch

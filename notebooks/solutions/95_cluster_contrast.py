@@ -3,7 +3,7 @@
 # **Four tasks on pseudo-classes: what they cost, what they hold, and when they are another method.** About 30 minutes. The lesson
 # is [13_cluster_contrast](../13_cluster_contrast.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 from math import log

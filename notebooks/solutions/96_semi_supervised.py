@@ -3,7 +3,7 @@
 # **Four tasks on teachers, pseudo-labels and what they may believe.** About 30 minutes. The lesson is
 # [14_semi_supervised](../14_semi_supervised.ipynb).
 #
-# Replace each `teach.todo(...)` by your answer and run the cell below it. The check says what is wrong.
+# Replace each `teach.todo(...)` by your answer and run the cell below it, cell by cell. The check says what is wrong.
 
 # %%
 import torch

@@ -424,3 +424,24 @@ def test_published_lists(name, protocol):
             split = make_split(lists, subjects, subjects, n, draw)
             assert (len(split.labelled), len(split.validation)) == (n, 2)
             assert (len(set(split.pretrain)), len(set(split.test))) == (pretrain, test)
+
+
+def test_the_split_of_the_semi_supervised_literature():
+    """Its lists as published; our further draws label nobody who chose a setting, and are nested."""
+    protocols = read_dataset("acdc").protocols
+    semi, development = protocols["semi"], protocols["development"]
+    assert (len(semi.pretrain), len(semi.test), semi.validation) == (70, 20, [])
+    validation = {f"patient{n:03d}" for n in (2, 19, 28, 30, 39, 45, 78, 82, 85, 87)}  # theirs, used by nobody here
+    everyone = {f"patient{n:03d}" for n in range(1, 101)}
+    assert {*semi.pretrain} == everyone - {*semi.test} - validation
+    assert semi.labelled[7][1] == [f"patient{n:03d}" for n in (99, 38, 50, 100, 58, 21, 49)]
+    chose = {
+        *development.test,
+        *(one for draws in development.labelled.values() for ids in draws.values() for one in ids),
+    }
+    for draw in range(1, 6):
+        seven = semi.labelled[7][draw]
+        assert (semi.labelled[1][draw], semi.labelled[3][draw]) == (seven[:1], seven[:3])
+        assert {*seven} <= {*semi.pretrain}
+        assert draw == 1 or not chose & {*seven}
+    assert not {*development.test} & ({*semi.test} | validation | {*semi.labelled[7][1]})
