@@ -84,6 +84,7 @@ def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> An
     return _validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
 
 
+@lru_cache(maxsize=1024)
 def parse_override(text: str) -> tuple[list[str], Any]:
     """'a.b=VALUE' as path and YAML value."""
     key, separator, value = text.partition("=")
