@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,7 +125,7 @@ class Results:
             made_by,
             f"{about['runs']['done']} runs, {time}",
             f"scores of {scored}",
-            about["dataset"]["description"],
+            textwrap.fill(about["dataset"]["description"], 100),
         ]
         return "\n".join(lines)
 

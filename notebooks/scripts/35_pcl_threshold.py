@@ -52,7 +52,7 @@ results.save(figure, "threshold")
 figure
 
 # %% tags=["nbval-check-output"]
-print(curve.round(2).to_string(index=False))
+print(curve.round(2).dropna(axis="columns", how="all").to_string(index=False))
 
 # %% [markdown]
 # `base` marks the value of the data set's own file (`params/datasets`). At a share near one nothing is left to tell apart; at a
