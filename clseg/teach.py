@@ -91,8 +91,10 @@ class Check:
             return Verdict(False, f"it stops with {type(error).__name__}: {error}")
         if self.cases and found[0] is None:
             return Verdict(False, "the function returns nothing; end it with `return ...`.")
-        tolerance = EXACT if self.cases else CLOSE
-        if _same(found, self._measured(self.right), tolerance):
+        tolerance, right = EXACT if self.cases else CLOSE, self._measured(self.right)
+        if _same(found, right, tolerance):
+            if self.cases and getattr(right[0], "dtype", None) == torch.bool != getattr(found[0], "dtype", None):
+                return Verdict(False, "the values are right; return them as a tensor of bool.")
             return Verdict(True, self.why)
         known = (hint for hint, example in self.wrong.items() if _same(found, self._measured(example), tolerance))
         return Verdict(False, next(known, self.otherwise))
@@ -361,6 +363,8 @@ def first_loss_gd() -> Check:
         "the positive itself is in the denominator, too.": log(30),
         "each slice has two views, and both are negatives.": log(16),
         "slices of other volumes are negatives, too, if they are of another partition.": log(7),
+        "other partitions of the anchor's own volume are negatives, too.": log(25),
+        "31 is the number of terms; the loss is its logarithm.": 31.0,
     }
     why = "the negatives are the rows of the other partitions, 5 · 3 · 2 = 30, so every term is log(1 + 30) ≈ 3.43."
     return Check(right, why, wrong, "all e^s are equal, so the fraction is 1 over how many terms?")
@@ -373,7 +377,12 @@ def pairs_of_gd_minus() -> Check:
     pairs = partition_pairs(number, number % 4, "gd-")
     right = (pairs.positive[0].sum().item(), pairs.negative[0].sum().item())
     wrong = {
-        "the slice itself is a row, too: three rows for each slice.": (1, 18),
+        "two copies and the slice itself are three rows of each slice: more positives, more negatives.": (1, 18),
+        "the positives are right; each slice of another partition has three rows, the slice itself and two copies.": (
+            (2, 18)
+        ),
+        "the negatives are right; an anchor has two other rows of its own slice.": (1, 27),
+        "the other way round: (positives, negatives).": (27, 2),
         "rows of the same partition of other volumes are neither positive nor negative.": (2, 33),
         "the rows of the same partition of other volumes would be positives of `gd`; `gd-` leaves them out.": (8, 27),
         "an anchor is not its own positive.": (3, 27),
@@ -392,13 +401,15 @@ def gd_positives() -> Check:
 
     wrong = {
         "no row is a positive of itself; clear the diagonal.": lambda p: p[:, None] == p[None, :],
-        "that are the negatives: rows of *other* partitions.": lambda p: p[:, None] != p[None, :],
+        "those are the negatives: rows of *other* partitions.": lambda p: p[:, None] != p[None, :],
+        "if i is like j, j is like i: the mask must be symmetric.": lambda p: (p[:, None] == p[None, :]).triu(1),
         "neighbouring partitions are not alike, only the same one.": lambda p: (
             (p[:, None] - p[None, :]).abs() <= 1
         ).fill_diagonal_(False),
     }
-    cases = [(torch.tensor([0, 1, 2, 0, 1, 2]),), (torch.tensor([3, 3, 0]),)]
-    why = "the mask of `clseg.pairs.partition_pairs(slice_id, partition, 'gd').positive`."
+    orders = [0, 1, 2, 0, 1, 2], [3, 3, 0], [2, 0, 1, 1, 0, 2, 2, 0, 0, 1, 2]
+    cases = [(torch.tensor(order),) for order in orders]
+    why = "the mask of `clseg.pairs.partition_pairs(slice_id, partition, 'gd').positive`, without `view`."
     otherwise = "`partition[:, None] == partition[None, :]` compares every row with every other, [B, B]."
     return Check(right, why, wrong, otherwise, cases)
 
@@ -409,7 +420,7 @@ def global_statements() -> Check:
     return statements(
         "bc",
         "pairs say what is alike; whether that is true of the anatomy, masks or a look at new subjects must tell.",
-        a="(a) `gr` and `gd` have other numbers of negatives and so other first losses: their curves do not compare.",
+        a="(a) `gr` and `gd` differ in the number of negatives, and so in the first loss: do not compare their curves.",
         b="(b) a slice just across the border of a partition is a negative although it shows nearly the same.",
         c="(c) the loss can fall because training subjects are remembered: look at subjects that were in no batch.",
         d="(d) `gd-` calls rows of the same partition of other volumes neither alike nor unlike.",

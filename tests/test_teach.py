@@ -114,6 +114,8 @@ def test_values_that_are_no_functions_and_stubs():
     assert teach.infonce_statements("c").text.startswith("(c)"), "what was chosen wrongly comes first"
     assert all("letters" in teach.infonce_statements(text).text for text in ("", "e", "ade", "all"))
     assert teach.dice_by_hand(torch.tensor(0.75, requires_grad=True)).right
+    as_int = teach.gd_positives(lambda p: (p[:, None] == p[None, :]).int().fill_diagonal_(0))
+    assert "tensor of bool" in as_int.text
     with pytest.raises(teach.NotYet, match="count the pixels"):
         teach.dice(lambda prediction, reference: teach.todo("count the pixels"))
 

@@ -4,13 +4,13 @@
 # is alike? This notebook is the map of the course, and shows what pre-training gains on a small example.**
 #
 # ## Three ways through
-# **You study or teach** (about six hours; nothing to download, a laptop is enough; each lesson runs on its own):
+# **You study or teach** (six to seven hours; nothing to download, a laptop is enough; each lesson runs on its own):
 #
 # | lesson | question | minutes | exercises |
 # |---|---|---|---|
 # | [02_few_labels](02_few_labels.ipynb) | What can be learned from few labels, and how is it measured? | 45 | [90](90_few_labels.ipynb) |
 # | [04_infonce](04_infonce.ipynb) | What does "alike" mean to a network? | 40 | [91](91_infonce.ipynb) |
-# | [10_global_contrast](10_global_contrast.ipynb) | Which slices are alike? | 40 | [92](92_global_contrast.ipynb) |
+# | [10_global_contrast](10_global_contrast.ipynb) | Which slices are alike? | 60 | [92](92_global_contrast.ipynb) |
 # | [11_local_contrast](11_local_contrast.ipynb) | Which regions are alike? | 40 | [93](93_local_contrast.ipynb) |
 # | [12_positional_contrast](12_positional_contrast.ipynb) | How near is alike? | 40 | [94](94_positional_contrast.ipynb) |
 # | [13_cluster_contrast](13_cluster_contrast.ipynb) | What if an auto-encoder decides? | 40 | [95](95_cluster_contrast.ipynb) |

@@ -3,11 +3,11 @@
 # **Global contrast trains an encoder without labels: slices that are alike get similar embeddings, all others different
 # ones. Everything depends on the answer to one question: who is alike?**
 #
-# **Goals.** After this lesson you can (1) say what `gr`, `gd-` and `gd` call alike, and what each gets wrong, (2) compute the loss of a
+# **Goals.** After this lesson you can (1) say what three answers, named `gr`, `gd-` and `gd`, call alike, and what each gets wrong, (2) compute the loss of a
 # batch and its first value, (3) test whether an encoder has learned anatomy or has remembered its patients.
 #
-# **You need** [04_infonce](04_infonce.ipynb) for the loss, and [02_few_labels](02_few_labels.ipynb) for encoder and Dice. **About 40
-# minutes**, one of them computing. Nothing is downloaded. The idea is that of Fig. 1 (i) of Chaitanya et al. (2020).
+# **You need** [04_infonce](04_infonce.ipynb) for the loss, and [02_few_labels](02_few_labels.ipynb) for encoder and Dice. **About 60
+# minutes**, one of them computing. Nothing is downloaded. The code of long cells can be skipped. The idea is that of Fig. 1 (i) of Chaitanya et al. (2020).
 
 # %%
 from math import log
@@ -40,7 +40,7 @@ stage = ContrastStage(
     pairs="partition",  # who is alike: instance (views of a slice) or partition (the same part of any volume)
     strategy="gd",  # of the partition pairs: gd- or gd
     partitions=4,  # S, equal parts of a volume
-    set_of=None,  # all volumes of a batch have positives in each other; 2: in pairs, as in the released code
+    set_of=None,  # positives between all volumes of a batch; 2: between two and two, as Chaitanya et al. have it
     slices=12,  # slices in a batch, before they are augmented
     temperature=0.1,  # tau
     denominator="pair",  # pair (Chaitanya et al.) or all (the positives are in the denominator, too)
@@ -70,10 +70,17 @@ plots.volume_grid(
 # %% [markdown]
 # Look down a column (with S = 4 a row is a volume): other patients, other scanners, and yet the same part of the heart. Look
 # along a row: one patient, and the heart changes. Global contrast says: **a column is alike, a row is not.** The outlines are
-# there for you; no network sees them in this notebook.
+# there for you; no network sees them in this notebook. Three answers to "who is alike?" go by short names:
 #
-# Now one anchor (black frame) and all slices of three volumes. Blue is a positive, orange a negative, grey is neither. A volume whose number of slices
-# is no multiple of S has slices that belong to no partition.
+# | name | positives | negatives |
+# |---|---|---|
+# | `gr` | views of one slice (SimCLR) | all other slices |
+# | `gd-` | views of one slice | slices of other partitions; the rest of its own partition is neither |
+# | `gd` | views of one slice, and the same partition of other volumes | slices of other partitions |
+#
+# Now one anchor (black frame) and all slices of three volumes. Blue is a positive, orange a negative, grey is neither. (A batch has one
+# slice of each partition of a volume, so the blue neighbour in the anchor's own row is never in one batch with it.) A volume whose number of
+# slices is no multiple of S has slices that belong to no partition.
 
 
 # %%
@@ -103,7 +110,8 @@ who_is_alike(4, "gd")
 _ = interact(who_is_alike, partitions=[2, 3, 4, 6], strategy=["gd", "gd-"])
 
 # %% [markdown]
-# Change S in the menu above: where do borders cut between slices that look the same? With `gd-` (only the views of the anchor are its positives, and they
+# Change S in the menu above: where do borders cut between slices that look the same? (With
+# 6 nearly everywhere.) With `gd-` (only the views of the anchor are its positives, and they
 # are not drawn here) no slice is blue, and the anchor's partition turns grey.
 #
 # Is the rule true? The masks can tell. If $a_k$ and $b_k$ are the areas of structure $k$ in two slices, then
@@ -146,12 +154,12 @@ for apart, of_both in seen.groupby("partitions_apart"):
     print(f"{apart} partitions apart: overlap {of_both['overlap'].mean():.2f}")
 
 # %% [markdown]
-# Alike decreases with every partition, so the rule holds on average. It is no sharp line: neighbouring partitions are nearly
+# The overlap decreases with every partition, so the rule holds on average. It is no sharp line: neighbouring partitions are nearly
 # as alike as the same one. That price comes back below.
 
 # %% [markdown]
 # ## The views
-# An augmented copy of a slice is a *view* of it: a random crop of 100/192 of the side at the full size again, then another
+# An augmented copy of a slice is a *view* of it: a random crop of about half the side (100/192) at the full size again, then another
 # brightness and contrast. A view must change what does not matter and keep what does.
 
 # %%
@@ -182,7 +190,7 @@ print(f"in {(kept < 0.75).float().mean():.0%} of the views a quarter of the hear
 # %% [markdown]
 # ## Tiny tensors
 # Two volumes, two partitions, one slice of each, two views: eight rows, and embeddings of two dimensions, so that everything
-# can be drawn. View 0 is the slice itself, view 1 an augmented copy, as in the released code.
+# can be drawn. In the code that Chaitanya et al. released, and here, the slice itself counts as view 0, and an augmented copy is view 1.
 
 # %%
 degrees = torch.tensor([15.0, 40.0, 70.0, 130.0, 80.0, 110.0, 160.0, 200.0], dtype=torch.float64)
@@ -198,7 +206,8 @@ plots.pairs_matrix(alike, "gd: who is alike", groups=name_of_row)
 
 # %% [markdown]
 # Read a row: for anchor 0 (slice 0 itself) its own view is positive, and so is slice 1, the slice of the other volume in the
-# same partition; the other view of slice 1 is *neither*; all of partition 1 is negative.
+# same partition; the other view of slice 1 is *neither* (as released, slices are paired with slices and copies with copies); all of
+# partition 1 is negative.
 #
 # ## The loss, slowly
 # With $s_{ij}=\cos(z_i,z_j)/\tau$, positives $P$ and the negatives $N_i$ of anchor $i$ (Chaitanya et al., released code; we
@@ -238,7 +247,7 @@ for tau in (0.1, 1.0):
     )
 
 # %% [markdown]
-# With `denominator="all"` (Zeng et al., Zhang et al.) the other positives are in the denominator, too. Where every anchor has
+# With `denominator="all"` (the papers of lessons 12 and 13) all positives of the anchor are in every denominator. Where every anchor has
 # one positive, as in SimCLR, the two are one loss:
 
 # %%
@@ -249,7 +258,8 @@ for name, positives in {"gr, one positive each": views_alike, "gd, two positives
 
 # %% [markdown]
 # ## What the loss sees and what it does
-# It sees similarities only. Two blocks should be red (the partitions) and the rest blue; slices 1 and 2 stand in the way.
+# It sees similarities only. (Red is similar here, blue is not: these are no pairs.) Two blocks of four rows should be red, one for each
+# partition, and the rest blue; slices 1 and 2 stand in the way.
 
 # %%
 plots.similarity_matrix(embedding @ embedding.T, "tiny embeddings", groups=name_of_row)
@@ -270,14 +280,14 @@ for tau in (0.1, 1.0):
     display(plots.gradient_picture(embedding, arrows, groups=name_of_row, title=f"gd, temperature {tau}"))
 
 # %% [markdown]
-# At 0.1 only rows that sit among their negatives move: slices 1 and 2, which overlap. At 1 the others have arrows, too: slice 3 is
-# pushed although nothing is wrong with it.
+# At 0.1 two rows move most: view 1 of slice 1 and view 0 of slice 2, each across a negative on its way to its positives. At 1 the two rows of
+# slice 3 pull at each other, too, although no negative is near.
 #
 # ## Temperature: who is listened to?
 # The gradient of a term with respect to the similarity of negative $k$ is its share of the denominator, so among the negatives
 # it is shared out by a softmax of $s_{ik}$. How much falls on the hardest, the most similar, negative? Ask autograd, for
-# anchor 2 and its other view (four negatives, so an equal share is 0.25). "All together" is the push times $\tau$: 1 if
-# the positive has no part of the denominator, 0 if it has all of it.
+# anchor 2 and its other view (four negatives, so an equal share is 0.25). "All together" is one minus the
+# share of the positive in the denominator.
 
 # %% tags=["nbval-check-output"]
 cosine = (embedding @ embedding.T)[2]  # [8] similarities of anchor 2
@@ -292,7 +302,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
 # %% [markdown]
 # A low temperature listens to one negative only, a high one to all about equally. Hard negatives are the most informative ones, and
 # the first to be *wrong*: a neighbouring partition of another volume, nearly the same anatomy. So temperature and
-# partitions belong together.
+# partitions belong together: a low temperature punishes wrong borders more.
 #
 # ## Where it leads
 # Let the eight points follow their arrows: gradient descent on the embeddings themselves, without a network in between.
@@ -324,7 +334,7 @@ plt.show()
 # `gr` spreads the slices over the circle: that slices 0 and 1 show the same part of the heart counts for nothing. `gd` brings each
 # partition together. At temperature 0.1 it stops there, with nothing left to gain; at 0.5 it goes on to opposite ends.
 # `gd-` is the surprise: nothing pulls slices 0 and 1 towards each other, and at 0.1 they stay where `gr` has them, apart. At 0.5
-# they end in one point all the same: both move away from the same negatives. Pushing alone can gather what is alike.
+# they end close together all the same: both move away from the same negatives. Pushing alone can gather what is alike.
 #
 # ## A real batch
 # The same three answers for batches as training draws them, with the published S = 4 and 12 slices. The rows are sorted by
@@ -347,7 +357,7 @@ for name, of_batch in drawn.items():
     display(plots.pairs_matrix(ordered, f"{name}: {count} rows of 12 slices", groups=groups))
 
 # %% [markdown]
-# `gr` sees negatives everywhere. `gd-` has three views per slice, the slice itself and two copies, and greys out what it
+# `gr` sees negatives everywhere. `gd-` has three rows per slice as released, the slice itself and two copies, and greys out what it
 # does not know. `gd` fills part of the grey with positives; the pattern inside a block is the work of `view`: slices are paired
 # with slices and copies with copies, as in the released code (without `view`, the whole block would be blue).
 
@@ -361,8 +371,8 @@ for name, of_batch in counted.items():
     )
 
 # %% [markdown]
-# The last column is the loss of an encoder that has learned nothing and gives all rows the same embedding. Losses of different
-# strategies start from different values, so never compare their curves.
+# The last column is the loss of an encoder that gives all rows the same embedding. Losses of different strategies start from different
+# values, so never compare their curves.
 #
 # How many of these negatives are wrong? Over 50 batches, among negatives of other volumes: the share that lies within 0.1 of
 # the anchor's position, and the share whose mask overlaps the anchor's more than that of a typical (the median) positive of
@@ -377,8 +387,8 @@ for name, setting in settings.items():
 
 # %% [markdown]
 # By position, partitions remove two thirds of the near negatives of `gr`; the rest are neighbours across a border.
-# (`gd-` and `gd` have the same negatives; they differ in their positives.) By the masks, they change next to nothing: hearts of
-# two patients differ in size as much as two parts of one heart do. The phantom has normal, dilated and
+# (`gd-` and `gd` have the same negative slices, in three rows or two; they differ in their positives.) A position is 0 at the base and 1 at the
+# apex. By the masks, partitions change next to nothing, probably because hearts of two patients differ in size as much as two parts of one heart. The phantom has normal, dilated and
 # hypertrophic hearts, as clinics have. "Alike" has more than one meaning, and partitions know one of them.
 #
 # ## How many partitions?
@@ -471,9 +481,10 @@ for who, subjects in {"training": training, "new": held_out}.items():
     )
 
 # %% [markdown]
-# Compare the two. On the subjects it was trained on, the blocks on the diagonal stand out. On new subjects the same and another
-# partition differ much less, and with 32 slices the last column of the table is mostly noise. With so few subjects a good
-# part of the loss is reduced by remembering them. A falling loss does not prove that anatomy was learned; a look at subjects
+# Compare the two. The first steps (3.01) lie a little above log 19 = 2.94: before training positives and negatives are equally alike (0.55), but not
+# equal. On the subjects it was trained on, the blocks on the diagonal stand out. On new subjects the same and another partition differ by
+# 0.06, and the nearest slice is of the same partition in 0.25, which is chance; with 32 slices that column is mostly noise. So we cannot claim
+# that anatomy was learned. With so few subjects a good part of the loss is reduced by remembering them. A falling loss does not prove that anatomy was learned; a look at subjects
 # that were in no batch is cheap.
 #
 # What does the temperature mean for *these* embeddings?

@@ -41,7 +41,8 @@ teach.pairs_of_gd_minus(answer_2)
 # %% [markdown]
 # ## 3. Implement: who is alike?
 # Write a function that takes the partition of every row, integers [B], and returns bool [B, B]: True where row j is a
-# positive of row i. The rule is that of `gd`: the same partition is alike. No row is its own positive.
+# positive of row i. The rule is that of `gd` without `view`: the same partition is alike. No row is its
+# own positive.
 
 
 # %% tags=["solution"]
@@ -55,7 +56,8 @@ def gd_positives(partition):
 teach.gd_positives(gd_positives)
 
 # %% [markdown]
-# Your rule is a method now. Everything that is not alike is a negative:
+# Your rule is a method now. Everything that is not alike is a negative. (Here positives stand in the denominator, five of them for each
+# anchor, so even perfect directions do not give 0.)
 
 # %%
 partition = torch.arange(4).repeat(6)  # 6 rows of each of 4 partitions
