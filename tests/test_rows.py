@@ -171,6 +171,7 @@ def test_the_table_of_the_readme_is_that_of_the_rows():
     summary = pd.read_csv(paths.COMMITTED / "laptop/acdc/acdc/summary.csv").set_index(["method", "labelled"])
     lines = (paths.PROJECT / "README.md").read_text(encoding="utf-8").splitlines()
     methods = ["random", "matched-gr", "matched-gd", "matched-pcl", "matched-ufc", "weak_to_strong"]
+    methods += ["matched-ufc+weak_to_strong"]
     for labelled in (1, 2, 8, 77):
         cells = []
         for method in methods:
