@@ -378,9 +378,7 @@ def pairs_of_gd_minus() -> Check:
     right = (pairs.positive[0].sum().item(), pairs.negative[0].sum().item())
     wrong = {
         "two copies and the slice itself are three rows of each slice: more positives, more negatives.": (1, 18),
-        "the positives are right; each slice of another partition has three rows, the slice itself and two copies.": (
-            (2, 18)
-        ),
+        "the positives are right; a slice of another partition has three rows, itself and two copies.": (2, 18),
         "the negatives are right; an anchor has two other rows of its own slice.": (1, 27),
         "the other way round: (positives, negatives).": (27, 2),
         "rows of the same partition of other volumes are neither positive nor negative.": (2, 33),

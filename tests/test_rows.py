@@ -114,6 +114,7 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (there / path.name).read_bytes(), path.name
     results = read_results(name, dataset, profile)
+    assert (results.pretraining.groupby("stage")["run"].nunique() == 1).all(), "a panel is of one pre-training"
     assert len(results.missing) == len(rows.missing(whole, found))
     assert bool(results.missing) == (command in results.gaps)
     told = results.findings

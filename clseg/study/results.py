@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +59,7 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
 
 
 def _stages(found: Rows) -> dict[str, str]:
-    """Pre-trainings by name in words, with the stages before them: contrast gd > local lr, seed 0."""
+    """Pre-trainings by name in words, no two the same, with the stages before them: contrast gd > local lr, seed 0."""
     parents = dict(zip(found.runs["run"], found.runs["parent"], strict=True))
 
     def words(run: str) -> tuple[list[str], str]:
@@ -67,8 +68,11 @@ def _stages(found: Rows) -> dict[str, str]:
         return [*before, what.replace("-", " ", 1)], seed
 
     chains = {run: words(run) for run in parents if run.startswith("pretrain-")}
-    several = len({seed for _, seed in chains.values()}) > 1
-    return {run: " > ".join(chain) + f", seed {seed}" * several for run, (chain, seed) in chains.items()}
+    several, again, named = len({seed for _, seed in chains.values()}) > 1, Counter(), {}
+    for run, (chain, seed) in chains.items():
+        again[name := " > ".join(chain) + f", seed {seed}" * several] += 1
+        named[run] = f"{name} ({again[name]})" if again[name] > 1 else name  # those of an ablation have the same words
+    return named
 
 
 def _declared(grid: Grid) -> int:

@@ -275,7 +275,7 @@ for name, (curve, alike, unlike) in results.items():
 
 # %% [markdown]
 # `only pulling` does what it was told: positives have cosine 1. So have the negatives. It has collapsed onto the dashed line, and its own loss,
-# -1, looks perfect. The push keeps a network from that. InfoNCE is a minute's training here: its curve is noisy, and its negatives are still
+# -1, looks perfect. The push keeps a network from that. InfoNCE had 120 steps: its curve is noisy, and its negatives are still
 # rather alike (0.7), but less than its positives (0.9). That difference is all it has learned so far.
 #
 # ## What to notice

@@ -79,4 +79,4 @@ print(results.findings)
 # ## What this does not show
 # * The paper's result: its network, clustering and loss are our reading, and PH2 has 200 images where ISIC 2018 has 2,594.
 # * What pseudo-classes mean on photographs: a cluster may be a camera or a colour of skin. `39_ufc_clusters` looks into clusters of volumes.
-# * Difference of less than a few hundredths: a single mask on a photograph varies by more between two experts.
+# * How much two experts differ on these photographs: each has one mask, so a small difference may be within what experts disagree on.

@@ -107,11 +107,10 @@ print(
 # %% [markdown]
 # ## How long fine-tuning is
 # Steps were chosen on 20 development patients, who are never tested (`PROTOCOL.md`): three draws, one seed, float32, on a GPU. With 1 labelled
-# patient more than 500 steps gain nothing; with 8 doubling from 1,000 to 2,000 still gained about .015, and 2,000 is the cap. So with 8
-# the methods of this page would all gain a little from more steps.
+# patient more than 500 steps gain nothing; with 8 `random` still gained about .015 by doubling from 1,000 to 2,000, and 2,000 is the cap. What
+# the other methods would gain by more steps was not measured.
 
 # %%
-have = rows.read(profile, dataset)
 made = have.runs[(have.runs["precision"] == "float32") & (have.runs["kind"] == "finetune")]
 budget = have.of(made["run"]).table(study, dataset, profile).merge(made[["run", "steps"]], on="run")
 budget["name"] = budget["method"].str.partition(" ")[0]

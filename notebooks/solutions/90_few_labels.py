@@ -40,7 +40,7 @@ teach.dice(dice)
 
 # %% [markdown]
 # Try it on two discs of the same size, moved apart pixel by pixel. Before you run the cell: does Dice fall in a
-# straight line? (Almost, at first; then slower and slower.)
+# straight line?
 
 # %%
 row, column = np.indices((64, 64))
