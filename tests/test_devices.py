@@ -4,18 +4,21 @@ The device `meta` computes shapes only, so such a question is an error there.
 """
 
 import json
+from copy import deepcopy
 from importlib import import_module
 
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clseg import paths
 from clseg.loop import Work, optimiser_for
 from clseg.models import UNet
 from clseg.recipes import RECIPES
 from clseg.stages import STAGES
-from clseg.study import runs
+from clseg.study import bf16, runs
 from clseg.study.files import read_methods
 from clseg.study.parameters import FinetuneParameters, resolve
 
@@ -37,18 +40,28 @@ def take_steps(training, settings, at):
     assert any(weight.grad is not None for weight in weights)
 
 
+@pytest.fixture
+def trainings(store, monkeypatch):
+    """Every stage and the recipe of a method, each with its settings and two steps to take."""
+
+    def made(method, device):
+        experiment = resolve("phantom", "smoke", method, overrides=["dataset.options.subjects=8"])
+        network = UNet(store.channels, store.num_classes, experiment.network).placed(device).train()
+        rows, unlabelled = store.rows(store.subjects[:2]), store.rows(store.subjects[2:4])
+        classes = None, torch.arange(len(store.slices)) % 5  # of features that have values
+        monkeypatch.setattr(import_module("clseg.stages.contrast"), "pseudo_classes", lambda *_: classes)
+        for stage in experiment.stages:
+            yield STAGES[stage.stage](Work(network, store, rows, 8, 0, steps=20), stage), stage, [0, 1]
+        recipe = experiment.recipe
+        yield RECIPES[recipe.recipe](Work(network, store, rows, 6, 0, 20, unlabelled), recipe), recipe, [0, 8, 19]
+
+    return made
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_for_the_device(store, method, monkeypatch):
-    experiment = resolve("phantom", "smoke", method, overrides=["dataset.options.subjects=8"])
-    network = UNet(store.channels, store.num_classes, experiment.network).placed(META).train()
-    rows, unlabelled = store.rows(store.subjects[:2]), store.rows(store.subjects[2:4])
-    classes = None, torch.arange(len(store.slices)) % 5  # of features that have values
-    monkeypatch.setattr(import_module("clseg.stages.contrast"), "pseudo_classes", lambda *_: classes)
-    for stage in experiment.stages:
-        take_steps(STAGES[stage.stage](Work(network, store, rows, 8, 0, steps=20), stage), stage, [0, 1])
-    recipe = experiment.recipe
-    training = RECIPES[recipe.recipe](Work(network, store, rows, 6, 0, 20, unlabelled), recipe)
-    take_steps(training, recipe, [0, 8, 19])
+def test_no_step_waits_for_the_device(trainings, method):
+    for training, settings, steps in trainings(method, META):
+        take_steps(training, settings, steps)
 
 
 def test_a_question_to_the_device_would_be_an_error():
@@ -81,3 +94,71 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch, precision):
     assert record["gpu_bytes"] > runs.GPU_CONTEXT
     assert run.read("log")["loss"].notna().all()
     assert run.read("metrics")["dice"].between(0, 1).any()
+
+
+LAYERS = {
+    "conv2d": (nn.Conv2d(16, 32, 3, padding=1), (4, 16, 32, 32)),
+    "conv3d": (nn.Conv3d(8, 8, 3, padding=1), (2, 8, 8, 16, 16)),
+    "transposed": (nn.ConvTranspose2d(16, 32, 2, stride=2), (4, 16, 16, 16)),
+    "linear": (nn.Linear(128, 64), (64, 128)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_emulated_bf16_is_the_exact_product_of_rounded_numbers_rounded(layer):
+    module, shape = LAYERS[layer]
+    draw = torch.Generator().manual_seed(0)
+    image = torch.randn(shape, generator=draw)
+    with bf16.Emulated(), torch.autocast("cpu", torch.bfloat16):
+        result = module(given := image.clone().requires_grad_())
+    assert result.dtype == torch.bfloat16
+    slope = torch.randn(result.shape, generator=draw).bfloat16()
+    found = [result, *torch.autograd.grad(result, [given, *module.parameters()], slope)]
+
+    exact = deepcopy(module).double()
+    for weight in exact.parameters():
+        weight.data = weight.data.bfloat16().double()
+    result = exact(given := image.bfloat16().double().requires_grad_())
+    wanted = [result, *torch.autograd.grad(result, [given, *exact.parameters()], slope.double())]
+    for ours, true in zip(found, wanted, strict=True):
+        assert (ours.bfloat16() != true.bfloat16()).float().mean() < 0.002  # a sum may fall on the other side of a step
+        assert (ours - true).norm() < 2.0**-8 * true.norm()
+
+
+class NoProductInBf16(TorchDispatchMode):
+    """Raises where a convolution or a matrix product gets numbers in bf16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("convolution", "mm.", "bmm")):
+            dtypes = {value.dtype for value in args if isinstance(value, torch.Tensor)}
+            assert torch.bfloat16 not in dtypes, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_multiplies_in_bf16_where_the_processor_cannot(trainings, method, monkeypatch):
+    monkeypatch.setattr(bf16, "in_hardware", lambda: False)
+    with NoProductInBf16(), bf16.arithmetic("bf16"):
+        for training, _, _ in trainings(method, torch.device("cpu")):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = training.step_loss(0)
+            loss.backward()
+
+
+def test_bf16_is_that_of_the_hardware_where_there_is_one(monkeypatch):
+    layer, image = nn.Conv2d(1, 2, 3), torch.ones(1, 1, 8, 8)
+    for here, precision in [(True, "bf16"), (False, "float32"), (True, "float32")]:
+        monkeypatch.setattr(bf16, "in_hardware", lambda here=here: here)
+        assert not isinstance(bf16.arithmetic(precision), bf16.Emulated)
+    with pytest.raises(AssertionError), NoProductInBf16(), torch.autocast("cpu", torch.bfloat16):
+        layer(image)
+
+
+def test_a_run_in_bf16_where_the_processor_cannot(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    monkeypatch.setattr(bf16, "in_hardware", lambda: False)
+    about = {"dataset": "phantom", "profile": "smoke", "method": "gr", "overrides": ["precision=bf16"]}
+    run = runs.finetune_run(FinetuneParameters(**about))
+    with NoProductInBf16():
+        runs.do(run)
+    assert run.read("log")["loss"].notna().all()

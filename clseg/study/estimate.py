@@ -16,6 +16,7 @@ from clseg.loop import device
 from clseg.models import UNet
 from clseg.settings import NetworkConfig
 from clseg.study.archive import provenance
+from clseg.study.bf16 import arithmetic
 from clseg.study.grid import Grid
 from clseg.study.runs import Run
 
@@ -140,7 +141,7 @@ def pass_cost(
     for _ in range(3):  # the first time also sets things up
         kept.clear()
         start = time.perf_counter()
-        with low, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with low, arithmetic(precision), saved_tensors_hooks(keep, lambda tensor: tensor):
             result = module(image)
             loss = sum(part.square().mean() for part in (result if isinstance(result, list) else [result]))
         loss.backward()

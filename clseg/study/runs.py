@@ -44,6 +44,7 @@ from clseg.study.archive import (
     write_json,
     write_table,
 )
+from clseg.study.bf16 import arithmetic
 from clseg.study.parameters import FinetuneParameters, PretrainParameters
 from clseg.study.schema import Experiment, FinetuneBudget
 
@@ -261,7 +262,7 @@ def do(run: Run) -> Run:
             if first:
                 write_json(run.folder / "parameters.json", {"key": run.key, "parameters": run.parameters.model_dump()})
                 write_json(run.folder / "subjects.json", asdict(split))
-            with nullcontext() if shared else ranks.alone():
+            with nullcontext() if shared else ranks.alone(), arithmetic(run.experiment.precision):
                 (_pretrain if run.kind == "pretrain" else _finetune)(run, store, split)
             if first and not os.environ.get(WORKER):
                 seal(run.folder)
