@@ -157,8 +157,12 @@ def test_bf16_is_that_of_the_hardware_where_there_is_one(monkeypatch):
 def test_a_run_in_bf16_where_the_processor_cannot(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     monkeypatch.setattr(bf16, "in_hardware", lambda: False)
-    about = {"dataset": "phantom", "profile": "smoke", "method": "gr", "overrides": ["precision=bf16"]}
-    run = runs.finetune_run(FinetuneParameters(**about))
-    with NoProductInBf16():
+    multiplied = []
+    monkeypatch.setattr(bf16, "_rounded", lambda value, rounded=bf16._rounded: multiplied.append(1) or rounded(value))
+    about = {"dataset": "phantom", "profile": "smoke", "method": "random"}
+    for precision, emulated in [("float32", False), ("bf16", True)]:
+        about["overrides"] = ["finetune.steps=2", f"precision={precision}"]
+        run = runs.finetune_run(FinetuneParameters(**about))
         runs.do(run)
-    assert run.read("log")["loss"].notna().all()
+        assert run.read("log")["loss"].notna().all()
+        assert bool(multiplied) == emulated
