@@ -284,6 +284,39 @@ def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, c
     assert len(without_study[0].splitlines()) == 1 + 2 * 3 * 3
 
 
+READ_ONLY = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*READ_ONLY, "true"], capture_output=True).returncode != 0,
+    reason="a read-only mount needs unshare, and leave to use it",
+)
+def test_notebooks_of_a_read_only_checkout(tmp_path):
+    """As in a classroom: the teacher's checkout is mounted read-only, students run copies in a folder of their own."""
+    checkout, own = tmp_path / "checkout", tmp_path / "own"
+    for name in ("clseg", "params", "notebooks", "paper_figures"):
+        shutil.copytree(PROJECT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    own.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "CLSEG_OUT"}
+    environment |= {"HOME": str(own), "PYTHONPATH": str(checkout), "NO_COLOR": "1"}
+
+    def run(stem, **settings):
+        shutil.copy(checkout / "notebooks" / f"{stem}.ipynb", own)
+        mount = f"mount --bind '{checkout}' '{checkout}' && mount -o remount,ro,bind '{checkout}'"
+        jupyter = f"'{sys.executable}' -m jupyter execute --inplace {stem}.ipynb"
+        done = subprocess.run(
+            [*READ_ONLY, f"{mount} && ! touch '{checkout}/new' && {jupyter}"],
+            **{"cwd": own, "env": environment | settings, "capture_output": True, "text": True},
+        )
+        return done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
+
+    assert run("00_start_here")[0] == 0
+    status, said = run("01_data")
+    assert (status, "Read-only file system" in said) == (1, True)
+    assert "set CLSEG_OUT or --out to a folder that can be written" in said.strip().splitlines()[-1]
+    assert run("01_data", CLSEG_OUT=str(own / "out"))[0] == 0
+
+
 @pytest.mark.parametrize("stem", ["04_infonce", "42_which_method"])
 def test_a_notebook_as_html_is_readable(stem):
     """What `jupyter nbconvert --to html` makes: its text, its pictures, nothing of a terminal's colours."""
