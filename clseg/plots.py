@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.container import Container
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Patch
+from matplotlib.patches import Circle, Patch, Rectangle
 from matplotlib.style import context as style_context
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from scipy.cluster import hierarchy
@@ -484,7 +484,9 @@ def dendrogram(linkage: np.ndarray, cut: float, title: str = "") -> Figure:
     """The upper 40 leaves of a hierarchical clustering, `linkage` [n - 1, 4] as SciPy's, cut at the height `cut`."""
     figure, (axes,) = _panels(1, 1, 7, 3)
     look = {"color_threshold": cut, "above_threshold_color": GREY, "leaf_rotation": 90, "leaf_font_size": 12}
+    hierarchy.set_link_color_palette([BLUE, ORANGE])  # in turn, so that neighbours differ
     hierarchy.dendrogram(linkage, p=40, truncate_mode="lastp", ax=axes, **look)
+    hierarchy.set_link_color_palette(None)
     label = f"cut at {cut:.3g}: {np.sum(linkage[:, 2] > cut) + 1} clusters"
     axes.axhline(cut, color=BLACK, linestyle="--", label=label)
     axes.set(title=title, xlabel="(slices merged in a leaf)", ylabel="distance")
@@ -527,4 +529,37 @@ def volume_grid(images: Any, labels: Any = None, title: str = "", titles: Any = 
     if class_names is not None:
         handles = [Line2D([], [], color=STRUCTURES[index % 7], label=name) for index, name in class_names.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
+def unet(down: Any, up: Any, image: Any, label: Any) -> Figure:
+    """A U-Net from a slice to its classes: a box for each stack of maps, as wide as it has channels, as high as a map.
+
+    `down`: feature maps [1, C, H, W] of the encoder, the finest first; `up`: of the decoder, the finest last. `image`
+    and `label` [H, W] stand before and after them.
+    """
+    bottom, last = len(down) - 1, len(down) + len(up) - 1
+    figure = Figure(figsize=(10, 4.2))
+    panel = figure.subplots()
+    for place, maps in enumerate([*down, *up]):
+        (_, channels, height, width), level = maps.shape, min(place, last - place)
+        box = 0.6 * channels / down[bottom].shape[1], height / down[0].shape[2]
+        colour = BLUE if place <= bottom else RED
+        panel.add_patch(Rectangle((place - box[0] / 2, -level - box[1] / 2), *box, color=colour, alpha=0.55))
+        said = f"{channels} × {height} × {width}"
+        panel.text(place, -level - box[1] / 2 - 0.05, said, ha="center", va="top")
+        if place > bottom:
+            skip = {"arrowstyle": "->", "linestyle": "--"}
+            panel.annotate("", (place - 0.3, -level), (last - place + 0.3, -level), arrowprops=skip)
+    for left, classes, title in [(-1.75, None, "slice"), (last + 0.75, label, "what it should say")]:
+        extent = left, left + 1, -0.5, 0.5
+        panel.imshow(_array(image), cmap="gray", extent=extent)
+        if classes is not None:
+            panel.imshow(np.ma.masked_equal(_array(classes), 0), cmap="viridis", extent=extent)
+        panel.text(left + 0.5, 0.6, title, ha="center")
+    panel.text(0.4 * bottom, -bottom - 0.2, "encoder", color=BLUE, ha="center")
+    panel.text(last - 0.4 * bottom, -bottom - 0.2, "decoder", color=RED, ha="center")
+    panel.set(xlim=(-2, last + 2.2), ylim=(-bottom - 0.7, 0.9), aspect="auto")
+    panel.set_axis_off()
     return figure

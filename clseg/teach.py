@@ -84,6 +84,8 @@ class Check:
         try:
             if isinstance(self.right, float) and np.shape(answer):
                 return Verdict(False, "give one number, not a list of numbers.")
+            if isinstance(self.right, int | float) and isinstance(answer, str):
+                return Verdict(False, "write a number, without quotes.")
             found = self._measured(answer)
         except NotYet:
             raise
@@ -124,7 +126,8 @@ def statements(right: str, why: str, **hints: str) -> Check:
     """
 
     def first_misjudged(answer: str | Sequence[str]) -> str:
-        letters = set(re.sub(r"[\s,()]", "", "".join(answer).lower()))
+        text = "".join(map(str, answer)) if np.iterable(answer) else ""
+        letters = set(re.sub(r"[\s,()]", "", text.lower()))
         if not letters or not letters <= {*hints}:
             return "no letters"
         return min(letters - set(right), default=min(set(right) - letters, default=""))  # wrongly chosen ones first
@@ -258,19 +261,19 @@ def few_labels_statements() -> Check:
 
 @exercise
 def collapsed_loss() -> Check:
-    """InfoNCE of 32 slices with two views each where the network gives all rows the same embedding."""
+    """InfoNCE of 20 slices with two views each where the network gives all rows the same embedding."""
     wrong = {
-        "an anchor is not compared with itself.": log(64),
-        "the positive stands in the denominator, too.": log(62),
-        "there are two views of each slice, so 64 rows.": log(32),
+        "an anchor is not compared with itself.": log(40),
+        "the positive stands in the denominator, too.": log(38),
+        "there are two views of each slice, so 40 rows.": log(20),
         "that would be the loss of a network that has learned everything.": 0.0,
-        "63 equal terms is right: the positive has the share 1/63; the loss is -log of it.": 63.0,
-        "the share 1/63 is right; the loss is -log of it.": 1 / 63,
-        "right, if you rounded: give two decimals.": 4.1,
+        "39 equal terms is right: the positive has the share 1/39; the loss is -log of it.": 39.0,
+        "the share 1/39 is right; the loss is -log of it.": 1 / 39,
+        "right, if you rounded: give two decimals.": 3.7,
     }
-    equal = torch.ones(64, 2)
-    right = contrastive_loss(equal, instance_pairs(torch.arange(32).repeat(2))).item()
-    why = "all 63 terms of the denominator are equal, so the fraction is 1/63 at every temperature: log 63 ≈ 4.14."
+    equal = torch.ones(40, 2)
+    right = contrastive_loss(equal, instance_pairs(torch.arange(20).repeat(2))).item()
+    why = "all 39 terms of the denominator are equal, so the fraction is 1/39 at every temperature: log 39 ≈ 3.66."
     return Check(right, why, wrong, "all e^s are equal, so the fraction is 1 over how many terms?")
 
 
@@ -372,21 +375,21 @@ def first_loss_gd() -> Check:
 
 @exercise
 def pairs_of_gd_minus() -> Check:
-    """(positives, negatives) of an anchor of `gd-`: 3 volumes, 4 partitions, the slice itself and two copies."""
-    number = torch.arange(12).repeat(3)
-    pairs = partition_pairs(number, number % 4, "gd-")
+    """(positives, negatives) of an anchor of `gd-`: 5 volumes, 3 partitions, the slice itself and two copies."""
+    number = torch.arange(15).repeat(3)
+    pairs = partition_pairs(number, number % 3, "gd-")
     right = (pairs.positive[0].sum().item(), pairs.negative[0].sum().item())
     wrong = {
-        "two copies and the slice itself are three rows of each slice: more positives, more negatives.": (1, 18),
-        "the positives are right; a slice of another partition has three rows, itself and two copies.": (2, 18),
-        "the negatives are right; an anchor has two other rows of its own slice.": (1, 27),
-        "the other way round: (positives, negatives).": (27, 2),
-        "rows of the same partition of other volumes are neither positive nor negative.": (2, 33),
-        "the rows of the same partition of other volumes would be positives of `gd`; `gd-` leaves them out.": (8, 27),
-        "an anchor is not its own positive.": (3, 27),
-        "each slice of another partition has three rows.": (2, 9),
+        "two copies and the slice itself are three rows of each slice: more positives, more negatives.": (1, 20),
+        "the positives are right; a slice of another partition has three rows, itself and two copies.": (2, 20),
+        "the negatives are right; an anchor has two other rows of its own slice.": (1, 30),
+        "the other way round: (positives, negatives).": (30, 2),
+        "rows of the same partition of other volumes are neither positive nor negative.": (2, 42),
+        "the rows of the same partition of other volumes would be positives of `gd`; `gd-` leaves them out.": (14, 30),
+        "an anchor is not its own positive.": (3, 30),
+        "each slice of another partition has three rows.": (2, 10),
     }
-    why = "two other rows of its own slice; 3 volumes · 3 other partitions · 3 rows."
+    why = "two other rows of its own slice; 5 volumes · 2 other partitions · 3 rows."
     return Check(right, why, wrong, "write (positives, negatives); count the rows of each slice first.")
 
 
@@ -437,6 +440,8 @@ def first_local_loss() -> Check:
         "the neighbours of both maps are negatives: twice 5.": log(6),
         "the positive is in the denominator, too.": log(10),
         "only its 5 neighbours are negatives of a region, not all others.": log(25),
+        "the natural logarithm, not that to base 10.": log(11, 10),
+        "that is the number of terms; the positive has the share 1/11: what is the loss?": 11.0,
     }
     right = local_contrastive_loss(equal, equal, near).item()
     return Check(right, "1 positive and 2 · 5 negatives: log 11 ≈ 2.40.", wrong, "how many terms are equal?")
@@ -448,9 +453,10 @@ def cheat() -> Check:
     near = region_grid((48, 48), 3, 13)[1]
 
     def fault(answer):
+        answer = torch.as_tensor(answer).detach()
         if tuple(answer.shape[:1]) != (17,) or answer.ndim != 2:
             return "shape"
-        regions = answer.detach().float().expand(2, -1, -1)  # [2, 17, D]: two images with the same regions
+        regions = answer.float().expand(2, -1, -1)  # [2, 17, D]: two images with the same regions
         loss = local_contrastive_loss(regions, regions, near, 0.1).item()
         closest = F.normalize(answer.float(), dim=1)
         closest = (closest @ closest.T).fill_diagonal_(-1).max().item()
@@ -459,8 +465,8 @@ def cheat() -> Check:
     wrong = {
         "it must be a tensor [17, D], a row for every place (13 anchors and 4 that are negatives only).": torch.eye(13),
         "at least two places have the same direction, so they cannot be told apart.": torch.ones(17, 2),
-        "the places are too near to each other: in D dimensions there is room for D directions at right "
-        "angles.": torch.randn(17, 4, generator=torch.Generator().manual_seed(0)),
+        "some cosines are still too high: how many directions at right angles do D dimensions have, and are all "
+        "your numbers positive?": torch.randn(17, 4, generator=torch.Generator().manual_seed(0)),
     }
     why = "the loss cannot tell this cheat from an embedding that knows anatomy."
     return Check(torch.eye(17), why, wrong, "how far apart can 17 directions be?", measure=fault)
@@ -483,6 +489,10 @@ def local_term() -> Check:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 5, 3, generator=generator)
     wrong = {
+        "the sign: minus the logarithm is positive.": lambda *of: -variant()(*of),
+        "divide every cosine by the temperature.": lambda a, b, r, near, _: variant()(a, b, r, near, 1.0),
+        "the natural logarithm, not that to base 10.": lambda *of: variant()(*of) / log(10),
+        "the value is right; return one number, not a tensor [1].": lambda *of: variant()(*of)[None],
         "the neighbours in map b are negatives, too.": variant(across=False),
         "the neighbours in its own map a are negatives, too.": variant(own=False),
         "the positive belongs into the denominator, too.": variant(positive=False),
@@ -540,11 +550,15 @@ def position_positives() -> Check:
         "a pair at exactly the threshold is a negative.": variant(equal=True),
         "no row is a positive of itself.": variant(itself=True),
         "take the absolute value: a slice far below is not alike.": variant(sign=True),
+        "two views of one slice have difference 0 and are positives: remove only the diagonal.": lambda p, t: (
+            variant()(p, t) & (p[:, None] != p[None, :])
+        ),
     }
-    position = torch.tensor([0.0, 0.25, 0.5, 1.0])  # exact in binary, so the border is one
+    position = torch.tensor([0.0, 0.25, 0.25, 0.5, 1.0])  # exact in binary, so the border is one
     otherwise = "`position[:, None] - position[None, :]` has all differences, [B, B]."
     cases = [(position, 0.25), (position, 0.75)]
-    return Check(variant(), "the mask of `clseg.pairs.position_pairs`.", wrong, otherwise, cases)
+    why = "the mask of `clseg.pairs.position_pairs`, but for the rounding of float32 at exactly the threshold."
+    return Check(variant(), why, wrong, otherwise, cases)
 
 
 @exercise
@@ -554,6 +568,7 @@ def share_of_positives() -> Check:
         "a slice is alike in both directions along the volume: below and above.": 0.1,
         "near the ends of the volume there is less than t on one side.": 0.2,
         "that is the share of the pairs that are negative.": 0.81,
+        "write it as a fraction, 0.19 for 19 %.": 19.0,
     }
     why = "two uniform places differ by less than t with probability 1 - (1 - t)² = 0.19."
     return Check(0.19, why, wrong, "draw the square of all (p, q) and shade the band |p - q| < 0.1.")
@@ -586,6 +601,7 @@ def least_loss() -> Check:
         "each slice has two views, and both are rows.": log(3),
         "an anchor is not its own positive, and each slice has two views.": log(4),
         "that is the loss before training, when all 24 rows are alike.": log(23),
+        "that is the number of terms; each positive has the share 1/7: what is the loss?": 7.0,
     }
     right = contrastive_loss(torch.eye(3)[of_row], perfect, 0.01).item()
     why = "4 · 2 - 1 = 7 equal terms are left: log 7 ≈ 1.95. Larger clusters have a larger least loss."
@@ -610,10 +626,15 @@ def purity() -> Check:
         "that is the share of the most frequent label; look inside each cluster.": lambda _, y: (
             pd.Series(y).value_counts(normalize=True).max()
         ),
+        "some numbers have no slice, others come after them: use np.unique(cluster).": lambda c, y: (
+            sum((np.bincount(y[c == k]) if (c == k).any() else np.zeros(1)).max() for k in range(len(np.unique(c))))
+            / len(y)
+        ),
     }
     cases = [
         (np.array([0, 0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 1, 1])),
         (np.array([0, 1, 1, 1, 1]), np.array([0, 2, 2, 0, 1])),
+        (np.array([0, 2, 2, 5]), np.array([1, 1, 0, 0])),
     ]
     otherwise = "for each cluster count its most frequent label, add up, divide by the number of slices."
     return Check(package_purity, "the function `clseg.cluster.purity`.", wrong, otherwise, cases)
@@ -628,7 +649,8 @@ def extreme_clusters() -> Check:
         "with no cluster there would be no pairs.": (200, 0),
     }
     why = "one slice in each cluster leaves only its own views alike; one cluster makes all alike."
-    return Check((200, 1), why, wrong, "write (k of SimCLR, k of all alike).")
+    otherwise = "how many slices share a cluster in each? Write (k of SimCLR, k of all alike)."
+    return Check((200, 1), why, wrong, otherwise)
 
 
 @exercise
@@ -637,9 +659,9 @@ def cluster_statements() -> Check:
     return statements(
         "ad",
         "look at the purity before you believe in a pseudo-class.",
-        a="(a) an auto-encoder describes what fills the image: on the phantom the chest and the scanner of a patient.",
+        a="(a) an auto-encoder describes what fills the image: on the phantom the chest of a patient.",
         b="(b) purity grows with k whatever the clusters hold: compare it with that of shuffled clusters.",
-        c="(c) curves of different k start and end at different values and must not be compared.",
+        c="(c) the least loss, the logarithm of the number of positives, differs with k: never compare the two.",
         d="(d) two slices of one patient fall into one cluster here, so they are positives: nearly the opposite of gd.",
     )
 
@@ -655,8 +677,10 @@ def memory_of_teacher() -> Check:
         "each step keeps 0.99 of what was *left*: multiply, do not subtract.": 0.0,
         "that is after one step.": 0.99,
         "that is the share of the student in one step.": 0.01,
+        "right in per cent; give a number from 0 to 1.": 37.0,
     }
-    return Check(0.99**100, "0.99^100 ≈ 0.37: it remembers some hundred steps.", wrong, "each step multiplies it.")
+    otherwise = "each step multiplies it by the decay; give a number from 0 to 1, with two decimals."
+    return Check(0.99**100, "0.99^100 ≈ 0.37: it remembers some hundred steps.", wrong, otherwise)
 
 
 @exercise
@@ -676,9 +700,14 @@ def believe() -> Check:
     def over_pixels(logits, confidence):
         return [logits.argmax(dim=1), logits.flatten(2).softmax(dim=2).reshape(logits.shape).amax(dim=1) >= confidence]
 
+    def for_each_class(logits, confidence):
+        return [logits.argmax(dim=1), logits.sigmoid().amax(dim=1) >= confidence]
+
     half = torch.tensor([[[[1.0, 0.0, 3.0]], [[1.0, 2.0, -1.0]]]])  # [1, 2, 1, 3], the first pixel at 0.5 exactly
-    cases = [(half, 0.5), (half * 2, 0.9)]
+    three = torch.tensor([[[[3.0, 0.0]], [[3.0, 1.0]], [[-2.0, 0.5]]]])  # [1, 3, 1, 2]
+    cases = [(half, 0.5), (half * 2, 0.9), (three, 0.9)]
     wrong = {
+        "sigmoid looks at each class alone: take the softmax over the classes.": for_each_class,
         "logits are no probabilities: take their softmax over the classes first.": without_softmax,
         "a probability that equals the confidence counts.": strictly,
         "the softmax runs over the classes (dim=1), not over the pixels.": over_pixels,
@@ -702,12 +731,27 @@ def consistency() -> Check:
     def total(logits, label, sure):
         return F.cross_entropy(logits, label, reduction="none")[sure].sum()
 
+    def without_minus(logits, label, sure):
+        return -consistency_loss(logits, label, sure)
+
+    def softmax_twice(logits, label, sure):
+        return consistency_loss(logits.softmax(dim=1), label, sure)
+
+    def unsure(logits, label, sure):
+        return consistency_loss(logits, label, ~sure)
+
     generator = torch.Generator().manual_seed(0)
     logits, label = torch.randn(2, 3, 4, 4, generator=generator), torch.randint(3, (2, 4, 4), generator=generator)
     wrong = {
         "divide by the number of all pixels: otherwise one sure pixel counts as much as a whole image.": over_sure,
         "pixels that are not sure must not count.": everywhere,
         "divide by the number of all pixels.": total,
+        "all pixels of the batch are B · H · W: divide by that, not by B alone.": lambda *of: total(*of) / 2,
+        "divide by the number of pixels of the whole batch, B · H · W, not of one image.": lambda *of: total(*of) / 16,
+        "logits hold K numbers for each pixel; divide by the number of pixels, B · H · W.": lambda *of: total(*of) / 96,
+        "the sign: cross-entropy is minus the logarithm, so the loss is positive.": without_minus,
+        "the logits go in as they are: cross_entropy takes the softmax itself.": softmax_twice,
+        "the other way round: the sure pixels count, the others do not.": unsure,
     }
     otherwise = "F.cross_entropy(logits, label, reduction='none') has a value for each pixel, [B, H, W]."
     cases = [(logits, label, logits.softmax(dim=1).amax(dim=1) > 0.6)]
@@ -720,7 +764,7 @@ def semi_supervised_statements() -> Check:
     return statements(
         "ad",
         "its own labels cannot tell a network that it is wrong; only masks, or what must not change, can.",
-        a="(a) the strong view changes intensities only, because the label of the weak view must still fit.",
+        a="(a) the label must still fit: what moves pixels (a crop, a box) must move their labels, too.",
         b="(b) the teacher is an average of the student's weights; no gradient reaches it.",
         c="(c) a pixel can be sure and wrong; training on it makes it surer.",
         d="(d) confidence 1 leaves hardly a pixel, and the consistency loss is nearly 0.",

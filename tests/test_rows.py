@@ -67,6 +67,16 @@ def test_a_fresh_clone_has_nothing_to_do(committed, monkeypatch):
     assert len(rows.missing(plan("finetune.steps=5"), again)) == 2  # what decides numbers is in the name
 
 
+def test_what_is_said_before_is_of_what_is_missing(committed, command, tmp_path):
+    words = ["run", "quickstart", "--profile=smoke", "--extend", "--dry-run", "--set=study.seeds=[0,1]"]
+    status, output, _ = command(tmp_path, *words, *(f"--set={text}" for text in SMALL))
+    assert status == 0
+    assert "2 pre-trainings, 4 fine-tunings, 3 of them done or spared by rows that are there" in output
+    todo = [line for line in output.splitlines() if line.startswith("to do")]
+    assert len(todo) == 3
+    assert all("seed1" in line for line in todo)
+
+
 def test_other_code_has_no_rows(committed, monkeypatch):
     monkeypatch.setattr("clseg.study.runs.code_digest", lambda modules: "another")
     assert len(rows.missing(plan(), rows.read("smoke", "phantom"))) == 2

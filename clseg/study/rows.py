@@ -148,6 +148,11 @@ def progress(study: str, dataset: str, profile: str) -> tuple[int, int]:
     return len(grid.finetune) - len(missing(grid, read(profile, grid.place))), len(grid.finetune)
 
 
+def needed(grid: Grid, rows: Rows) -> dict[str, Run]:
+    """The fine-tunings of a grid that have no rows and the pre-trainings that they start from, by name."""
+    return {run.name: run for child in missing(grid, rows) for run in (*child.ancestors, child)}
+
+
 def _do(run: Run) -> str:
     """In a process of `extend`: do a run, without a notebook."""
     os.environ["TQDM_DISABLE"] = "1"
@@ -180,8 +185,7 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
     rows = read(grid.profile, grid.place)
     here = [run for run in grid.all if run.is_done() and run.name not in set(rows.runs["run"])]
     rows += collect(here)
-    todo = missing(grid, rows)
-    every = {run.name: run for child in todo for run in (*child.ancestors, child)}
+    every = needed(grid, rows)
     done = {name for name, run in every.items() if run.is_done()}
     waiting = [run for name, run in every.items() if name not in done]
     failed: dict[str, str] = {}

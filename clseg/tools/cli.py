@@ -57,7 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
     dataset, profile = named["dataset"], read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
     title = f"{study.name} on {dataset}, profile {profile}"
-    if arguments.extend and not rows.missing(plan, rows.read(plan.profile, plan.place)):
+    spared = {run.name for run in plan.all} - rows.needed(plan, rows.read(plan.profile, plan.place)).keys()
+    if arguments.extend and len(spared) == len(plan.all):
         print(f"{title}: all rows are there")
         return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
@@ -69,8 +70,11 @@ def _run(arguments: argparse.Namespace) -> int:
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
         plan, unchecked = grid.distinct(plan, splits), ""
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
-    done = {name for name, flaw in flaws.items() if flaw is None}
-    print(f"{title}: {len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done")
+    finished = {name for name, flaw in flaws.items() if flaw is None}
+    done = finished | ({run.name for run in plan.all} & spared if arguments.extend else set())
+    how = " or spared by rows that are there" if arguments.extend else ""
+    counts = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done{how}"
+    print(f"{title}: {counts}")
     for note in [*(f"left out: {note}" for note in plan.notes), *filter(None, [unchecked])]:
         print(note)
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
@@ -88,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
     stores = {data: runs.open_store(experiment) for data, experiment in experiments.items()}
     for run in plan.all:
         runs.split_of(run, stores[run.data])  # again: labels inside of files are known only now
-        if run.name in done:
+        if run.name in finished:
             runs.require_same_data(run, stores[run.data])
     for run in plan.all:
         if flaws[run.name]:

@@ -106,7 +106,7 @@ for index, name in {0: "everything else", **store.class_names}.items():
         store.images[:, 0][store.labels == index].astype(np.float32), edges, density=True, histtype="step", label=name
     )
 axis.set(xlabel="scaled intensity", ylabel="density")
-axis.legend(fontsize=8)
+axis.legend()
 plt.show()
 
 # %% [markdown]

@@ -8,7 +8,7 @@
 # **You need** Python with NumPy, and what a mean and an interval are. Nothing of medicine: the images are computed (a *phantom*,
 # [01_data](01_data.ipynb) shows how). They look like a heart cut into *slices*: two chambers that pump, the left and the right
 # *ventricle*, and the *myocardium*, the muscle around the left one. **About 45 minutes**, one of them computing.
-# Nothing is downloaded. The code of the pictures can be skipped. A *subject* is a patient, or here a phantom.
+# Nothing is downloaded. A *subject* is a patient, or here a phantom.
 
 # %%
 import matplotlib.pyplot as plt
@@ -42,31 +42,7 @@ shown = store.batch([4])
 with torch.no_grad():
     down = network.encoder(shown.image)  # feature maps of all levels, the finest first
     up = [network.decoder(down, blocks) for blocks in (1, 2, 3)]
-maps = [*down, *up]
-depth = [0, 1, 2, 3, 2, 1, 0]
-
-figure, axis = plt.subplots(figsize=(10, 4.2))
-for place, (feature, level) in enumerate(zip(maps, depth, strict=True)):
-    channels, side = feature.shape[1], feature.shape[2]
-    height, width = side / 64, channels / 64 * 0.6
-    colour = plots.BLUE if place < 4 else plots.RED
-    axis.add_patch(plt.Rectangle((place - width / 2, -level - height / 2), width, height, color=colour, alpha=0.55))
-    axis.text(place, -level - height / 2 - 0.05, f"{channels} × {side} × {side}", ha="center", va="top", fontsize=11)
-    if place > 3:
-        axis.annotate(
-            "", (place - 0.3, -level), (6 - place + 0.3, -level), arrowprops={"arrowstyle": "->", "linestyle": "--"}
-        )
-for left, picture in ((-1.75, shown.image[0, 0]), (6.75, np.ma.masked_equal(shown.label[0], 0))):
-    axis.imshow(shown.image[0, 0], cmap="gray", extent=(left, left + 1, -0.5, 0.5), vmin=0, vmax=1.5)
-    if left > 0:
-        axis.imshow(picture, cmap="viridis", extent=(left, left + 1, -0.5, 0.5), interpolation="nearest")
-axis.text(-1.25, 0.6, "slice", ha="center")
-axis.text(7.25, 0.6, "what it should say", ha="center")
-axis.text(1.2, -3.2, "encoder", color=plots.BLUE, ha="center")
-axis.text(4.8, -3.2, "decoder", color=plots.RED, ha="center")
-axis.set(xlim=(-2, 8.2), ylim=(-3.7, 0.9), aspect="auto")
-axis.set_axis_off()
-plt.show()
+plots.unet(down, up, shown.image[0, 0], shown.label[0])
 
 # %% [markdown]
 # Each box is a stack of *feature maps*: channels × height × width (a box is as wide as it has channels, as high as a map). Read it
@@ -223,7 +199,7 @@ print(f"with {len(by_subject)} subjects as the unit: {right[0]:.2f} to {right[1]
 # the subject.** Above we scored slices, to see them. The project puts the slices of a subject together to one *volume* and scores that once.
 #
 # ## "8 labelled of 77"
-# ACDC is a data set of 100 cardiac MRI patients. A square is a patient:
+# ACDC has 150 cardiac MRI patients; 100 of them, its training folder, are used here. A square is a patient:
 
 # %%
 kinds = [("tested, never seen in training", 20, plots.RED), ("not used here", 3, plots.PINK)]
@@ -244,7 +220,8 @@ plt.show()
 # %% [markdown]
 # All masks exist, but the study acts as if only 8 did. Why? Because then we can compare with what all of them would give (the
 # *benchmark*, all 8 + 69 = 77 blue ones with their masks). In a hospital the light blue ones are the rule: images are there, and nobody has
-# the hours to outline them. Pre-training may use the images of both blue groups, and never those of the red one.
+# the hours to outline them. Pre-training may use the images of both blue groups (the study
+# itself takes 52 of them), and never those of the red one.
 #
 # ## One draw is not enough
 # *Which* patients are labelled is chance, too: a *draw*. Here are five draws of one labelled subject and five of four, each tested
@@ -282,8 +259,8 @@ for count, values in draws.items():
 
 # %% [markdown]
 # The worst and the best draw of one subject lie far apart, and the network, the training and the test subjects are the same.
-# A paper that reports one draw, on patients of its own, reports luck: its method would have to gain more than this spread before one could
-# see it. On the same draws the spread cancels, so we compare methods there. More labels help. Whether they also make draws more alike, five
+# A paper that reports one draw, on patients of its own, cannot tell its gain from luck: it would have to be larger than this spread. On the
+# same draws the part of the spread that both methods share cancels, so we compare methods there, and still on several draws. More labels help. Whether they also make draws more alike, five
 # draws cannot show.
 #
 # ## What to notice
@@ -295,7 +272,7 @@ for count, values in draws.items():
 # * A segmenter gives a class to every pixel. A U-Net has an encoder, a decoder and skip connections.
 # * Dice = 2 · common / (sum of sizes). HD95 is a distance of borders. The project computes both on the whole volume of a subject.
 # * The unit is the subject, not the slice.
-# * "8 labelled of 77" means 8 subjects with masks, the images of all, and test subjects that nobody sees before the end.
+# * "8 labelled of 77" means 8 subjects with masks, the images of others, and test subjects that nobody sees before the end.
 # * With few labels the draw decides a lot: compare methods on the same draws, and on several.
 #
 # ## Exercises

@@ -4,10 +4,10 @@
 # all else. The methods of this course differ in their answer to "who is alike?".**
 #
 # **Goals.** After this lesson you can (1) compute InfoNCE by hand and in code, (2) say what the temperature does, (3) tell from one
-# number whether a *pre-training* (the training on images alone, before a segmenter is trained on few labels) has learned anything.
+# number whether a *pre-training* (the training on images alone, before a segmenter is trained on few labels) has failed to learn.
 #
 # **You need** [02_few_labels](02_few_labels.ipynb) for what an encoder is, cosine and logarithm, and that training follows the
-# negative gradient. **About 40 minutes**, one of them computing. Nothing is downloaded: the images
+# negative gradient. Of PyTorch only that a tensor is used like a NumPy array (`@`, `.exp()`, `.sum()`). **About 40 minutes**, one of them computing. Nothing is downloaded: the images
 # are computed, too. `log` is the natural logarithm.
 
 # %%
@@ -195,7 +195,7 @@ plt.show()
 
 # %% [markdown]
 # At 0.5 and 1.0 the views of a slice meet (*alignment*), and the slices spread evenly (*uniformity*): three of them, 120 degrees apart. At 0.1
-# they stop before they meet: once a positive has nearly the whole share, the loss is 0.00 and nothing is left to gain.
+# they nearly stop before they meet: once a positive has nearly the whole share, the loss is 0.00 and nothing is left to gain.
 #
 # ## The loss of a network that has learned nothing
 # If a network gives *all* images the same embedding, it has **collapsed**. Then all $e^{s}$ are equal, and the positive has the share of one in
@@ -212,7 +212,8 @@ for count in (3, 12, 32):
 # %% [markdown]
 # Remember this number, the **collapse line**. A pre-training whose loss stays at it has learned nothing, however long it ran. An untrained
 # network often starts a little below it, because two views of a slice look alike before anything was learned. So compare with the line
-# *and* with the first step. Above the line means: positives are less alike than negatives.
+# *and* with the first step. Above the line means: some negatives are more alike to their anchor than its positive, even where positives are more
+# alike on average. At a low temperature a few such negatives are enough.
 #
 # Does collapse happen? We train one small encoder twice on 16 subjects. `InfoNCE` pulls and pushes. `only pulling` brings the two views of a slice
 # together and has no negatives. Is that not what we want?
@@ -286,7 +287,7 @@ for name, (curve, alike, unlike) in results.items():
 # ## Summary
 # * Views of one slice are positives; all other views of the batch (its *rows*) are negatives.
 # * InfoNCE is -log of the share that the positive has among all others, after a softmax of cosine / temperature.
-# * A low temperature pushes the hardest negative, a high one all negatives about equally.
+# * A low temperature pushes the hardest negative, a high one all negatives more equally.
 # * Where it leads: views of a slice come together, slices spread evenly.
 # * A collapsed network has the loss log(2N - 1). Compare every pre-training with this line before you believe in it.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Slices that look alike to an auto-encoder
 # **Cluster contrast asks nobody who is alike: an auto-encoder describes every slice, similar descriptions form a cluster, and slices
-# of one cluster (a *pseudo-class*) shall have similar embeddings.**
+# of one cluster (a *pseudo-class*) should have similar embeddings.**
 #
 # **This is an interpretation of Zhang et al. (2022).** Their code is not public. What is known is the order of things: beta-VAE,
 # hierarchical clusters, contrast between clusters, fine-tuning. Layers, β, linkage, number of clusters and the exact loss are ours.
@@ -9,7 +9,7 @@
 # **Goals.** After this lesson you can (1) say how pseudo-classes are made, (2) find out what they hold, with purity, (3) say
 # which methods you get with one cluster and with as many clusters as slices.
 #
-# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs. **About 40
+# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs. **About 50
 # minutes**, one of them computing. Nothing is downloaded.
 
 # %%
@@ -36,7 +36,7 @@ from clseg.stages.sampling import equal_partitions
 plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
-# What this lesson is about, as one object. Change a value, run all cells again, and see what follows.
+# What this lesson is about, as one object. Change `clusters` or `linkage`, run all cells again, and see what follows.
 
 # %%
 stage = ContrastStage(
@@ -51,8 +51,9 @@ stage = ContrastStage(
 
 # %% [markdown]
 # ## The idea, in three steps
-# **1. Describe.** A beta-VAE squeezes every slice into 32 numbers, the *features*, and makes the slice again from them. Nobody
-# tells it what a heart is. Here it learns from 16 subjects in 600 steps.
+# **1. Describe.** An *auto-encoder* is two networks: one makes a few numbers of an image, the other makes the image again from them. A
+# *VAE* adds noise to these numbers while it learns, and keeps them near 0; in a *beta-VAE* the number β says how strongly. Here 32 numbers,
+# the *features*, describe a slice. Nobody tells the network what a heart is. It learns from 16 subjects in 600 steps.
 
 # %%
 store = prepare(phantom_dataset(subjects=16), Geometry(size=[64, 64], spacing_mm=3.2), progress=False)
@@ -82,11 +83,13 @@ plots.volume_grid(
 )
 
 # %% [markdown]
-# Look at what survives: the chest, its bright and dark parts and where they are. Look at what does not: of the heart no more
-# than a grey cloud.
+# Look at what survives: the chest, its bright and dark parts and where they are. Of the heart its place and rough size survive, its
+# walls do not.
 #
 # **2. Cluster.** Every slice starts as a cluster of its own; the two nearest clusters are merged, again and again. That makes a
-# tree, and a cut through it makes k clusters: the pseudo-classes.
+# tree, and a cut through it makes k clusters: the pseudo-classes. How near are two *clusters*? That rule is the *linkage*. `average`: the mean
+# distance of a slice of one and a slice of the other. `complete`: the largest such distance. `ward`: how much the squared distances to the
+# means of the clusters grow by the merge.
 
 # %%
 earlier = {f"autoencoder.{name}": value for name, value in vae.state_dict().items()}  # as a run hands it on
@@ -95,7 +98,7 @@ table, cluster = pseudo_classes(work, stage)
 described = features(work)
 tree = linkage_matrix(described, stage.linkage)
 cut = tree[-stage.clusters :][:2, 2].mean()  # between the merge that leaves k clusters and the next
-plots.dendrogram(tree, cut, f"{len(rows)} slices, linkage {stage.linkage}")
+plots.dendrogram(tree, cut, f"{len(rows)} slices, merged until {stage.clusters} clusters are left ({stage.linkage})")
 
 # %%
 examples = [of_one.sample(4, random_state=0, replace=len(of_one) < 4) for _, of_one in table.groupby("cluster")][:4]
@@ -107,9 +110,9 @@ plots.volume_grid(
 )
 
 # %% [markdown]
-# The slices of a row are alike, no doubt: but *in what*? Read the titles and make a guess; we shall measure.
+# The slices of a row look alike in some way: but *in what*? Read the titles and make a guess. Then we measure.
 #
-# Here are all slices: a row is a patient, a column a place in the volume, a colour a pseudo-class. Change k.
+# Here are all slices: a row is a patient, a column the number of a slice, a colour a pseudo-class. Change k.
 
 
 # %%
@@ -118,12 +121,12 @@ def map_of_clusters(k=stage.clusters):
     found = clusters_of(described, stage.model_copy(update={"clusters": k}))
     picture = np.full((len(store.subjects), table["slice"].max() + 1), np.nan)
     picture[table["subject"].map(list(store.subjects).index), table["slice"]] = found
-    _, axis = plt.subplots(figsize=(7, 4.2))
+    _, axis = plt.subplots(figsize=(9, 6))
     axis.imshow(picture, cmap="tab20", vmin=0, vmax=19, aspect="auto")
     for (row, column), number in np.ndenumerate(picture):
         if not np.isnan(number):
-            axis.text(column, row, int(number), ha="center", va="center", fontsize=10)
-    axis.set(xlabel="slice, base to apex", ylabel="patient", title=f"{k} pseudo-classes")
+            axis.text(column, row, int(number), ha="center", va="center")
+    axis.set(xlabel="slice, base to apex", ylabel="patient", title=f"which of {k} pseudo-classes each slice is in")
     axis.set_xticks(range(picture.shape[1]))
     axis.grid(False)
     plt.show()
@@ -138,9 +141,9 @@ _ = interact(map_of_clusters, k=(2, 20))
 # **3. Contrast.** A batch of slices, two views of each: rows of one pseudo-class are alike, rows of others are not.
 #
 # ## Tiny tensors
-# Six slices in three pseudo-classes of three, two and one, two views each, embeddings of two dimensions. There are two ways to
-# read the figure of the paper: slices of the same pseudo-class are positives (`positives: cluster`), or they are only kept
-# out of the negatives (`positives: view`). The package has both.
+# Six slices in three pseudo-classes of three, two and one, two views each, embeddings of two dimensions. The figure of the paper
+# draws slices of the same pseudo-class as positives (`positives: cluster`); its abstract only says that they are no negatives
+# (`positives: view`). The package has both.
 
 # %%
 degrees = torch.tensor([10.0, 30.0, 60.0, 75.0, 150.0, 165.0, 95.0, 110.0, 190.0, 215.0, 300.0, 320.0]).double()
@@ -183,10 +186,13 @@ for name, alike in tiny.items():
     print(f"{name}: slow {slow_value:.4f}, fast {fast_value:.4f}, the same within 1e-10: {bool(apart < 1e-10)}")
 
 # %% [markdown]
+# `view` asks for less, so its loss is smaller: never compare the two. If all positives coincide and the negatives are far, each positive has
+# the share $1/|P_i|$ of the denominator. So the least loss of `cluster` is the mean of $\log|P_i|$, here 1.2; that of `view` is 0.
+#
 # ## What the loss sees and what it does
 
 # %%
-plots.similarity_matrix(embedding @ embedding.T, "tiny embeddings", groups=groups)
+plots.similarity_matrix(embedding @ embedding.T, "cosine of every two of the twelve rows", groups=groups)
 
 # %%
 for name, alike in tiny.items():
@@ -195,12 +201,13 @@ for name, alike in tiny.items():
     display(plots.gradient_picture(embedding, arrows, groups=groups, title=f"positives: {name}, temperature 0.5"))
 
 # %% [markdown]
-# One slice of class 0 lies at 150 degrees, beyond a slice of class 1. With `cluster` the rest of its class draws it back, past the slice in between, and
-# the points near 0 move towards it. With `view` nothing draws it: the negatives push class 0 apart, and a slice is drawn to
-# its own other view only.
+# Angles are counted from the right: 0 degrees is right, 90 is up. One slice of class 0 has its views at 150 and 165 degrees, beyond a slice
+# of class 1. With `cluster` the rest of its class draws it back, past the slice in between, and the points near 0 move towards it. With
+# `view` nothing pulls it to its class: each slice is drawn to its own other view, and the negatives push. The other two slices of class 0
+# come a little nearer to each other; that one hardly moves.
 #
 # ## What are the clusters?
-# *Purity*: the share of slices whose label is the most frequent one of their cluster. It rises with the number of clusters whatever
+# *Purity*: the share of slices whose label is the most frequent one of their cluster. It tends to rise with the number of clusters whatever
 # they hold (with one slice each it is 1), so the dashed line shows the same clusters with the slices shuffled. Three labels
 # that the auto-encoder never saw: whose slice it is, which quarter of the volume, and whether the heart is small, medium or large in it.
 
@@ -214,28 +221,29 @@ labels = {
 own_mean = pd.DataFrame(described).groupby(labels["subject"]).transform("mean").to_numpy()
 kinds = {"features": described, "features minus the subject's mean": described - own_mean}
 counts, shuffle = (2, 4, 8, 16, 32, 64), np.random.default_rng(0).permutation(len(rows))
-figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(12, 5), sharey=True, layout="constrained")
 for axis, (label, values) in zip(axes, labels.items(), strict=True):
     for (kind, of_kind), colour in zip(kinds.items(), (plots.PINK, plots.GREEN), strict=True):
         found = [clusters_of(of_kind, stage.model_copy(update={"clusters": k})) for k in counts]
         axis.plot(counts, [purity(c, values) for c in found], "o-", color=colour, label=kind)
-        axis.plot(counts, [purity(c[shuffle], values) for c in found], "--", color=colour)
+        axis.plot(counts, [purity(c[shuffle], values) for c in found], "--", color=colour, label=f"{kind}, shuffled")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="clusters k", xticks=counts, xticklabels=counts, ylim=(0, 1.02))
     axis.set_title(label)
 axes[0].set_ylabel("purity")
-axes[0].legend(loc="upper left")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]
-# **The clusters are the patients.** With 16 clusters, as many as subjects, each cluster is a subject; position and heart are hardly
-# better than chance until the clusters are smaller than a volume. It is no fault of the clustering: most of an image is chest, and
-# what makes two images differ most is whose chest it is and how the scanner shows it. The auto-encoder reconstructs exactly that.
-# So on volumes cluster contrast says "slices of one patient are alike", nearly the opposite of `gd` and `pcl`. On photographs,
-# one per patient, this cannot happen: look at the purity before you believe in a pseudo-class.
+# **The clusters are the patients.** With 16 clusters, as many as subjects, each cluster is a subject. Position is even below its dashed
+# line: a cluster of whole patients holds all quarters about equally, a random group has more of one by luck. It is no fault of the
+# clustering: most of an image is chest, and what makes two images differ most is whose chest it is. The auto-encoder describes exactly that.
+# So on the phantom cluster contrast says "slices of one patient are alike", nearly the opposite of `gd` and `pcl`. On photographs,
+# one per patient, this cannot happen, but a cluster may be a camera or a colour of skin: look at the purity before you believe in a
+# pseudo-class.
 #
-# The green line takes the mean of each subject off its features before they are clustered. What is left is where in the body the
-# slice is and how large the heart: pseudo-classes across patients. (This is not in the paper, nor in the package.)
+# The green line takes the mean of each subject off its features before they are clustered. What is left is mostly where in the body the
+# slice is and how large the heart: for a small k, pseudo-classes across patients. (This is not in the paper, nor in the package.)
 #
 # ## What the linkage changes
 
@@ -253,7 +261,8 @@ pd.DataFrame(report).set_index(["clustered", "linkage"]).round(2)
 
 # %% [markdown]
 # Little, as long as the groups are patients: they are so far apart that every rule finds them. Without the means there are no gaps,
-# and `average` leaves one giant and crumbs, so that many more pairs of a batch are positives; `ward` keeps the sizes even.
+# and `average` leaves one very large cluster and many tiny ones, so that many more pairs of slices are positives. `ward` and `complete`
+# avoid that. (Your last digits will differ: the auto-encoder is another one on another machine.)
 #
 # ## What contains what
 # The batch of a step, with other answers to "who is alike". The same random embeddings go through the loss each time.
@@ -282,18 +291,20 @@ for one, other in zip(names[::2], names[1::2], strict=True):
     print(f"{one} = {other}: {equal}, loss {values[0]:.4f} and {values[1]:.4f}")
 
 # %% [markdown]
-# Whoever chooses k chooses between SimCLR (k = number of slices) and "all are alike" (k = 1).
+# Whoever chooses k chooses between SimCLR (k = number of slices) and "all are alike" (k = 1; the package asks for 2 at least, for with one
+# cluster there are no negatives, and a collapsed network is perfect).
 #
 # ## What to notice
-# * Nobody told the auto-encoder what matters. What fills the image wins: the chest, and the scanner.
+# * Nobody told the auto-encoder what matters. What fills the image wins: the chest.
 # * Purity without the shuffled clusters beside it says nothing.
-# * The least loss grows with the size of the clusters: curves of different k must not be compared.
+# * The least loss grows with the size of the clusters ($\log|P_i|$): curves of different k must not be compared.
 #
 # ## Summary
 # * Describe (beta-VAE), cluster (a tree, cut at k), contrast (slices of one cluster are alike).
-# * On volumes the clusters are the patients, nearly the opposite of `gd` and `pcl`. On photographs, one per patient, that cannot happen.
+# * On the phantom, with k up to the number of patients, a cluster is one or a few whole patients: nearly the opposite of `gd` and `pcl`.
+#   On scans of patients: measure.
 # * Without the mean of each patient, clusters follow position and the size of the heart.
-# * `ward` keeps sizes even; `average` may leave one giant cluster.
+# * The linkage matters where there are no gaps: `average` may leave one very large cluster.
 # * One slice per cluster is SimCLR; one cluster makes all alike.
 #
 # ## Exercises
@@ -301,7 +312,7 @@ for one, other in zip(names[::2], names[1::2], strict=True):
 #
 # ## Where to read on
 # * Next lesson: [14_semi_supervised](14_semi_supervised.ipynb), unlabelled images *during* fine-tuning. On skin photographs and in 3-D:
-#   [37_ufc_skin](37_ufc_skin.ipynb), [38_ufc_heart](38_ufc_heart.ipynb); on real clusters: [39_ufc_clusters](39_ufc_clusters.ipynb).
+#   [37_ufc_skin](37_ufc_skin.ipynb), [38_ufc_heart](38_ufc_heart.ipynb); Dice against the number of clusters: [39_ufc_clusters](39_ufc_clusters.ipynb).
 # * The code: `clseg/cluster.py` and `clseg/stages/autoencoder.py`.
 # * Y. Zhang et al., BIBM 2022, [arXiv:2211.08557](https://arxiv.org/abs/2211.08557).
 # * I. Higgins et al., *beta-VAE*, ICLR 2017, [openreview.net/forum?id=Sy2fzU9gl](https://openreview.net/forum?id=Sy2fzU9gl).

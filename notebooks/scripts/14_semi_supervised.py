@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Can unlabelled images teach while we fine-tune?
 # **Pre-training uses unlabelled images before the first mask is seen. Semi-supervised fine-tuning uses them at the same time: the network
-# teaches itself, and the question is what it may believe.**
+# teaches itself, and the question is which of its own labels it may use.**
 #
 # **Goals.** After this lesson you can (1) say what a mean teacher is, (2) make pseudo-labels and choose which pixels count, (3) say when
 # a network's own labels help and when they repeat its mistakes.
 #
-# **You need** [02_few_labels](02_few_labels.ipynb). **About 30 minutes**, one of them computing. Nothing is downloaded.
+# **You need** [02_few_labels](02_few_labels.ipynb) and these words: the network gives every pixel a score for each class, its *logits* $s_k$.
+# *Softmax* makes probabilities of them: $e^{s_k}/\sum_j e^{s_j}$. *Cross-entropy* is minus the logarithm of the probability of the right class: 0
+# if that is 1, large if it is near 0. **About 40 minutes**, two of them computing. Nothing is downloaded.
 
 # %%
 import matplotlib.pyplot as plt
@@ -31,8 +33,8 @@ config = NetworkConfig(filters=[8, 16, 32, 32], norm_momentum=0.1)
 
 # %% [markdown]
 # ## The idea in one picture
-# Take a slice without a mask. Change it in two ways. The *weak* view is hardly changed; the *strong* view has other brightness, contrast and blur, and
-# boxes from another slice. Whatever a *teacher* is sure of on the weak view, a *student* must say on the strong one.
+# Take a slice without a mask. Change it in two ways. The *weak* view is turned or mirrored like the labelled slices (not drawn here), its
+# brightness stays; the *strong* view is the weak one with other brightness, contrast and blur, and boxes from another slice. Whatever a *teacher* is sure of on the weak view, a *student* must say on the strong one.
 
 # %%
 shown = store.batch(store.rows(unlabelled)[[4, 34, 63]]).image
@@ -41,18 +43,19 @@ strong, box = strong_view(shown, generator), cutmix_boxes(shown, generator, shar
 mixed = torch.where(box[:, None], strong.roll(1, dims=0), strong)
 plots.volume_grid(
     torch.stack([shown, strong, mixed], dim=1).flatten(0, 1)[:, 0],
-    title="three slices, three views each",
+    title="strong views change brightness and blur; a box brings in another slice",
     titles=["weak", "strong", "with a box"] * 3,
 )
 
 # %% [markdown]
-# Shapes stay where they are: otherwise the labels of the weak view would not fit.
+# Brightness, contrast and blur leave shapes where they are (and change one image in ten hardly at all). In a box both the pixels and their
+# pseudo-labels come from the other slice. So the labels of the weak view fit everywhere.
 #
 # ## Who is the teacher?
 # The *mean teacher* is the running average of the student's weights: after every step
 # $$w'\leftarrow a\,w'+(1-a)\,w.$$
-# By hand: with $a=0.9$, a student weight that jumps from 0 to 1 gives the teacher 0.1 after one step, 0.19 after two, 0.27 after three. Slowly,
-# and with the formula for n steps, $1-a^n$:
+# By hand: with $a=0.9$, a student weight that jumps from 0 to 1 gives the teacher 0.1 after one step, 0.19 after two, 0.27 after three. As a
+# loop, and with the formula $1-a^n$ for n steps:
 
 
 # %% tags=["nbval-check-output"]
@@ -70,7 +73,8 @@ print(f"slow, after 1, 2, 3, 50 steps: {slow[0]:.2f}, {slow[1]:.2f}, {slow[2]:.2
 print(f"formula after 50 steps: {1 - 0.9**50:.2f}, the same: {abs(slow[49] - (1 - 0.9**50)) < 1e-12}")
 
 # %% [markdown]
-# Why average? A single step may go astray; an average of many steps changes slowly and is mostly better than the last of them.
+# Why average? A single step may be bad; an average of many steps changes slowly. (The package begins with the plain mean of all steps so
+# far, until that remembers longer than $a$ does: so the bad first weights are soon forgotten.)
 #
 # ## Pseudo-labels by hand
 # For a pixel the teacher gives a probability to every class. Its *pseudo-label* is the most probable class, and it counts only if that
@@ -86,8 +90,9 @@ pd.DataFrame(
 
 
 # %% [markdown]
-# The student pays cross-entropy on the sure pixels only, and the sum is divided by the number of *all* pixels: if few are sure, this loss counts
-# little. The slow loop and the package:
+# The student's loss is the cross-entropy of the sure pixels only, and the sum is divided by the number of *all* pixels: if few are sure, this
+# loss counts little. By hand, with a student that gives 0.80 and 0.60 to the two sure labels: $(-\ln 0.80-\ln 0.60)/4=0.18$. The slow loop and
+# the package:
 
 
 # %% tags=["nbval-check-output"]
@@ -108,7 +113,8 @@ print(f"slow {slow:.4f}, package {fast:.4f}, the same: {abs(slow - fast) < 1e-6}
 # %% [markdown]
 # ## What changes when the confidence changes?
 # A segmenter from two labelled subjects looks at slices that it has never seen. Which of its pixels become pseudo-labels, and how many of these are
-# right? (The masks are there to look it up; the network does not get them.)
+# right? (The masks are there to look it up; the network does not get them.) Colours: blue background, teal right ventricle, green
+# myocardium, yellow left ventricle; purple is *not sure*, no pseudo-label.
 
 # %%
 supervised = finetune(store, labelled, SupervisedRecipe(), steps=120, network=config, seed=0).network.eval()
@@ -116,6 +122,7 @@ rows = store.rows(unlabelled)
 every = store.batch(rows)
 with torch.no_grad():
     every_logits = supervised(every.image)
+called = every_logits.argmax(dim=1) > 0  # what the network calls heart, in all slices
 
 
 def believed(confidence=0.9):
@@ -135,10 +142,9 @@ def believed(confidence=0.9):
         axis.imshow(picture, **look)
         axis.set_title(title)
         axis.set_axis_off()
-    heart = every.label > 0
-    share, correct = sure[heart].float().mean(), right[heart & sure].float().mean()
+    share, correct = sure[called].float().mean(), right[called & sure].float().mean()
     plt.suptitle(
-        f"confidence {confidence:.2f}: {share:.0%} of the heart's pixels are sure, {correct:.0%} of those right"
+        f"confidence {confidence:.2f}, all slices: {share:.0%} of what it calls heart counts, {correct:.0%} of that is right"
     )
     plt.show()
 
@@ -146,20 +152,23 @@ def believed(confidence=0.9):
 believed()
 
 # %% tags=["nbval-check-output"]
-called = every_logits.argmax(dim=1) > 0  # over all slices
+counted = []
 for confidence in (0.5, 0.7, 0.9):
     label, sure = pseudo_labels(every_logits, confidence)
     counts, right = sure & called, label == every.label
-    print(
-        f"confidence {confidence}: {counts.sum() / called.sum():.1f} of the called pixels count, {right[counts].float().mean():.1f} of them are right"
-    )
+    counted.append((counts.sum() / called.sum(), right[counts].float().mean()))
+(low, low_right), _, (high, high_right) = counted
+print(
+    f"from confidence 0.5 to 0.9 fewer pixels count: {bool(high < low)}; a larger share is right: {bool(high_right > low_right)}"
+)
 
 # %% tags=["slider"]
 _ = interact(believed, confidence=FloatSlider(value=0.9, min=0.3, max=0.99, step=0.01, continuous_update=False))
 
 # %% [markdown]
-# Purple: not sure. A higher confidence leaves fewer pixels and more of them are right. But not all: a network can be sure and wrong, and its own labels will
-# never correct *that*. Where is it unsure? Along borders, of course, so the pixels that would teach most are left out.
+# A higher confidence leaves fewer pixels, and a larger share of them is right. But not all: a network can be sure and wrong, and training on
+# these labels makes it surer. This segmenter is unsure in about half of the heart, inside as well as at borders; where it is sure and wrong, it
+# is mostly at borders, and mostly heart that it calls background. The thin myocardium (green) gets hardly a pseudo-label.
 #
 # ## Does it help?
 # Three recipes from the same first weights, the same two labelled subjects and as many steps: `supervised`; `mean teacher` (the student predicts what the
@@ -204,19 +213,19 @@ for name, values in dice.items():
 # and the question whether pre-training still helps when fine-tuning uses the unlabelled scans itself, are for studies.
 #
 # ## What to notice
-# * Pre-training shapes *features*; pseudo-labels shape *decisions*. They can be combined.
+# * Pre-training comes before the first mask, pseudo-labels act while masks are learned. They can be combined.
 # * The teacher is never trained by a gradient.
 # * Confidence trades many pseudo-labels against right ones. Sure and wrong is the danger.
 #
 # ## Summary
 # * A mean teacher is a running average of the student's weights.
 # * A pseudo-label is the teacher's most probable class; it counts where the probability is at least the confidence.
-# * Weak-to-strong: sure on the weak view, required on the strong view, whose shapes are the same.
+# * Weak-to-strong: what is sure on the weak view is required on the strong view; its labels still fit there, in boxes too.
 # * The loss is divided by all pixels, so unsure images count little.
 # * Compare on the same draws, with as many steps, on subjects that nobody trained on.
 #
 # ## Exercises
-# [96_semi_supervised](96_semi_supervised.ipynb): the memory of a teacher, pseudo-labels in code, an average by hand, and four statements.
+# [96_semi_supervised](96_semi_supervised.ipynb): the memory of a teacher, pseudo-labels and their loss in code, and four statements.
 #
 # ## Where to read on
 # * Next: [15_end_to_end](15_end_to_end.ipynb), a small study of your own. How the papers compare: [32_glcl_comparison](32_glcl_comparison.ipynb).

@@ -41,14 +41,14 @@ goals["verdict"] = goals["met"].map({True: "met", False: "missed"})
 @plots.styled
 def at_a_glance(goals):
     """One bar per goal, from 1 to the measured number over the goal, on a logarithmic axis."""
-    figure = plots.Figure(figsize=(7, 0.6 + 0.19 * len(goals)))
+    figure = plots.Figure(figsize=(11, 0.6 + 0.27 * len(goals)))
     axes = figure.subplots()
     labels = (goals["benchmark"] + ": " + goals["case"])[::-1]
     times = goals["times"][::-1]
     colours = [plots.GREEN if met else plots.RED for met in goals["met"][::-1]]
     axes.barh(range(len(times)), times - 1, left=1, color=colours, height=0.7)
     axes.axvline(1, color=plots.BLACK, linewidth=0.8)
-    axes.set_yticks(range(len(times)), labels, fontsize=6)
+    axes.set_yticks(range(len(times)), labels)
     axes.set(xscale="log", xlabel="measured over goal", ylim=(-0.7, len(times) - 0.3))
     axes.grid(axis="x")
     axes.grid(False, axis="y")
@@ -117,7 +117,7 @@ def how_cost_grows(growth):
     points = growth[growth["size"].notna()]
     slope = growth[growth["size"].isna()].set_index(["series", "what"])["value"]
     panels = list(points.groupby(["series", "unit"], sort=False))
-    figure = plots.Figure(figsize=(7, 1.9 * -(-len(panels) // 2)))
+    figure = plots.Figure(figsize=(12, 4 * -(-len(panels) // 2)))
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
     for panel, ((series, unit), table) in zip(axes, panels, strict=False):
         for (what, line), colour in zip(table.groupby("what", sort=False), plots.STRUCTURES, strict=False):
@@ -125,9 +125,9 @@ def how_cost_grows(growth):
             panel.plot(line["size"], line["value"], marker="o", markersize=3, color=colour, label=label)
         panel.set(xscale="log", yscale="log", xlabel=series, ylabel=unit)
         sizes = sorted(table["size"].unique())
-        panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], fontsize=6)
+        panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.legend(fontsize=6)
+        panel.legend()
     for panel in axes[len(panels) :]:
         panel.remove()
     return figure

@@ -152,4 +152,6 @@ plots.published_for(dataset, "glcl_comparison")
 # * 20 test patients of one hospital: differences below about .02 cannot be told from nothing.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:
 #   that is the arm *as published*, which is not computed yet.
+# * What averaging alone does: `weak_to_strong` is scored with the running average of its weights (decay .99), the other methods with the weights of
+#   the last step. At the end of a falling rate the two should be near each other; that was not measured.
 # * 52 patients to pre-train on. With thousands, pre-training may do more.

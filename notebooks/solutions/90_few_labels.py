@@ -48,7 +48,7 @@ disc = (row - 32) ** 2 + (column - 20) ** 2 < 10**2
 pd.Series({shift: round(dice(disc, np.roll(disc, shift, axis=1)), 2) for shift in range(0, 24, 4)}, name="dice")
 
 # %% [markdown] tags=["solution"]
-# Nearly, at first: what leaves the disc on one side grows with the shift. It reaches 0 where the discs no longer touch, and
+# Nearly, then slower: what leaves the disc on one side grows with the shift. It reaches 0 where the discs no longer touch, and
 # stays there: Dice cannot tell "just missed" from "far away". HD95 can.
 
 # %% [markdown]

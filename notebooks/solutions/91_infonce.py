@@ -14,12 +14,12 @@ from clseg import teach
 
 # %% [markdown]
 # ## 1. Predict: a network that gives every image the same embedding
-# A batch has 32 slices, two views of each. The network gives every view (every *row* of the batch) the same embedding. What is the loss?
+# A batch has 20 slices, two views of each. The network gives every view (every *row* of the batch) the same embedding. What is the loss?
 # The temperature does not matter; why? Two decimals are enough.
 
 # %% tags=["solution"]
 # hint: all e^s are equal; how many of them are in the denominator of an anchor?
-answer_1 = log(2 * 32 - 1)
+answer_1 = log(2 * 20 - 1)
 
 # %% tags=["nbval-check-output"]
 teach.collapsed_loss(answer_1)

@@ -17,7 +17,7 @@ from clseg.pairs import Pairs
 # %% [markdown]
 # ## 1. Predict: the loss before training
 # A batch of `gd` has 5 volumes and 4 partitions, one slice of each, and two views. All rows have one and the same embedding.
-# What is the loss (`denominator="pair"`)? A first loss far above it is a mistake in the code.
+# What is the loss (`denominator="pair"`)? (A first loss far from it needs a reason: embeddings that differ at random lie above it, too.)
 
 # %% tags=["solution"]
 # hint: every term is log(1 + number of negatives of an anchor)
@@ -28,12 +28,12 @@ teach.first_loss_gd(answer_1)
 
 # %% [markdown]
 # ## 2. Predict: count pairs
-# A batch of `gd-` has 3 volumes and 4 partitions, and three rows of each slice: the slice itself and two augmented copies. How
+# A batch of `gd-` has 5 volumes and 3 partitions, and three rows of each slice: the slice itself and two augmented copies. How
 # many positives and how many negatives has an anchor? Write a pair of numbers, `(positives, negatives)`.
 
 # %% tags=["solution"]
 # hint: positives are the other rows of its own slice; negatives are all rows of other partitions
-answer_2 = (2, 3 * 3 * 3)
+answer_2 = (2, 5 * 2 * 3)
 
 # %% tags=["nbval-check-output"]
 teach.pairs_of_gd_minus(answer_2)
@@ -42,7 +42,7 @@ teach.pairs_of_gd_minus(answer_2)
 # ## 3. Implement: who is alike?
 # Write a function that takes the partition of every row, integers [B], and returns bool [B, B]: True where row j is a
 # positive of row i. The rule is that of `gd` without `view`: the same partition is alike. No row is its
-# own positive.
+# own positive: for a tensor of bool, `same.fill_diagonal_(False)` clears the diagonal.
 
 
 # %% tags=["solution"]

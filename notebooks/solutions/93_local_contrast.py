@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from clseg import teach
 
 # %% [markdown]
-# ## 1. Predict: the loss before training
+# ## 1. Predict: the loss of equal regions
 # Every region has 5 neighbours that are its negatives, in each of the two maps. All regions have one and the same embedding.
 # What is the local loss?
 
@@ -27,7 +27,7 @@ teach.first_local_loss(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: one term
-# `a` and `b` are the regions of two maps, [R, D]; `r` is a region and `near` the list of its neighbours. Write
+# `a` and `b` are the regions of two maps, [R, D]; `r` is a region and `near` the list of its neighbours (numbers). Write, as one number,
 # $t(a,b,r)=-\log\frac{e^{s(a_r,b_r)}}{e^{s(a_r,b_r)}+\sum_{m}\left[e^{s(a_r,a_m)}+e^{s(a_r,b_m)}\right]}$ with
 # $s(x,y)=\cos(x,y)/\tau$.
 
@@ -50,7 +50,7 @@ teach.local_term(local_term)
 # for every image and every view, so they know nothing of the image. Make the loss fall below 0.001 at temperature 0.1.
 
 # %% tags=["solution"]
-# hint: which directions are as far apart as possible, and how many dimensions do 17 of them need?
+# hint: which directions are at right angles, and how many dimensions give 17 of them?
 answer_3 = torch.eye(17)
 
 # %% tags=["nbval-check-output"]
@@ -67,7 +67,7 @@ teach.cheat(answer_3)
 # * (a) A decoder could make the local loss small on pictures of noise.
 # * (b) The two views of a slice may be cropped differently.
 # * (c) `ld` works best where the images of different patients are aligned.
-# * (d) The local stage changes the encoder, too.
+# * (d) The local stage changes the weights of the encoder, too.
 
 # %% tags=["solution"]
 # hint: what does the loss compare, and at which place?

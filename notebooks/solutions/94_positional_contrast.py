@@ -24,7 +24,8 @@ teach.count_positives(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: who is near?
-# Write a function that takes positions [B] and a threshold and returns bool [B, B]: True where row j is a positive of row i.
+# Write a function that takes positions [B] and a threshold and returns bool [B, B]: True where row j is a positive of row i. Two views of a
+# slice have the same position.
 
 
 # %% tags=["solution"]
@@ -38,7 +39,8 @@ def position_positives(position, threshold):
 teach.position_positives(position_positives)
 
 # %% [markdown]
-# Your function in action. Change the threshold: at which values does the number change at all?
+# Your function in action. Change the thresholds: between which values does the number change at all? (Try values between the multiples of 0.1.
+# Where |p - q| = t exactly, float32 may round the wrong way; `position_pairs` corrects that.)
 
 # %%
 place = (torch.arange(10) + 1) / 10
@@ -48,7 +50,8 @@ for threshold in (0.05, 0.15, 0.25, 0.35, 0.45):
 
 # %% [markdown]
 # ## 3. Predict: the share of positives
-# Two volumes have very many slices. Of all pairs of a slice of one and a slice of the other, which share is alike at t = 0.1?
+# Two volumes have very many slices. Of all pairs of a slice of one and a slice of the other, which share is alike at t = 0.1? Write a fraction
+# of 1, with two decimals.
 
 # %% tags=["solution"]
 # hint: draw the square of all pairs (p, q) and the band where they are near; what is outside are two triangles
@@ -62,7 +65,7 @@ teach.share_of_positives(answer_3)
 # Write the letters of the true statements, in one text, such as `"abc"`.
 #
 # * (a) "Near" sorts the slices of a volume into classes.
-# * (b) In stacks of ten slices the thresholds 0.32 and 0.38 are the same method.
+# * (b) If all stacks have ten slices, the thresholds 0.32 and 0.38 are the same method.
 # * (c) With a very large threshold the network learns most.
 # * (d) With `denominator="all"` a positive can be pushed away from its anchor.
 

@@ -16,10 +16,10 @@ from clseg import teach
 # ## 1. Predict: the least loss
 # A batch has 12 slices, four of each of three pseudo-classes, and two views. The network has learned all there is: rows of
 # a pseudo-class have one and the same embedding, and the other classes are so far away that their part of the denominator is
-# nothing. What is the loss (`denominator="all"`)? It is not 0.
+# nothing. What is the loss (`denominator="all"`)? It is not 0. Give a number with two decimals, or a formula.
 
 # %% tags=["solution"]
-# hint: how many rows of its own class are in the denominator of an anchor?
+# hint: the logarithm of the number of rows of its own class in the denominator of an anchor
 answer_1 = log(4 * 2 - 1)
 
 # %% tags=["nbval-check-output"]
@@ -27,7 +27,7 @@ teach.least_loss(answer_1)
 
 # %% [markdown]
 # ## 2. Implement: purity
-# `cluster` and `labels` are arrays of n numbers. Purity is the share of slices whose label is the most frequent one of their
+# `cluster` and `labels` are arrays of n integers from 0; some numbers may have no slice. Purity is the share of slices whose label is the most frequent one of their
 # cluster.
 
 
@@ -69,7 +69,7 @@ teach.extreme_clusters(answer_3)
 # * (a) An auto-encoder may describe whose chest it sees better than which part of the heart.
 # * (b) A purity of 0.8 proves that the clusters found the labels.
 # * (c) The method with k = 10 has a lower loss than that with k = 4, so k = 10 is better.
-# * (d) On the phantom most slices of a patient fall into one cluster, so they are positives.
+# * (d) On the phantom, with k = 10, most slices of a patient fall into one cluster, so they are positives.
 
 # %% tags=["solution"]
 # hint: compare with shuffled clusters, and with the least loss of exercise 1

@@ -13,7 +13,8 @@ from clseg import teach
 
 # %% [markdown]
 # ## 1. Predict: how long does a teacher remember?
-# A mean teacher has decay 0.99. Which part of its first weights is left in it after 100 steps?
+# A mean teacher has decay 0.99. By the formula of the lesson, which part of its first weights is left in it after 100 steps? Give a number
+# from 0 to 1, with two decimals.
 
 # %% tags=["solution"]
 # hint: each step multiplies what is left by the decay
@@ -43,8 +44,8 @@ teach.believe(believe)
 
 # %%
 logits = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
-for confidence in (0.25, 0.5, 0.75, 0.95):
-    print(f"confidence {confidence}: {believe(logits, confidence)[1].float().mean():.0%} of the pixels are sure")
+for confidence in (0.25, 0.5, 0.75, 0.95, 0.97):
+    print(f"confidence {confidence}: {believe(logits, confidence)[1].sum():4} of {64 * 64} pixels are sure")
 
 # %% [markdown]
 # ## 3. Implement: the consistency loss
@@ -66,10 +67,10 @@ teach.consistency(consistency)
 # ## 4. Explain: true or false?
 # Write the letters of the true statements, in one text, such as `"abc"`.
 #
-# * (a) The strong view of a slice must not be cropped in another way than the weak one.
+# * (a) The strong view of a slice must not be cropped in another way than the weak one while the pseudo-label stays as it is.
 # * (b) The gradient of the consistency loss trains the teacher.
 # * (c) Pseudo-labels of high confidence are right, so they can correct the network.
-# * (d) At confidence 1 the recipe is nearly supervised fine-tuning.
+# * (d) At confidence 1 the recipe is nearly supervised fine-tuning (with averaged weights).
 
 # %% tags=["solution"]
 # hint: for each, ask where a label comes from and what it is compared with
