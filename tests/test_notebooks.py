@@ -385,6 +385,13 @@ def test_a_lesson_is_made_to_the_pattern(stem):
     assert 4 <= summary.count("\n* ") <= 6
     code = build.script_of(stem).read_text(encoding="utf-8")
     assert '# %% tags=["slider"]' in code
+    stated = re.search(r"\*\*About (\d+) minutes\*\*(?: (\(\d+) with)?", " ".join(text.split()))
+    minutes = f"{stated[1]} {stated[2]})" if stated[2] else stated[1]
+    for page in ("TEACHING.md", "notebooks/00_start_here.ipynb"):
+        (row,) = (
+            line for line in prose(PROJECT / page).splitlines() if line.startswith("|") and f"{stem}.ipynb" in line
+        )
+        assert minutes in map(str.strip, row.split("|")), f"{page} has other minutes"
 
 
 @pytest.mark.parametrize("stem", LESSONS)

@@ -4,19 +4,20 @@
 # is alike? This notebook is the map of the course, and shows what pre-training gains on a small example.**
 #
 # ## Three ways through
-# **You study or teach** (six to seven hours; nothing to download, a laptop is enough; each lesson runs on its own):
+# **You study or teach** (seven hours, eight with what is marked *optional*, and three for the exercises; nothing to download, a laptop is enough; each
+# lesson runs on its own):
 #
 # | lesson | question | minutes | exercises |
 # |---|---|---|---|
 # | [02_few_labels](02_few_labels.ipynb) | What can be learned from few labels, and how is it measured? | 45 | [90](90_few_labels.ipynb) |
 # | [04_infonce](04_infonce.ipynb) | What does "alike" mean to a network? | 40 | [91](91_infonce.ipynb) |
-# | [10_global_contrast](10_global_contrast.ipynb) | Which slices are alike? | 60 | [92](92_global_contrast.ipynb) |
-# | [11_local_contrast](11_local_contrast.ipynb) | Which regions are alike? | 40 | [93](93_local_contrast.ipynb) |
-# | [12_positional_contrast](12_positional_contrast.ipynb) | How near is alike? | 40 | [94](94_positional_contrast.ipynb) |
-# | [13_cluster_contrast](13_cluster_contrast.ipynb) | What if an auto-encoder decides? | 40 | [95](95_cluster_contrast.ipynb) |
-# | [14_semi_supervised](14_semi_supervised.ipynb) | Can unlabelled images help *during* fine-tuning? | 30 | [96](96_semi_supervised.ipynb) |
+# | [10_global_contrast](10_global_contrast.ipynb) | Which slices are alike? | 45 (65) | [92](92_global_contrast.ipynb) |
+# | [11_local_contrast](11_local_contrast.ipynb) | Which regions are alike? | 40 (55) | [93](93_local_contrast.ipynb) |
+# | [12_positional_contrast](12_positional_contrast.ipynb) | How near is alike? | 40 (60) | [94](94_positional_contrast.ipynb) |
+# | [13_cluster_contrast](13_cluster_contrast.ipynb) | What if an auto-encoder decides? | 40 (50) | [95](95_cluster_contrast.ipynb) |
+# | [14_semi_supervised](14_semi_supervised.ipynb) | Can unlabelled images help *during* fine-tuning? | 40 | [96](96_semi_supervised.ipynb) |
 # | [15_end_to_end](15_end_to_end.ipynb) | Your own question, from pre-training to one paragraph | 60 | in it |
-# | [16_your_method](16_your_method.ipynb) | Your own answer to "who is alike?" | 40 | in it |
+# | [16_your_method](16_your_method.ipynb) | Your own answer to "who is alike?" | 50 | in it |
 #
 # Teachers find order, hints and projects in [TEACHING.md](../TEACHING.md), and all terms in [GLOSSARY.md](../GLOSSARY.md).
 #

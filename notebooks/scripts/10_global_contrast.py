@@ -6,8 +6,8 @@
 # **Goals.** After this lesson you can (1) say what three answers, named `gr`, `gd-` and `gd`, call alike, and what each gets wrong, (2) compute the loss of a
 # batch and its first value, (3) test whether an encoder has learned anatomy or has remembered its patients.
 #
-# **You need** [04_infonce](04_infonce.ipynb) for the loss, and [02_few_labels](02_few_labels.ipynb) for encoder and Dice. **About 60
-# minutes**, one of them computing. Nothing is downloaded. The code of long cells can be skipped. The idea is that of Fig. 1 (i) of Chaitanya et al. (2020).
+# **You need** [04_infonce](04_infonce.ipynb) for the loss, and [02_few_labels](02_few_labels.ipynb) for encoder and Dice. **About 45
+# minutes** (65 with what is marked *optional*), one of them computing. Nothing is downloaded. The code of long cells can be skipped. The idea is that of Fig. 1 (i) of Chaitanya et al. (2020).
 
 # %%
 from math import log
@@ -305,7 +305,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
 # the first to be *wrong*: a neighbouring partition of another volume, nearly the same anatomy. So temperature and
 # partitions belong together: a low temperature punishes wrong borders more.
 #
-# ## Where it leads
+# ## Optional: where it leads
 # Let the eight points follow their arrows: gradient descent on the embeddings themselves, without a network in between.
 
 # %%
@@ -399,7 +399,7 @@ for name, (setting, of_rows) in asked.items():
 # size about as much as two parts of one heart: the phantom has normal hearts, wide ones, and ones with thick walls, as clinics have.
 # "Alike" has more than one meaning, and partitions know one of them.
 #
-# ## How many partitions?
+# ## Optional: how many partitions?
 # A batch of 12 slices holds 12 / S volumes. More partitions make the positives more alike, and fewer, and put more borders
 # into a volume. `left_out`: the share of slices that belong to no partition; `overlap_...`: mean overlap of the masks; `similar_negatives`: the
 # share of negatives that are more alike than the median positive of this S.
@@ -494,8 +494,8 @@ for who, subjects in {"training": training, "new": held_out}.items():
 
 # %% [markdown]
 # Compare the two. The first loss of all is 3.5, above log 19 = 2.94, and near it after a few steps. On the subjects it was trained on, the blocks on
-# the diagonal stand out: the same and another partition differ by 0.49. On new subjects they differ by 0.06. That is small, but all eight new
-# subjects have it (0.02 to 0.12; one seed): a little of the order along the volume was learned, and most of what the loss shows is memory.
+# the diagonal stand out: the same and another partition differ by nearly 0.5. On new subjects they differ by 0.06. That is small, but all eight new
+# subjects had it (0.02 to 0.12; one seed): a little of the order along the volume was learned, and most of what the loss shows is memory.
 # The column *nearest in same* is too noisy to tell, with 32 slices. A falling loss does not say which of the two happened; a look at subjects that
 # were in no batch is cheap, and does.
 #

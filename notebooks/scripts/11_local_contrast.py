@@ -7,7 +7,7 @@
 # value for equal regions, (3) design an experiment that asks *why* a loss falls.
 #
 # **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs of slices.
-# **About 50 minutes**, one of them computing. Nothing is downloaded. The code of cells after *Three trainings tell* can be skipped: read what
+# **About 40 minutes** (55 with what is marked *optional*), one of them computing. Nothing is downloaded. The code of cells after *Three trainings tell* can be skipped: read what
 # they print. The idea is that of Fig. 1 (ii) of Chaitanya et al. (2020).
 
 # %%
@@ -262,7 +262,7 @@ for tau in (0.05, 0.1, 0.5, 1.0):
 # Notice that at 0.1 right angles are enough: 128 dimensions of a head have room for 17 directions at right angles. Nothing in the loss asks
 # for more, and *in $L^R$ nothing compares a region with the same place of another image*. We come back to this.
 #
-# ## L^D: the same region of other patients
+# ## Optional: L^D: the same region of other patients
 # $L^D$ draws one slice per partition of three volumes and calls the same region of two slices of a partition alike. So
 # 24 ordered pairs of images join the 2 x 12 pairs of views: half of the loss. (The released code leaves out the way back from view 2, so that
 # they are 24 of 36, and takes 4 negatives.)
@@ -379,7 +379,7 @@ plt.show()
 # nothing to find, is as good a training set for this loss as images are. A curve of the local loss that falls is therefore no evidence that
 # the decoder learned anything about the heart.
 #
-# ## What do the regions know?
+# ## Optional: what do the regions know?
 # On subjects that no training saw. A region of view 1 looks for its nearest neighbour:
 #
 # * `loss, same` and `loss, shuffled`: the loss on real pairs of views, and on pairs that share nothing but the place;

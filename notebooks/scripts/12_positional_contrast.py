@@ -6,8 +6,8 @@
 # **Goals.** After this lesson you can (1) say which slices are alike at a threshold, and how many, (2) say why positives can be
 # pushed apart, (3) name the methods that are special cases of this one.
 #
-# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for partitions. **About 60
-# minutes**, one of them computing. Nothing is downloaded. The code of long cells can be skipped. The idea is that of the method figure of Zeng et al. (MICCAI 2021).
+# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for partitions. **About 40
+# minutes** (60 with what is marked *optional*), one of them computing. Nothing is downloaded. The code of long cells can be skipped. The idea is that of the method figure of Zeng et al. (MICCAI 2021).
 
 # %%
 from math import ceil, inf, log
@@ -242,7 +242,7 @@ for t in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8):
 # The larger t, the less the loss *can* fall. This says nothing about how useful the embedding is; and loss curves of different t must not be
 # compared. Which t segments best is for runs to say: [35_pcl_threshold](35_pcl_threshold.ipynb).
 #
-# ## What is hidden in it
+# ## Optional: what is hidden in it
 # Three methods are this one: two are special thresholds, the third replaces p by partition / S. Not nearly: pair by pair.
 
 # %% tags=["nbval-check-output"]
@@ -294,7 +294,7 @@ print(f"t = 0.001: {extra / len(place):.1f} positives per anchor besides its oth
 # mind the last line: in a *real* batch a tiny t is not quite SimCLR. Patients with equally many slices share
 # positions, and all share p = 1; such slices stay alike.
 #
-# ## The border: |p - q| = t
+# ## Optional: the border: |p - q| = t
 # The rule is "less than": a pair at distance t is a negative. Is it, for a computer?
 
 # %% tags=["nbval-check-output"]

@@ -9,8 +9,8 @@
 # **Goals.** After this lesson you can (1) say how pseudo-classes are made, (2) find out what they hold, with purity, (3) say
 # which methods you get with one cluster and with as many clusters as slices.
 #
-# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs. **About 50
-# minutes**, one of them computing. Nothing is downloaded.
+# **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs. **About 40
+# minutes** (50 with what is marked *optional*), one of them computing. Nothing is downloaded.
 
 # %%
 import matplotlib.pyplot as plt
@@ -189,7 +189,7 @@ for name, alike in tiny.items():
 # `view` asks for less, so its loss is smaller: never compare the two. If all positives coincide and the negatives are far, each positive has
 # the share $1/|P_i|$ of the denominator. So the least loss of `cluster` is the mean of $\log|P_i|$, here 1.2; that of `view` is 0.
 #
-# ## What the loss sees and what it does
+# ## Optional: what the loss sees and what it does
 
 # %%
 plots.similarity_matrix(embedding @ embedding.T, "cosine of every two of the twelve rows", groups=groups)
@@ -245,7 +245,7 @@ plt.show()
 # The green line takes the mean of each subject off its features before they are clustered. What is left is mostly where in the body the
 # slice is and how large the heart: for a small k, pseudo-classes across patients. (This is not in the paper, nor in the package.)
 #
-# ## What the linkage changes
+# ## Optional: what the linkage changes
 
 # %%
 report = []

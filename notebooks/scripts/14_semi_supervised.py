@@ -23,7 +23,7 @@ from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.loop import step_generator
 from clseg.recipes.weak_to_strong import consistency_loss, pseudo_labels
-from clseg.settings import Geometry, MeanTeacherRecipe, NetworkConfig, SupervisedRecipe, WeakToStrongRecipe
+from clseg.settings import Geometry, NetworkConfig, SupervisedRecipe, WeakToStrongRecipe
 from clseg.train import finetune, scores
 
 plt.rcParams.update(plots.STYLE)
@@ -171,46 +171,58 @@ _ = interact(believed, confidence=FloatSlider(value=0.9, min=0.3, max=0.99, step
 # is mostly at borders, and mostly heart that it calls background. The thin myocardium (green) gets hardly a pseudo-label.
 #
 # ## Does it help?
-# Three recipes from the same first weights, the same two labelled subjects and as many steps: `supervised`; `mean teacher` (the student predicts what the
-# teacher predicts, on noisy images); `weak to strong`. They are tested on 12 new subjects.
+# Three recipes from the same first weights, the same two labelled subjects and as many steps: `supervised`; `supervised, averaged`, whose segmenter is the
+# running average of its weights; and `weak to strong`, whose segmenter is such an average, too. So the last two differ in one thing: the
+# unlabelled scans. They are tested on 12 new subjects. (A *mean teacher* in the first sense has neither pseudo-labels nor a confidence: its
+# loss is the mean squared difference of the two networks' probabilities, over all pixels. It is the recipe `mean_teacher`.)
 
 # %%
+# as the study trains on ACDC: a falling rate, and a teacher that normalises by its batch
+training = {"loss": "dice+cross_entropy", "learning_rate": 2e-3, "schedule": "cosine"}
 recipes = {
-    "supervised": SupervisedRecipe(),
-    "mean teacher": MeanTeacherRecipe(),
-    "weak to strong": WeakToStrongRecipe(confidence=0.9),
+    "supervised": SupervisedRecipe(**training),
+    "supervised, averaged": SupervisedRecipe(**training, average=0.99),
+    "weak to strong": WeakToStrongRecipe(**training, confidence=0.9, statistics="batch"),
 }
 tables = {}
 
 
 def measured(name, seed=0):
     """Mean Dice of every test subject."""
-    result = finetune(store, labelled, recipes[name], 150, network=config, seed=seed, unlabelled=unlabelled)
+    result = finetune(store, labelled, recipes[name], 300, network=config, seed=seed, unlabelled=unlabelled)
     return pd.DataFrame(scores(result.network, store, tested)).groupby("subject")["dice"].mean()
 
 
 tables["supervised"] = measured("supervised")
-tables["mean teacher"] = measured("mean teacher")
+
+# %%
+tables["supervised, averaged"] = measured("supervised, averaged")
 
 # %%
 tables["weak to strong"] = measured("weak to strong")
+
+# %%
 dice = pd.DataFrame(tables)
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(8, 4))
 for _, values in dice.iterrows():
-    axis.plot(range(3), values, "-", color=plots.GREY, alpha=0.4)
+    axis.plot(range(3), values, "-", color=plots.GREY, alpha=0.7)
 axis.plot(range(3), dice.mean(), "D", color=plots.RED, markersize=9, label="mean")
-axis.set(xticks=range(3), ylabel="Dice of a test subject", title="a line is a test subject")
+axis.set(
+    xticks=range(3), ylabel="Dice of a test subject", title="unlabelled scans lift most test subjects (a line each)"
+)
 axis.set_xticklabels(list(dice))
 axis.legend()
 plt.show()
+print(dice.mean().round(2).to_string())
 
 # %% tags=["nbval-check-output"]
-for name, values in dice.items():
-    print(f"{name}: mean Dice of {len(dice)} test subjects {values.mean():.1f}")
+gain = dice["weak to strong"].mean() - dice["supervised, averaged"].mean()
+print(f"{len(dice)} test subjects; weak to strong is ahead: {gain > 0}")
 
 # %% [markdown]
-# One draw and one seed: enough to see *how* it is done, not to say which is best (lesson [02](02_few_labels.ipynb) says why). The comparison with intervals,
-# and the question whether pre-training still helps when fine-tuning uses the unlabelled scans itself, are for studies.
+# One draw and one seed: enough to see *how* it is done, not to say how much it gives (lesson [02](02_few_labels.ipynb) says why). With another seed the
+# gain over `supervised` was 0.02 in place of 0.09. On real patients it is larger so far: [42_which_method](42_which_method.ipynb) has the numbers with
+# their intervals, and asks whether pre-training still helps then.
 #
 # ## What to notice
 # * Pre-training comes before the first mask, pseudo-labels act while masks are learned. They can be combined.

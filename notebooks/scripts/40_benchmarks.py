@@ -19,7 +19,18 @@ from scipy.stats import wilcoxon
 
 from clseg import paths, plots
 
-names = ["kernel", "augmentation", "iteration", "preparing", "grid_cost", "scanning", "memory", "study"]
+names = [
+    "kernel",
+    "augmentation",
+    "iteration",
+    "preparing",
+    "grid_cost",
+    "scanning",
+    "memory",
+    "low_precision",
+    "study",
+    "speedrun",
+]
 places = [root / "paper_figures" / "benchmarks" for root in (paths.out_root(), paths.PROJECT)]
 folder = next((place for place in places if place.is_dir()), places[-1])
 about = {file.stem: json.loads(file.read_bytes()) for file in sorted(folder.glob("*.json"))}

@@ -24,6 +24,7 @@ from clseg.data import formats
 from clseg.data.prepare import prepare
 from clseg.data.splits import make_split
 from clseg.metrics import volume_dice
+from clseg.study.bf16 import arithmetic
 from clseg.study.parameters import resolve
 
 TITLE = "minutes from files to a validation Dice, ACDC's development patients, two cores"
@@ -59,7 +60,10 @@ def ours(experiment, split, seed: int, steps: int, every: int, target: float) ->
         "validation": split.test,
         "validate_every": every,
     }
-    with mock.patch.object(train, "validation_dice", _watched(train.validation_dice, target)):
+    with (
+        arithmetic(experiment.precision),
+        mock.patch.object(train, "validation_dice", _watched(train.validation_dice, target)),
+    ):
         try:
             train.finetune(store, split.labelled, experiment.recipe, steps, **about)
         except _Reached:
