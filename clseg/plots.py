@@ -216,7 +216,7 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
         groups = [[m for m in look_of if m in ("random", own)] for own in look_of if own != "random"]
     counts = sorted(curves["labelled"].unique())
     gap = min(np.diff(np.log2(counts)), default=1.0)  # in doublings, as is the step: bars of neighbours never meet
-    step = min(0.3 if several else 0.12, 0.75 * gap / max(1, len(groups[0])))
+    step = min(0.3 if several else 0.12, 0.6 * gap / max(1, len(groups[0])))
     figure, panels = _panels(len(groups), 4, *(2.0, 1.6) if several else (6.6, 3.6), sharey=True)
     for panel, members in zip(panels, groups, strict=True):
         for number, method in enumerate(members):
@@ -251,7 +251,32 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
-    figure.suptitle(f"{', '.join(place.iloc[0])}\n{_over(summary)}")
+    figure.suptitle("study {} on {}, profile {}\n".format(*place.iloc[0]) + _over(summary))
+    return figure
+
+
+@styled
+def budget_curve(table: pd.DataFrame) -> Figure:
+    """Dice against fine-tuning steps, a panel for each number of labelled subjects, to see where more gain nothing.
+
+    `table`: tidy rows with a column `steps`. Lines are means, small points the draws; no intervals, for the question is
+    how the mean grows.
+    """
+    draws = table.groupby(["labelled", "method", "steps", "draw"])["dice"].mean().reset_index()
+    counts, look_of = sorted(draws["labelled"].unique()), looks(draws["method"])
+    figure, panels = _panels(len(counts), 2, 4.0, 2.6)
+    for panel, count in zip(panels, counts, strict=True):
+        for method, own in draws[draws["labelled"] == count].groupby("method"):
+            colour, marker, line = look_of[method]
+            mean = own.groupby("steps")["dice"].mean()
+            panel.plot(mean.index, mean, color=colour, marker=marker, linestyle=line, label=method)
+            panel.scatter(own["steps"], own["dice"], s=7, alpha=0.55, color=colour, linewidths=0)
+        panel.set_xscale("log", base=2)
+        steps = sorted(draws["steps"].unique())
+        panel.set_xticks(steps, [str(step) for step in steps], rotation=90)
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set(xlabel="fine-tuning steps", ylabel="Dice", title=f"{count} labelled")
+    _legend(figure, panels, loc="outside right upper")
     return figure
 
 

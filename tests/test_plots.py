@@ -85,6 +85,22 @@ def test_label_curve_shows_every_mean_interval_and_draw():
         np.testing.assert_allclose(np.sort(draw[:, 1]), np.sort(expected[expected["method"] == method]["dice"]))
 
 
+def test_budget_curve_shows_means_and_draws_of_each_number_of_labels():
+    table = pd.concat(
+        tidy({"random": 0.0, "weak_to_strong": 0.1}, counts=(1, 8), benchmark=0).assign(steps=steps)
+        for steps in (250, 500)
+    )
+    figure = drawn(plots.budget_curve(table))
+    assert [panel.get_title() for panel in figure.axes] == ["1 labelled", "8 labelled"]
+    assert legend(figure) == ["random", "weak_to_strong"]
+    for panel, count in zip(figure.axes, (1, 8), strict=True):
+        for line, method in zip(panel.lines, ("random", "weak_to_strong"), strict=True):
+            own = table[(table["labelled"] == count) & (table["method"] == method)]
+            wanted = own.groupby("steps")["dice"].mean()
+            np.testing.assert_allclose(line.get_xydata(), np.column_stack([wanted.index, wanted]))
+        assert [len(draws) for draws in points(panel, 7)] == [6, 6]  # two budgets, three draws
+
+
 def test_label_curve_names_axes_counts_and_n():
     figure = plots.label_curve(stats.summary(tidy()))
     (axes,) = figure.axes
@@ -93,10 +109,10 @@ def test_label_curve_names_axes_counts_and_n():
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
-    assert figure.get_suptitle() == "s, d, laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
+    assert figure.get_suptitle() == "study s on d, profile laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
     assert "one draw" not in legend(figure)
     smoke = plots.label_curve(stats.summary(tidy().assign(profile="smoke")))
-    assert smoke.get_suptitle() == "s, d, smoke\nno intervals: 6 subjects, 1 to 3 draws, 2 seeds"
+    assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 2 seeds"
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (4, 5, 6, 7), (3,)])

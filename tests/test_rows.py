@@ -1,10 +1,12 @@
 """Rows that outlive a machine: what is missing is computed, what is there is not, and tables follow from rows alone."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from clseg import paths
-from clseg.study import archive, grid, rows
+from clseg.study import archive, grid, results, rows
 from clseg.study.files import known_names, read_profile, read_study
 from clseg.study.parameters import override_study
 from clseg.study.results import committed_figures, read_results, write_results
@@ -77,6 +79,19 @@ def test_what_is_said_before_is_of_what_is_missing(committed, command, tmp_path)
     assert all("seed1" in line for line in todo)
 
 
+def test_seeds_are_counted_when_they_are_complete():
+    whole = plan("study.seeds=[0,1,2]")
+    named = {(run.parameters.seed, run.method): run.name for run in whole.finetune}
+
+    def seeds(*cells):
+        return results._seeds(whole, replace(rows.NONE, runs=pd.DataFrame({"run": [named[cell] for cell in cells]})))
+
+    complete = (0, "random"), (0, "gd")
+    assert seeds(*complete, (1, "random")) == {"counted": [0], "waiting": [1]}
+    assert seeds(*complete, (1, "random"), (1, "gd")) == {"counted": [0, 1], "waiting": []}
+    assert seeds((0, "random"), (1, "random")) == {"counted": [0, 1], "waiting": []}, "none is complete: all are shown"
+
+
 def test_other_code_has_no_rows(committed, monkeypatch):
     monkeypatch.setattr("clseg.study.runs.code_digest", lambda modules: "another")
     assert len(rows.missing(plan(), rows.read("smoke", "phantom"))) == 2
@@ -123,15 +138,15 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     write_results(whole, found, tmp_path, command)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (there / path.name).read_bytes(), path.name
-    results = read_results(name, dataset, profile)
-    assert (results.pretraining.groupby("stage")["run"].nunique() == 1).all(), "a panel is of one pre-training"
-    assert len(results.missing) == len(rows.missing(whole, found))
-    assert bool(results.missing) == (command in results.gaps)
-    told = results.findings
-    for row in results.contrasts.itertuples():
+    shown = read_results(name, dataset, profile)
+    assert (shown.pretraining.groupby("stage")["run"].nunique() == 1).all(), "a panel is of one pre-training"
+    assert len(shown.missing) == len(rows.missing(whole, found))
+    assert bool(shown.missing) == (command in shown.gaps)
+    told = shown.findings
+    for row in shown.contrasts.itertuples():
         assert f"{row.method} minus {row.baseline}: " in told
         assert f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f}) with {row.labelled}" in told
-    assert profile != "smoke" or (results.contrasts.empty and "no intervals, tests or conclusions" in told)
+    assert profile != "smoke" or (shown.contrasts.empty and "no intervals, tests or conclusions" in told)
 
 
 def test_the_committed_rows_are_whole():

@@ -32,13 +32,16 @@ SCORED = {
 def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     """Tables, statistics and provenance of the rows of a grid, into a folder of results.
 
-    They follow from the rows and the study alone: the same rows give the same bytes.
+    They follow from the rows and the study alone: the same rows give the same bytes. Where a grid is computed seed by
+    seed, statistics are of the seeds that are complete, so that all methods have the same ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = found.table(grid.study.name, grid.place, grid.profile)
     archive.write_table(folder / "table.csv", table)
-    archive.write_table(folder / "summary.csv", stats.summary(table))
-    tested = stats.contrasts(table, grid.study.contrasts, _declared(grid))
+    seeds = _seeds(grid, found)
+    counted = table[table["seed"].isin(seeds["counted"])]
+    archive.write_table(folder / "summary.csv", stats.summary(counted))
+    tested = stats.contrasts(counted, grid.study.contrasts, _declared(grid))
     for column in ("p", "p_holm", "p_margin_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
@@ -48,6 +51,7 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     about = {
         "command": command,
         "runs": {"expected": len(grid.all), "done": len(found.runs)},
+        "seeds": seeds,
         "made": {name: sorted(set(found.runs[name])) for name in ("commit", "device", "precision", "torch")},
         "training_seconds": round(float(found.runs["seconds"].sum()), 1),
         "seconds_of_a_run": _seconds(found),
@@ -56,6 +60,16 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "subjects": _subjects(grid, table),
     }
     archive.write_json(folder / "provenance.json", about)
+
+
+def _seeds(grid: Grid, found: Rows) -> dict[str, list[int]]:
+    """Of the seeds that have rows, those that are counted, as every fine-tuning has rows, and those that wait for it;
+    all are counted where no seed is complete."""
+    there = set(found.runs["run"])
+    lacking = {run.parameters.seed for run in grid.finetune if run.name not in there}
+    begun = {run.parameters.seed for run in grid.finetune if run.name in there}
+    counted = begun - lacking or begun
+    return {"counted": sorted(counted), "waiting": sorted(begun - counted)}
 
 
 def _stages(found: Rows) -> dict[str, str]:
@@ -103,7 +117,8 @@ def _subjects(grid: Grid, table: pd.DataFrame) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Results:
-    """What a study left on one data set, for its figure notebook. `missing`: cells of the grid without a run."""
+    """What a study left on one data set, for its figure notebook. `table`: rows of the seeds that are counted;
+    `missing`: cells of the grid without a run, seed by seed."""
 
     folder: Path
     table: pd.DataFrame
@@ -125,10 +140,12 @@ class Results:
         time = f"{about['training_seconds'] / 60:.0f} minutes of training on {', '.join(about['made']['device'])}"
         kinds = sorted({setting["finetune"]["checkpoint"] for setting in about["settings"].values()})
         scored = " or ".join(SCORED[kind] for kind in kinds)
+        counted, waiting = (", ".join(map(str, about["seeds"][kind])) for kind in ("counted", "waiting"))
         lines = [
             made_by,
-            f"{about['runs']['done']} runs, {time}",
+            f"{about['runs']['done']} runs (pre-trainings and fine-tunings), {time}",
             f"scores of {scored}",
+            f"seeds: {counted}" + (f"; rows of seed {waiting} wait until it is complete" if waiting else ""),
             textwrap.fill(about["dataset"]["description"], 100),
         ]
         return "\n".join(lines)
@@ -137,6 +154,7 @@ class Results:
     def gaps(self) -> str:
         """The cells of the grid that have no run, and the command that makes them."""
         lines = [f"{len(self.missing)} cells are missing", *(f"  {cell}" for cell in self.missing[:10])]
+        lines += ["  ..."] * (len(self.missing) > 10)
         return "\n".join(lines + [f"make them with: {self.provenance['command']}"] * bool(self.missing))
 
     @property
@@ -214,10 +232,12 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
     limited = cells["labelled"].isin(about.labelled) & ~cells["method"].str.partition(" ")[0].isin(ceilings)
     there = {*cells.assign(labelled=cells["labelled"].where(limited, "all")).itertuples(index=False, name=None)}
     missing = []
-    for run in expand(about, dataset, profile).finetune:
+    for run in sorted(expand(about, dataset, profile).finetune, key=lambda run: run.parameters.seed):
         if (cell := (run.method, run.labelled, run.key["draw"], run.parameters.seed)) not in there:
             missing.append(f"{cell[0]}, {cell[1]} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
+    provenance.setdefault("seeds", {"counted": sorted(set(table["seed"])), "waiting": []})  # of an earlier version
+    table = table[table["seed"].isin(provenance["seeds"]["counted"])]
     return Results(folder, table, summary, contrasts, provenance, pretraining, missing)
 
 

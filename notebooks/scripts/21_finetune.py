@@ -3,7 +3,7 @@
 # **From pre-trained weights and a handful of masks to a segmenter and its scores.** `clseg run` executes this notebook
 # once for every fine-tuning of a study. If the pre-training it starts from is not there, it is done first.
 #
-# You will see: which subjects are labelled, the loss and the validation Dice, the scores of every test subject, and a test
+# You will see: which subjects are labelled, the loss and the validation Dice, mean scores of every structure, and a test
 # subject's masks. Seconds under `smoke`, minutes under `laptop` on a CPU.
 #
 # Test subjects are scored once, after training: by the network of the last step, which needs no validation subject, or,
@@ -92,10 +92,12 @@ volume = labelled_volumes(store, split.test)[0]
 probability = probabilities(runs.trained_network(run, store), store, volume)
 rows = store.volume_rows(volume)
 name = store.volumes["subject"][volume]
-plots.volume_grid(store.images[rows], store.labels[rows], title=f"{name}: reference")
+plots.volume_grid(store.images[rows], store.labels[rows], title=f"{name}: reference", class_names=store.class_names)
 
 # %%
-plots.volume_grid(store.images[rows], probability.argmax(dim=1), title=f"{name}: prediction")
+plots.volume_grid(
+    store.images[rows], probability.argmax(dim=1), title=f"{name}: prediction", class_names=store.class_names
+)
 
 # %% tags=["nbval-check-output"]
 print(f"{metrics['subject'].nunique()} test subjects, mean Dice {metrics['dice'].mean():.2f}")

@@ -6,8 +6,8 @@
 #
 # You will see: Dice of random weights, rotation, PIRL, SimCLR, equal partitions and positions with intervals over all
 # folds, paired tests, published numbers where they are verified. Seconds on a CPU. *Deviation*: the released code
-# picks the best epoch on the fold it reports; here the checkpoint is chosen on validation subjects and every fold is
-# scored once. Their pre-training sees the images of the test fold: where the protocol does so, the method says
+# picks the best epoch on the fold it reports; here every fold is scored once, by the last step (`smoke`, `laptop`) or by
+# the best step on validation subjects (`paper`). Their pre-training sees the images of the test fold: where the protocol does so, the method says
 # "transductive". What is committed here was computed with the `smoke` profile, seconds per run: it proves that every
 # row runs on one footing, its numbers mean little. For numbers, run the command with `--profile laptop` or `paper`.
 

@@ -3,7 +3,7 @@
 # **The threshold of positional contrast (Zeng et al., MICCAI 2021): Dice, and the share of pairs that count as alike, against
 # t.** This notebook trains nothing; it reads the table of the study `pcl_threshold`.
 #
-# You will see: both curves with intervals, the table, and the cost of a threshold that calls nearly everything alike. Seconds
+# You will see: both curves with intervals (none under `smoke`), the table, and the cost of a threshold that calls nearly everything alike. Seconds
 # on a CPU. The authors' own values are 0.35 for ACDC and 0.1 for CHD; their ablation figure was not at hand. What is
 # committed here was computed with the `smoke` profile: it proves that every row runs, its numbers mean little.
 

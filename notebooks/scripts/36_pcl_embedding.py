@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Where do slices lie?
-# **Embeddings of the same slices after four pre-trainings (Zeng et al., MICCAI 2021, figure): does position order them, or does the
-# patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
+# **Embeddings of the same slices by random weights and after three pre-trainings (Zeng et al., MICCAI 2021, figure): does position order
+# them, or does the patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
 # takes seconds under `smoke`.
 #
 # You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
@@ -71,7 +71,8 @@ print(f"a random slice of another subject is off by {by_chance:.2f}")
 
 # %% [markdown]
 # "position off by" is the mean distance in position (0 to 1) to the nearest slice of another subject: small where position
-# orders the slices. The other column says how much the subject itself decides.
+# orders the slices. The other column says how much the subject itself decides. Compare with the random weights: what `smoke` trains, 20 steps, is
+# too little to say anything.
 #
 # ## What this does not show
 # * That an embedding that is ordered by position segments better: these are features, not Dice. `33_pcl_semi` has the Dice.

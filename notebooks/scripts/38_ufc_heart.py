@@ -10,8 +10,8 @@
 # computed with the `smoke` profile, seconds per run: it proves that every row runs on one footing, its numbers mean
 # little. For numbers, run the command with `--profile laptop` or `paper`.
 #
-# One thing to know before reading the numbers: on the phantom the pseudo-classes turn out to be the patients
-# (`39_ufc_clusters` measures it), so `ufc` says "slices of one patient are alike".
+# One thing to know before reading the numbers: on slices of the phantom a pseudo-class is mostly a group of patients
+# (`39_ufc_clusters` and lesson 13 measure it, in 2-D), so there `ufc` nearly says "slices of one patient are alike".
 
 # %%
 from clseg import plots
@@ -82,4 +82,5 @@ print(results.findings)
 # ## What this does not show
 # * The paper's result: its network, clustering and loss are our reading, and the whole-heart CT is not here.
 # * Full volumes: blocks of slices at low resolution are what a CPU can do.
-# * That pseudo-classes are what helps or harms: on the phantom they are the patients, so the method says "slices of one patient are alike".
+# * That pseudo-classes are what helps or harms: on the phantom they are mostly groups of patients, so the method nearly says "slices of one
+#   patient are alike".
