@@ -51,7 +51,7 @@ print(results.dice)
 # protocol. Both used larger images and far more steps.
 
 # %%
-published
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

@@ -52,7 +52,7 @@ print(results.dice)
 # Zeng et al.'s own table was not at hand; what is shown comes from papers that quote or repeat it.
 
 # %%
-published
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

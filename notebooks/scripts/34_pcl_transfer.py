@@ -51,7 +51,7 @@ print(results.dice)
 # None of the published transfer numbers is verified for this pair of data sets.
 
 # %%
-published
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training
