@@ -156,7 +156,7 @@ axis.set(
     yticks=[],
     ylim=(-0.4, 1.6),
     xlabel="Dice, pre-trained minus random",
-    title="what is left and right of 0 is not settled",
+    title="does the red interval contain 0?",
 )
 axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
@@ -177,7 +177,7 @@ dice.groupby("draw").mean().round(2)
 # with one seed: `clseg run` repeats all of this over seeds, too, and without them it always writes *not known* (`clseg/stats.py` says why: such
 # intervals miss the truth too often).
 #
-# Your numbers are not those of this page: on another computer the mean difference of this very notebook was 0.021 in place of 0.002. Rounding
+# Your numbers are not those of this page: on another computer the mean difference of this very notebook was 0.002 in place of 0.021. Rounding
 # changes a training as another seed does. That is one more reason for the interval.
 #
 # ## 7. One paragraph
