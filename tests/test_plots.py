@@ -109,7 +109,9 @@ def test_label_curve_names_axes_counts_and_n():
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
-    assert figure.get_suptitle() == "study s on d, profile laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
+    assert (
+        figure.get_suptitle() == "study s on d, profile laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
+    )
     assert "one draw" not in legend(figure)
     smoke = plots.label_curve(stats.summary(tidy().assign(profile="smoke")))
     assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 2 seeds"
