@@ -57,10 +57,12 @@ def _run(arguments: argparse.Namespace) -> int:
     dataset, profile = named["dataset"], read_profile(named["profile"]).name
     plan = grid.expand(study, dataset, named["profile"], overrides)
     title = f"{study.name} on {dataset}, profile {profile}"
-    spared = {run.name for run in plan.all} - rows.needed(plan, rows.read(plan.profile, plan.place)).keys()
-    if arguments.extend and len(spared) == len(plan.all):
-        print(f"{title}: all rows are there")
-        return _extend(plan, {}, arguments)  # which needs no data
+    spared: set[str] = set()
+    if arguments.extend:
+        spared = {run.name for run in plan.all} - rows.needed(plan, rows.read(plan.profile, plan.place)).keys()
+        if len(spared) == len(plan.all):
+            print(f"{title}: all rows are there")
+            return _extend(plan, {}, arguments)  # which needs no data
     experiments = {run.data: run.experiment for run in plan.all}
     gone = {about.dataset.name for about in experiments.values() if not _here(about.dataset)}
     if gone and arguments.dry_run and not arguments.splits:
@@ -71,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plan, unchecked = grid.distinct(plan, splits), ""
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
     finished = {name for name, flaw in flaws.items() if flaw is None}
-    done = finished | ({run.name for run in plan.all} & spared if arguments.extend else set())
+    done = finished | {run.name for run in plan.all} & spared
     how = " or spared by rows that are there" if arguments.extend else ""
     counts = f"{len(plan.pretrain)} pre-trainings, {len(plan.finetune)} fine-tunings, {len(done)} of them done{how}"
     print(f"{title}: {counts}")
