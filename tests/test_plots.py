@@ -486,7 +486,7 @@ def test_dendrogram_is_cut_where_it_says():
     assert len(leaves) == 40
     assert sum(int(leaf.strip("()")) if "(" in leaf else 1 for leaf in leaves) == 150
     colours = {to_hex(colour) for links in axes.collections for colour in links.get_edgecolor()}
-    assert len(colours) == 4  # three clusters, and grey above the cut
+    assert colours == {plots.BLUE.lower(), plots.ORANGE.lower(), plots.GREY.lower()}  # in turn, and grey above the cut
 
 
 # ------------------------------------------------------------------------------------------------- figures as such

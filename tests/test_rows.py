@@ -160,20 +160,29 @@ def test_the_committed_rows_are_whole():
 
 @pytest.mark.slow
 def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, monkeypatch):
-    """Half of it, at `smoke`: the same to the last digit that is kept, but for halves that were rounded otherwise."""
+    """Half of it, at `smoke`: on the kind of processor that made them the same to the last digit that is kept, but for
+    halves that were rounded otherwise. Elsewhere rounding makes another training of it after some steps, as another
+    seed would: there the first steps are the same."""
     known = rows.read("smoke", "phantom")
     monkeypatch.setattr(paths, "COMMITTED", tmp_path / "committed")
     words = ["run", "quickstart", "--profile=smoke", "--set=study.methods=[random,gd]", "--set=study.labelled=[1,2]"]
     assert command(tmp_path, *words, "--extend")[0] == 0
     found = rows.read("smoke", "phantom")
     assert len(found.scores) == 4 * 16 * 3
-    key = ["run", "subject", "phase", "class_name"]
-    pd.testing.assert_frame_equal(
-        found.scores.set_index(key).sort_index(),
-        known.scores[known.scores["run"].isin(found.runs["run"])].set_index(key).sort_index(),
-        rtol=0,
-        atol=1.01e-4,
+    key, names = ["run", "subject", "phase", "class_name"], set(found.runs["run"])
+    ours, theirs = (
+        (
+            some.scores[some.scores["run"].isin(names)].set_index(key).sort_index(),
+            some.losses[some.losses["run"].isin(names)],
+        )
+        for some in (found, known)
     )
+    first = [losses[losses["step"] <= 3].set_index(["run", "step"]) for _, losses in (ours, theirs)]
+    assert len(first[0]) == 3  # of the pre-training
+    pd.testing.assert_frame_equal(*first, rtol=1e-3)
+    pd.testing.assert_index_equal(ours[0].index, theirs[0].index)
+    if set(known.runs[known.runs["run"].isin(names)]["device"]) == {archive.provenance()["cpu"]}:
+        pd.testing.assert_frame_equal(ours[0], theirs[0], rtol=0, atol=1.01e-4)
 
 
 @pytest.mark.parametrize(

@@ -127,12 +127,16 @@ for name in ("random", chosen):
     print(f"{name}: {run.name}")
 plots.training_curves(run.parent.read("log") if run.parent else run.read("log"))
 
-# %% tags=["nbval-check-output"]
+# %%
 for name, metrics in found.items():
     by_class = ", ".join(f"{c} {dice:.2f}" for c, dice in metrics.groupby("class_name")["dice"].mean().items())
     print(
         f"{name}: mean Dice {metrics['dice'].mean():.2f} on {metrics['subject'].nunique()} test subjects ({by_class})"
     )
+
+# %% tags=["nbval-check-output"]
+for name, metrics in found.items():
+    print(f"{name}: {metrics['subject'].nunique()} test subjects, {len(metrics)} scores")
 
 # %% [markdown]
 # With two test subjects and `smoke` this decides nothing. Of three labelled subjects one trains, one validates and one tests: enough to

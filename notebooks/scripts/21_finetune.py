@@ -85,6 +85,7 @@ plots.training_curves(log)
 
 # %%
 metrics = run.read("metrics")
+print(f"mean Dice {metrics['dice'].mean():.2f}")
 metrics.groupby("class_name")[["dice", "hd95", "missed"]].mean().round(3)
 
 # %%
@@ -100,7 +101,7 @@ plots.volume_grid(
 )
 
 # %% tags=["nbval-check-output"]
-print(f"{metrics['subject'].nunique()} test subjects, mean Dice {metrics['dice'].mean():.2f}")
+print(f"{metrics['subject'].nunique()} test subjects, {len(metrics)} scores")
 
 # %% tags=["nbval-check-output"]
-print(f"loss: first step {log['loss'].iloc[0]:.2f}, last step {log['loss'].iloc[-1]:.2f}, {len(log)} steps")
+print(f"loss: first step {log['loss'].iloc[0]:.2f}, {len(log)} steps")

@@ -60,13 +60,15 @@ figure
 # A t-SNE shows who is near, not how far. So the same question in numbers, in the space of the features: by cosine, for every
 # slice, the nearest slice of *another* subject, and the nearest of all.
 
-# %% tags=["nbval-check-output"]
+# %%
 table = pd.DataFrame(
     {name: probe.nearest(values, position, subject) for name, values in embedded.items()},
     index=["position off by", "nearest is same subject"],
 ).T
 by_chance = np.abs(position[:, None] - position[None, :])[subject[:, None] != subject[None, :]].mean()
 print(table.round(2).to_string())
+
+# %% tags=["nbval-check-output"]
 print(f"a random slice of another subject is off by {by_chance:.2f}")
 
 # %% [markdown]
