@@ -285,10 +285,12 @@ def test_papermill_by_hand_leaves_the_rows_of_clseg_run(tmp_path, monkeypatch, c
 
 
 READ_ONLY = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+MOUNT = "mount --bind '{0}' '{0}' && mount -o remount,ro,bind '{0}'"
 
 
 @pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run([*READ_ONLY, "true"], capture_output=True).returncode != 0,
+    shutil.which("unshare") is None
+    or subprocess.run([*READ_ONLY, MOUNT.format("/tmp")], capture_output=True).returncode,
     reason="a read-only mount needs unshare, and leave to use it",
 )
 def test_notebooks_of_a_read_only_checkout(tmp_path):
@@ -300,13 +302,12 @@ def test_notebooks_of_a_read_only_checkout(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "CLSEG_OUT"}
     environment |= {"HOME": str(own), "PYTHONPATH": str(checkout), "NO_COLOR": "1"}
 
-    def run(stem, **settings):
+    def run(stem):
         shutil.copy(checkout / "notebooks" / f"{stem}.ipynb", own)
-        mount = f"mount --bind '{checkout}' '{checkout}' && mount -o remount,ro,bind '{checkout}'"
         jupyter = f"'{sys.executable}' -m jupyter execute --inplace {stem}.ipynb"
         done = subprocess.run(
-            [*READ_ONLY, f"{mount} && ! touch '{checkout}/new' && {jupyter}"],
-            **{"cwd": own, "env": environment | settings, "capture_output": True, "text": True},
+            [*READ_ONLY, f"{MOUNT.format(checkout)} && ! touch '{checkout}/new' && {jupyter}"],
+            **{"cwd": own, "env": environment, "capture_output": True, "text": True},
         )
         return done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
 
@@ -314,7 +315,6 @@ def test_notebooks_of_a_read_only_checkout(tmp_path):
     status, said = run("01_data")
     assert (status, "Read-only file system" in said) == (1, True)
     assert "set CLSEG_OUT or --out to a folder that can be written" in said.strip().splitlines()[-1]
-    assert run("01_data", CLSEG_OUT=str(own / "out"))[0] == 0
 
 
 @pytest.mark.parametrize("stem", ["04_infonce", "42_which_method"])
