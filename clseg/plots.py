@@ -264,6 +264,7 @@ def budget_curve(table: pd.DataFrame) -> Figure:
     """
     draws = table.groupby(["labelled", "method", "steps", "draw"])["dice"].mean().reset_index()
     counts, look_of = sorted(draws["labelled"].unique()), looks(draws["method"])
+    steps = sorted(draws["steps"].unique())
     figure, panels = _panels(len(counts), 2, 4.0, 2.6)
     for panel, count in zip(panels, counts, strict=True):
         for method, own in draws[draws["labelled"] == count].groupby("method"):
@@ -272,7 +273,6 @@ def budget_curve(table: pd.DataFrame) -> Figure:
             panel.plot(mean.index, mean, color=colour, marker=marker, linestyle=line, label=method)
             panel.scatter(own["steps"], own["dice"], s=7, alpha=0.55, color=colour, linewidths=0)
         panel.set_xscale("log", base=2)
-        steps = sorted(draws["steps"].unique())
         panel.set_xticks(steps, [str(step) for step in steps], rotation=90)
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set(xlabel="fine-tuning steps", ylabel="Dice", title=f"{count} labelled")

@@ -136,9 +136,9 @@ def how_cost_grows(growth):
             panel.plot(line["size"], line["value"], marker="o", markersize=3, color=colour, label=label)
         panel.set(xscale="log", yscale="log", xlabel=series, ylabel=unit)
         sizes = sorted(table["size"].unique())
-        panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], rotation=90)
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.legend()
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1))
     for panel in axes[len(panels) :]:
         panel.remove()
     return figure
