@@ -13,7 +13,7 @@ help:
 	@echo "make study      the label-fraction study on the phantom: tables and figures in out/"
 	@echo "make test       all tests, and every notebook executed again"
 	@echo "make lab        JupyterLab on the notebooks"
-	@echo "make validate   a small grid, then all its run notebooks executed again from scratch: same numbers"
+	@echo "make validate   a small grid, then all its run notebooks executed again from scratch: as many subjects, scores and steps"
 	@echo "make bench      speed and memory against other projects, on a quiet machine: paper_figures/benchmarks"
 	@echo "make site       notebooks, pages and reference as HTML that needs no server: build/site/docs/index.html"
 	@echo "make students   lessons and exercises without solutions: build/students.zip"
