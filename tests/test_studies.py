@@ -39,6 +39,14 @@ def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
             assert {run.experiment.geometry.dimensions for run in plan.all} == {about.dimensions}
 
 
+def test_the_tables_of_profile_laptop_are_in_one_precision():
+    """bf16, as PROTOCOL.md says; but for the study that came before this choice, the phantom and own scans."""
+    for study in set(STUDIES) - {"acdc_budget", "own_data", "quickstart"}:
+        about = read_study(study)
+        for dataset in about.datasets:
+            assert {run.experiment.precision for run in grid.expand(about, dataset, "laptop").all} == {"bf16"}, study
+
+
 def test_every_row_of_the_design_is_there():
     assert {row for rows in ROWS.values() for row in rows} <= set(read_methods())
 
