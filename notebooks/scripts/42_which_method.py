@@ -15,8 +15,10 @@
 # %%
 from IPython.display import display
 
-from clseg import plots
+from clseg import plots, stats
 from clseg.study import rows
+from clseg.study.files import read_study
+from clseg.study.grid import expand
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
 
@@ -39,19 +41,19 @@ print(results.about)
 print(results.gaps)
 
 # %% [markdown]
-# Other parts of the plan, by data set: rivals and initialisations as published, the split of the semi-supervised literature, other data sets, one
-# ablation for each paper. Each command adds what is missing, and goes on where it was stopped.
+# Other parts of the plan, by data set: the tuning of the arm as published (`acdc_published`), then that arm, the split of the semi-supervised
+# literature, other data sets, one ablation for each paper. Each command adds what is missing, and goes on where it was stopped.
 
 # %%
 PLAN = {
-    "acdc": ["acdc", "glcl_comparison", "glcl_strategies", "acdc_semi", "glcl_ablation", "pcl_semi", "pcl_threshold"],
-    "hippocampus": ["hippocampus", "ufc_heart"],
-    "ph2": ["ufc_skin"],
-    "mscmr": ["pcl_transfer"],
-    "phantom": ["ufc_clusters"],
+    "acdc": "acdc acdc_published glcl_comparison glcl_strategies acdc_semi glcl_ablation pcl_semi pcl_threshold",
+    "hippocampus": "hippocampus ufc_heart",
+    "ph2": "ufc_skin",
+    "mscmr": "pcl_transfer",
+    "phantom": "ufc_clusters",
 }
 for place, studies in PLAN.items():
-    for name in studies:
+    for name in studies.split():
         done, planned = rows.progress(name, place, profile)
         print(f"{done:3} of {planned:3}   clseg run {name} --dataset {place} --profile {profile} --extend")
 
@@ -132,6 +134,21 @@ budget = have.of(made["run"]).table(study, dataset, profile).merge(made[["run", 
 figure = plots.budget_curve(budget.assign(method=budget["method"].str.partition(" ")[0]))
 results.save(figure, "fine_tuning_steps")
 figure
+
+# %% [markdown]
+# ## What averaging of weights does alone
+# `weak_to_strong` is scored with the running average of its weights (decay .99), the other methods with the weights of the last step. So: plain
+# fine-tuning with that average minus without it, on the development patients, one seed. Exploratory.
+
+# %% tags=["nbval-check-output"]
+trials = have.of(run.name for run in expand(read_study("acdc_published"), dataset, profile).finetune)
+averaged = stats.contrasts(trials.table("acdc_published", dataset, profile))
+averaged = averaged[averaged["method"] == "random [recipe.average=0.99]"]
+print(
+    averaged[["labelled", "n_subjects", "n_draws", "n_seeds", "difference", "low", "high"]]
+    .round(3)
+    .to_string(index=False)
+)
 
 # %% [markdown]
 # ## What it costs
