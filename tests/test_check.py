@@ -8,6 +8,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clseg import paths
@@ -182,6 +183,7 @@ def test_disk_and_memory_grow_as_they_must(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
     report = check(medical(tmp_path / "scans", "msd"))
     smoke, laptop, paper = expect(report)
+    assert torch.get_num_threads() == 1, "what was timed with the four of `paper` is left as it was"
     store = prepare(report.dataset, report.dataset.geometry["laptop"], progress=False)
     files = [store.folder / "images.f16", store.folder / "labels.u8"]
     assert laptop["disk_mb"] == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, abs=0.01)

@@ -128,7 +128,6 @@ def pass_cost(
     precision: str = "float32",
 ) -> tuple[float, float]:
     """Seconds and bytes that an image takes, forward and back, in a network (as JSON) or in its encoder alone."""
-    torch.set_num_threads(threads)
     low = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
     unet = UNet(channels, classes, NetworkConfig.model_validate_json(network), len(size)).to(device())
     module, image = unet if whole else unet.encoder, torch.rand(4, channels, *size, device=device())
@@ -138,13 +137,18 @@ def pass_cost(
         kept[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
-    for _ in range(3):  # the first time also sets things up
-        kept.clear()
-        start = time.perf_counter()
-        with low, arithmetic(precision), saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = module(image)
-            loss = sum(part.square().mean() for part in (result if isinstance(result, list) else [result]))
-        loss.backward()
-        loss.item()  # waits for a GPU
-        seconds.append((time.perf_counter() - start) / len(image))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):  # the first time also sets things up
+            kept.clear()
+            start = time.perf_counter()
+            with low, arithmetic(precision), saved_tensors_hooks(keep, lambda tensor: tensor):
+                result = module(image)
+                loss = sum(part.square().mean() for part in (result if isinstance(result, list) else [result]))
+            loss.backward()
+            loss.item()  # waits for a GPU
+            seconds.append((time.perf_counter() - start) / len(image))
+    finally:
+        torch.set_num_threads(usual)
     return min(seconds), sum(kept.values()) / len(image)
