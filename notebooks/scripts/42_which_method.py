@@ -190,6 +190,6 @@ plots.published_for(dataset, "glcl_comparison")
 #   run. Where the methods of a contrast ran on different devices (the table above), it contains that difference.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:
 #   that is the arm *as published*, which is not computed yet.
-# * What averaging alone does: `weak_to_strong` is scored with the running average of its weights (decay .99), the other methods with the weights of
-#   the last step. At the end of a falling rate the two should be near each other; that was not measured.
+# * What averaging of weights alone does with 1 labelled patient: two draws cannot tell. With 8 it changed next to nothing (above), so there it is not
+#   what `weak_to_strong` gains by.
 # * 52 patients to pre-train on. With thousands, pre-training may do more.
