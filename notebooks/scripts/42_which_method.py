@@ -190,6 +190,6 @@ plots.published_for(dataset, "glcl_comparison")
 #   run. Where the methods of a contrast ran on different devices (the table above), it contains that difference.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:
 #   that is the arm *as published*, which is not computed yet.
-# * What averaging of weights alone does with 1 labelled patient: two draws cannot tell. With 8 it changed next to nothing (above), so there it is not
-#   what `weak_to_strong` gains by.
+# * What averaging of weights alone does with 1 labelled patient: two draws cannot tell. With 8 it changed next to nothing in plain fine-tuning (above);
+#   that the student of `weak_to_strong` would score as its average does was not measured.
 # * 52 patients to pre-train on. With thousands, pre-training may do more.
