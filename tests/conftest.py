@@ -38,13 +38,6 @@ def store(tmp_path_factory):
         return prepare(about, about.geometry["smoke"], progress=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs and benchmarks set their own number; two threads in each of two workers make a step ten times longer."""
-    yield
-    torch.set_num_threads(1)
-
-
 def command(root: Path, *words: str) -> tuple[int, str, str]:
     """Exit status, output and errors of `clseg`, in this process: it has imported everything already."""
     output, errors = io.StringIO(), io.StringIO()
