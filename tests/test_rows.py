@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -216,3 +217,33 @@ def test_the_table_of_the_readme_is_that_of_the_rows():
             else:
                 cells.append("-")
         assert "| " + " | ".join([f"{labelled} labelled", *cells]) + " |" in lines
+
+
+def test_the_sentences_of_the_readme_have_the_numbers_of_the_rows():
+    text = " ".join((paths.PROJECT / "README.md").read_text(encoding="utf-8").split())
+    there = paths.COMMITTED / "laptop/acdc/acdc"
+    dice = pd.read_csv(there / "summary.csv").set_index(["method", "labelled"])["dice_mean"]
+    contrasts = pd.read_csv(there / "contrasts.csv").set_index(["method", "labelled"]).sort_index()
+
+    def short(number, sign=""):
+        return f"{number:{sign}.2f}".replace("0.", ".")
+
+    def told(method, labelled):
+        row = contrasts.loc[(method, labelled)]
+        return f"{short(row['difference'], '+')} ({short(row['low'])} to {short(row['high'])})"
+
+    one, two, eight = (told("weak_to_strong", labelled) for labelled in (1, 2, 8))
+    after = ", ".join(told("matched-ufc+weak_to_strong", labelled) for labelled in (1, 2, 8))
+    assert (
+        f"changed Dice by {one} with 1 labelled, {two} with 2, {eight} with 8; pseudo-classes before it by {after}"
+        in text
+    )
+    alone = contrasts.loc[["matched-gr", "matched-gd", "matched-pcl", "matched-ufc"]].groupby("labelled")
+    least, most = alone["difference"].min(), alone["difference"].max()
+    for labelled, name in ((1, "1"), (2, "2"), (8, "8"), (77, "all")):
+        assert f"{short(least[labelled], '+')} to {short(most[labelled], '+')} with {name}" in text
+    reach = alone[["low", "high"]].agg(lambda bound: bound.abs().max()).max(axis=1)[77]
+    assert f"intervals stay within ±{np.ceil(reach * 1000) / 1000:.3f}".replace("0.", ".") in text
+    assert f"({short(dice['weak_to_strong', 2])} and {short(dice['random', 8])})" in text
+    done, planned = rows.progress("acdc", "acdc", "laptop")
+    assert f"{done} of {planned} planned runs are done" in text
