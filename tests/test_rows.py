@@ -150,6 +150,19 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     assert profile != "smoke" or (shown.contrasts.empty and "no intervals, tests or conclusions" in told)
 
 
+def test_a_ladder_says_what_each_method_adds_to_the_one_before():
+    shown = read_results("acdc", "acdc", "laptop")
+    ladder = shown.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"])
+    for row in shown.contrasts[shown.contrasts["method"].isin(ladder.columns)].itertuples():
+        cell = ladder.loc[row.labelled, row.method]
+        assert cell.endswith(f": {row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}), {row.verdict}")
+    for row in shown.summary[shown.summary["method"].isin(ladder.columns)].itertuples():
+        assert ladder.loc[row.labelled, row.method].startswith(f"{row.dice_mean:.2f}")
+    assert (ladder.loc[77, ["weak_to_strong", "matched-ufc+weak_to_strong"]] == "-").all()
+    with pytest.raises(KeyError):
+        shown.ladder(["random", "matched-ufc+weak_to_strong"])
+
+
 def test_the_committed_rows_are_whole():
     for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
         have = rows.read(*folder.parts[-2:])

@@ -6,7 +6,9 @@ import re
 import shutil
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -196,6 +198,22 @@ class Results:
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n}" for mean, low, high, n in numbers]
             lines.append(f"  {method} minus {baseline}: {'; '.join(cells)} labelled")
         return lines
+
+    def ladder(self, methods: Sequence[str]) -> pd.DataFrame:
+        """Methods that each add something to the one before: Dice, what was added, and the verdict on that; a line per
+        number of labelled subjects.
+
+        Raises `KeyError` where the study declares no contrast between a method and the one before.
+        """
+        dice = self.summary.pivot(index="labelled", columns="method", values="dice_mean").map("{:.2f}".format)
+        table = dice[[methods[0]]]
+        tests = self.contrasts.set_index(["method", "baseline"]).sort_index()
+        for baseline, method in pairwise(methods):
+            own = tests.loc[(method, baseline)].set_index("labelled")
+            rows = own[["difference", "low", "high", "verdict"]].itertuples(name=None)
+            told = {n: f": {mean:+.2f} ({low:+.2f} to {high:+.2f}), {said}" for n, mean, low, high, said in rows}
+            table = table.assign(**{method: dice[method] + pd.Series(told)})
+        return table.fillna("-").rename_axis(columns=None)
 
     @property
     def distances(self) -> pd.DataFrame:
