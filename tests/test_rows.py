@@ -1,5 +1,8 @@
 """Rows that outlive a machine: what is missing is computed, what is there is not, and tables follow from rows alone."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +124,35 @@ def test_of_a_run_that_both_have_the_first_is_kept(extended):
     assert (kept.runs["seconds"] >= 0).all()
     assert len(kept.scores) == len(both.scores)
     assert len((rows.NONE + both).runs) == 3
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from clseg import paths
+from clseg.study import grid, rows
+from clseg.study.files import read_study
+from clseg.study.parameters import override_study
+
+if __name__ == "__main__":
+    paths.COMMITTED = Path(sys.argv[1])
+    study, more = override_study(read_study("quickstart"), sys.argv[2:])
+    rows.extend(grid.expand(study, "phantom", "smoke", more), jobs=2, minutes=0.3)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_stopped_in_time_shows_one_bar_and_leaves_nothing_behind(tmp_path):
+    """Bars of two processes would write over that of the command; a lock that one leaves is a warning at the end."""
+    (script := tmp_path / "stopped.py").write_text(STOPPED)
+    few = [text for text in SMALL if not text.startswith(("study.", "finetune."))]
+    words = [*few, "study.methods=[random]", "study.labelled=[1]", "study.draws=[1,2]", "finetune.steps=1000000"]
+    command = [sys.executable, script, tmp_path / "committed", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CLSEG_OUT": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "0/2 runs" in done.stderr
+    assert "step/s" not in done.stderr
+    assert "leaked" not in done.stderr
 
 
 def _committed():

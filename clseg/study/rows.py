@@ -15,10 +15,11 @@ the runs, and `extend` adds what is missing, on any machine.
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,17 +155,22 @@ def needed(grid: Grid, rows: Rows) -> dict[str, Run]:
 
 
 def _do(run: Run) -> str:
-    """In a process of `extend`: do a run, without a notebook."""
-    os.environ["TQDM_DISABLE"] = "1"
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    """In a process of `extend`: do a run, without a notebook, and without bars that would write over the one here."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         runs.do(run)
     return run.name
+
+
+def _begin() -> None:
+    """In each process of `extend`: it ends with its parent, and leaves no lock of a progress bar behind if killed."""
+    end_with_parent()
+    tqdm.set_lock(threading.RLock())
 
 
 @contextmanager
 def _processes(jobs: int, running: Mapping[Future, Run]) -> Iterator[Callable[[Run], Future]]:
     """What does a run in one of `jobs` processes; those that still do one at the end are killed."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         yield lambda run: pool.submit(_do, run)
     finally:
