@@ -284,7 +284,7 @@ def budget_curve(table: pd.DataFrame) -> Figure:
 def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
     """One panel per axis of an ablation: Dice for each value, with 95 % intervals (`stats.summary`).
 
-    `axes_table` is a `stats.summary` with axis (title), value, base (True for the method's own value, which is ringed);
+    `axes_table` is a `stats.summary` with axis (title), value, base (True for the method unchanged, which is ringed);
     `reference`, rows of the same summary, are dashed lines across.
     """
     if axes_table.empty:
@@ -306,7 +306,7 @@ def ablation(axes_table: pd.DataFrame, reference: MaybeTable = None) -> Figure:
             look = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
             base = own["base"].astype(bool)
             if base.any():
-                panel.scatter(x[base], own["dice_mean"][base], label="the method's own value", **look)
+                panel.scatter(x[base], own["dice_mean"][base], label="the method unchanged", **look)
         for row in () if reference is None else reference.itertuples():
             label = f"{row.method}, {row.labelled} labelled"
             panel.axhline(row.dice_mean, label=label, color=look_of[row.method][0], linestyle="--")
@@ -354,8 +354,9 @@ def forest(contrasts: pd.DataFrame, margin: float = stats.MARGIN) -> Figure:
             filled = {"markerfacecolor": "white"} if row.verdict in ("", "not known") else {}
             panel.plot([row.low, row.high], [place, place], color=colour, linewidth=2, linestyle=_bar(row.note))
             panel.plot(row.difference, place, color=colour, marker=marker, markersize=8, **filled)
-            said = f"{row.verdict} ({row.note})" if row.verdict and row.note else row.verdict or row.note
-            panel.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center")
+            panel.annotate(
+                stats.in_words(row.verdict, row.note), (1.01, place), xycoords=("axes fraction", "data"), va="center"
+            )
         panel.set_yticks(range(len(own)), [f"{row.method} \N{MINUS SIGN} {row.baseline}" for row in own.itertuples()])
         panel.set_ylim(len(own) - 0.4, -0.6)
         panel.set_title(f"{own['labelled'].iloc[0]} labelled", loc="left", fontweight="bold")

@@ -19,7 +19,7 @@ from clseg.study.files import read_methods
 GAINS = {"random": 0.0, "gr": 0.02, "gd": 0.03, "gd+lr": 0.06}
 
 
-def tidy(gains=GAINS, counts=(1, 2, 8), draws=(1, 2, 3), subjects=6, benchmark=77, seeds=(0, 1)):
+def tidy(gains=GAINS, counts=(1, 2, 8), draws=(1, 2, 3), subjects=6, benchmark=77, seeds=(0, 1, 2)):
     """A made-up tidy table with a benchmark."""
     random, rows = np.random.default_rng(0), []
     cells = [*itertools.product(gains, counts, draws), *([("benchmark", benchmark, 1)] if benchmark else [])]
@@ -110,11 +110,11 @@ def test_label_curve_names_axes_counts_and_n():
     assert axes.get_xlabel() == "labelled subjects (draws of them: 3)"
     assert figure.get_supylabel() == "Dice (mean over test subjects)"
     assert (
-        figure.get_suptitle() == "study s on d, profile laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 2 seeds"
+        figure.get_suptitle() == "study s on d, profile laptop\n95 % intervals over 6 subjects, 1 to 3 draws, 3 seeds"
     )
     assert "one draw" not in legend(figure)
     smoke = plots.label_curve(stats.summary(tidy().assign(profile="smoke")))
-    assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 2 seeds"
+    assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 3 seeds"
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (4, 5, 6, 7), (3,)])
@@ -298,7 +298,7 @@ def test_ablation_has_a_panel_per_axis_with_ordered_values_and_intervals():
     np.testing.assert_allclose(ring, [[1, rows["dice_mean"].iloc[1]]])
     for axes in figure.axes:
         assert axes.lines[-1].get_ydata() == pytest.approx([random["dice_mean"].iloc[0]] * 2)
-    assert legend(figure) == ["gd, 2 labelled", "gd+lr, 2 labelled", "the method's own value", "random, 2 labelled"]
+    assert legend(figure) == ["gd, 2 labelled", "gd+lr, 2 labelled", "the method unchanged", "random, 2 labelled"]
 
 
 def test_ablation_tells_numbers_of_labelled_subjects_apart():
@@ -435,7 +435,7 @@ def test_a_contrast_is_a_line_with_its_interval_and_verdict():
     found = stats.contrasts(tidy({"random": 0.0, "gd": 0.2, "gr": 0.0}), [("gd", "random"), ("gr", "random")])
     figure = drawn(plots.forest(found))
     assert [axes.get_title("left") for axes in figure.axes] == ["1 labelled", "2 labelled", "8 labelled"]
-    assert figure.get_suptitle() == "95 % intervals over 6 subjects, 3 draws, 2 seeds"
+    assert figure.get_suptitle() == "95 % intervals over 6 subjects, 3 draws, 3 seeds"
     for axes, (_, own) in zip(figure.axes, found.groupby("labelled"), strict=True):
         assert [label.get_text() for label in axes.get_yticklabels()] == ["gd − random", "gr − random"]
         assert axes.yaxis.get_inverted()

@@ -1,10 +1,12 @@
 """Rows that outlive a machine: what is missing is computed, what is there is not, and tables follow from rows alone."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -182,12 +184,26 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     assert profile != "smoke" or (shown.contrasts.empty and "no intervals, tests or conclusions" in told)
 
 
+@pytest.mark.parametrize("notebook", sorted({read_study(name).notebook for name in known_names("studies")}))
+def test_a_notebook_shows_the_results_that_are_there(notebook):
+    """Most of its cells are not compared when it is executed again: it may be older than the tables it shows."""
+    cells = nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    [parameters] = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    given = dict(re.findall(r'^(study|dataset|profile): str = "(.+?)"', parameters, re.MULTILINE))
+    shown, sources = read_results(**given), "".join(cell.source for cell in cells)
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    for name in ("about", "gaps"):
+        if f"print(results.{name})" in sources:
+            assert getattr(shown, name) in printed, f"{name}: execute {notebook} again with notebooks/build.py"
+
+
 def test_a_ladder_says_what_each_method_adds_to_the_one_before():
     shown = read_results("acdc", "acdc", "laptop")
     ladder = shown.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"])
     for row in shown.contrasts[shown.contrasts["method"].isin(ladder.columns)].itertuples():
         cell = ladder.loc[row.labelled, row.method]
-        assert cell.endswith(f": {row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}), {row.verdict}")
+        said = f"{row.verdict} ({row.note})" if row.note else row.verdict
+        assert cell.endswith(f": {row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}), {said}")
     for row in shown.summary[shown.summary["method"].isin(ladder.columns)].itertuples():
         assert ladder.loc[row.labelled, row.method].startswith(f"{row.dice_mean:.2f}")
     assert (ladder.loc[77, ["weak_to_strong", "matched-ufc+weak_to_strong"]] == "-").all()

@@ -47,9 +47,9 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     for column in ("p", "p_holm", "p_margin_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
-    stages = set(found.runs["run"][found.runs["kind"] == "pretrain"])
+    stages = _stages(found.runs[found.runs["seed"].isin(seeds["counted"])])
     losses = found.losses[found.losses["run"].isin(stages)]
-    archive.write_table(folder / "pretraining.csv", losses.assign(stage=losses["run"].map(_stages(found))))
+    archive.write_table(folder / "pretraining.csv", losses.assign(stage=losses["run"].map(stages)))
     about = {
         "command": command,
         "runs": {"expected": len(grid.all), "done": len(found.runs)},
@@ -74,9 +74,9 @@ def _seeds(grid: Grid, found: Rows) -> dict[str, list[int]]:
     return {"counted": sorted(counted), "waiting": sorted(begun - counted)}
 
 
-def _stages(found: Rows) -> dict[str, str]:
+def _stages(runs: pd.DataFrame) -> dict[str, str]:
     """Pre-trainings by name in words, no two the same, with the stages before them: contrast gd > local lr, seed 0."""
-    parents = dict(zip(found.runs["run"], found.runs["parent"], strict=True))
+    parents = dict(zip(runs["run"], runs["parent"], strict=True))
 
     def words(run: str) -> tuple[list[str], str]:
         what, seed = re.fullmatch(r"pretrain-(.+)-seed(\d+)-\w+", run).groups()
@@ -147,7 +147,7 @@ class Results:
             made_by,
             f"{about['runs']['done']} runs (pre-trainings and fine-tunings), {time}",
             f"scores of {scored}",
-            f"seeds: {counted}" + (f"; rows of seed {waiting} wait until it is complete" if waiting else ""),
+            f"seeds: {counted}" + (f"; not complete, so not counted yet: {waiting}" if waiting else ""),
             textwrap.fill(about["dataset"]["description"], 100),
         ]
         return "\n".join(lines)
@@ -174,9 +174,9 @@ class Results:
         columns = ["method", "baseline", "labelled", "n_subjects", "n_draws", "n_seeds", "difference", "low", "high"]
         shown = self.contrasts[columns].round(3)
         if (self.contrasts["family"] == "declared").any():
-            holm = {p: self.contrasts[p].map("{:.2g}".format) for p in ("p_holm", "p_margin_holm")}
+            holm = {p: self.contrasts[p].map("{:.2g}".format, "ignore") for p in ("p_holm", "p_margin_holm")}
             shown = shown.assign(**holm, verdict=self.contrasts["verdict"])
-        return shown.assign(note=self.contrasts["note"]).to_string(index=False)
+        return shown.assign(note=self.contrasts["note"]).to_string(index=False, na_rep="-")
 
     @property
     def findings(self) -> str:
@@ -192,10 +192,14 @@ class Results:
     def _sentences(self, verdict: str, title: str) -> list[str]:
         """A line for each pair of methods whose contrast has this verdict."""
         found = self.contrasts[self.contrasts["verdict"].fillna("") == verdict]
-        lines = [f"{title}:"] if len(found) else [f"{title}: none"]
+        alike = found["note"].nunique() == 1  # then it is said once
+        lines = [f"{stats.in_words(title, found['note'].iloc[0] * alike)}:"] if len(found) else [f"{title}: none"]
         for (method, baseline), own in found.groupby(["method", "baseline"], sort=False):
-            numbers = own[["difference", "low", "high", "labelled"]].itertuples(index=False)
-            cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n}" for mean, low, high, n in numbers]
+            numbers = own[["difference", "low", "high", "labelled", "note"]].itertuples(index=False)
+            cells = [
+                f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n}" + f" ({note})" * bool(note and not alike)
+                for mean, low, high, n, note in numbers
+            ]
             lines.append(f"  {method} minus {baseline}: {'; '.join(cells)} labelled")
         return lines
 
@@ -210,8 +214,8 @@ class Results:
         tests = self.contrasts.set_index(["method", "baseline"]).sort_index()
         for baseline, method in pairwise(methods):
             own = tests.loc[(method, baseline)].set_index("labelled")
-            rows = own[["difference", "low", "high", "verdict"]].itertuples(name=None)
-            told = {n: f": {mean:+.2f} ({low:+.2f} to {high:+.2f}), {said}" for n, mean, low, high, said in rows}
+            rows = own[["difference", "low", "high", "verdict", "note"]].itertuples(name=None)
+            told = {n: f": {d:+.2f} ({low:+.2f} to {high:+.2f}), {stats.in_words(*v)}" for n, d, low, high, *v in rows}
             table = table.assign(**{method: dice[method] + pd.Series(told)})
         return table.fillna("-").rename_axis(columns=None)
 

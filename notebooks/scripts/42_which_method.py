@@ -6,15 +6,25 @@
 # You will see: what to use with 1, 2, 8 and all labelled patients, the contrasts of `PROTOCOL.md` with intervals and verdicts, whether each
 # pre-training learned anything, what each method costs, and what is not computed yet. Seconds on a CPU.
 #
-# In the matched arm (`matched-...`) nothing differs but the answer to "who is alike?": views, network, head, batch, images seen, optimiser
-# and temperature are the same (`ufc` also trains an auto-encoder to find its classes, `+lr` adds a local stage). It does not reproduce the papers.
-# `weak_to_strong`: in fine-tuning the network labels the unlabelled scans itself; where it is sure, its answer must stay the same when the image is
-# strongly changed. The score is Dice of the last
-# step, on 20 test patients at end-diastole, from images of 64 x 64 pixels.
+# | name | what it is |
+# |---|---|
+# | `random` | plain fine-tuning of random weights, no pre-training |
+# | `matched-gr` | contrastive pre-training first: two views of a slice are alike (after Chaitanya et al.) |
+# | `matched-gd` | ... slices of the same part of the heart are alike (partitions, Chaitanya et al.) |
+# | `matched-pcl` | ... slices at near positions are alike (Zeng et al.) |
+# | `matched-ufc` | ... slices of one cluster are alike (pseudo-classes, Zhang et al.); an auto-encoder finds the clusters |
+# | `matched-gd+lr` | `matched-gd`, then a stage in which regions of a slice are alike |
+# | `weak_to_strong` | no pre-training; in fine-tuning the network labels the unlabelled scans itself, and where it is sure, its answer must stay the same when the image is strongly changed |
+# | `matched-...+weak_to_strong` | that pre-training, then that fine-tuning |
+#
+# *Matched*: nothing differs but the answer to "who is alike?". Views, network, head, batch, images seen, optimiser and temperature are the same. So
+# these rows compare ideas; they do not reproduce the papers. A *draw* is a choice of the labelled patients, a *seed* one of initial weights and batches. The
+# score is Dice of the last step, on 20 test patients at end-diastole, from images of 64 x 64 pixels; 52 patients serve as unlabelled scans.
 
 # %%
 from itertools import combinations
 
+import pandas as pd
 from IPython.display import display
 
 from clseg import plots, stats
@@ -32,12 +42,11 @@ profile: str = "laptop"  # smoke, laptop or paper, which of the results of the s
 # %%
 parameters = read_parameters(globals(), FigureParameters)
 results = read_results(study, dataset, profile)
-print(results.about)
 
 # %% [markdown]
 # ## In short
-# Dice of plain fine-tuning (`random`); with consistency on the unlabelled scans; with that after pre-training on pseudo-classes. Behind the colon:
-# what each adds to the one before it, a 95 % interval, and the verdict of the protocol.
+# Dice of plain fine-tuning (`random`); of `weak_to_strong`; of `weak_to_strong` after pre-training on pseudo-classes. After the colon: the gain over
+# the column to the left, its 95 % interval, and the verdict of the protocol.
 
 # %% tags=["nbval-check-output"]
 print(results.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"]).to_string())
@@ -55,9 +64,8 @@ print(results.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"])
 
 # %% [markdown]
 # ## Dice against labelled patients
-# Each line is a method (dashed: the matched arm), each bar a 95 % interval over patients and draws (and seeds, once there are several), each small
-# point one draw of labelled patients. A hollow marker lacks runs that others have; a dotted bar is of too few draws or seeds to say how much others would
-# differ.
+# Each line is a method (dashed: the matched arm), each bar a 95 % interval over patients, draws and seeds, each small point one draw of labelled
+# patients. A hollow marker lacks runs that others have; a dotted bar is of too few draws or seeds to say how much others would differ.
 
 # %%
 figure = plots.label_curve(results.summary, results.table)
@@ -69,10 +77,10 @@ print(results.dice)
 
 # %% [markdown]
 # ## The contrasts of the protocol
-# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *p* is
-# corrected by Holm over all contrasts of the protocol, also those that have no runs yet. `p_holm` is small if there surely is a difference;
-# `p_margin_holm` is small if it is surely larger than .02 (where it looks larger) or surely smaller (where it looks smaller). *Not known* means:
-# the interval does not decide, or one seed, one or two draws are too few to say (dotted).
+# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *Not known* means: the
+# interval does not decide, or fewer than three seeds, or one or two draws, are too few to say (dotted). `p_holm` is small if there surely is a
+# difference. `p_margin_holm` is small if the difference is surely on that side of .02 where it seems to be. Both are corrected by Holm over all 26
+# contrasts; where there are too few draws or seeds there is none (-).
 
 # %%
 figure = plots.forest(results.contrasts)
@@ -89,8 +97,9 @@ print(results.tests)
 # %%
 reach = (results.contrasts["high"] - results.contrasts["low"]) / 2
 print(reach.groupby(results.contrasts["labelled"]).agg(["min", "max"]).round(3).to_string(), end="\n\n")
-shown = rows.read(profile, dataset).runs.merge(results.table[["run"]].drop_duplicates())
-print(shown.groupby(["method", "labelled"])["device"].value_counts().unstack(fill_value=0).to_string())
+have = rows.read(profile, dataset)
+shown = have.runs[have.runs["run"].isin(set(results.table["run"]))]
+print(shown.groupby(["seed", "method"])["device"].value_counts().unstack(fill_value=0).to_string())
 
 # %% [markdown]
 # ## What we see
@@ -114,12 +123,11 @@ print(between.pivot(index=["method", "baseline"], columns="labelled", values="in
 # ## Did the pre-trainings learn?
 # `learned`: how far the loss came from that of a collapsed network (0) to the least that any embedding could have (1), on training slices.
 # `loss_held_out` beside `floor`: on patients that were not pre-trained on; a held-out loss at the floor or above says that the network
-# learned these slices by heart (that is so for `gcl`; its Dice is not lower for it). `position_r2`, `size_r2`: what a linear probe reads from the
+# learned these slices by heart (that is so for `gcl`; no loss of Dice is seen above). `position_r2`, `size_r2`: what a linear probe reads from the
 # frozen encoder (0: nothing). The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`,
 # `cluster` of `matched-ufc`.
 
 # %%
-have = rows.read(profile, dataset)
 probes = have.probes.merge(have.runs[["run", "parent"]], on="run")
 probes = probes[probes["run"].isin(set(results.pretraining["run"]))].drop(columns="parent")
 print(
@@ -131,10 +139,10 @@ print(
 # %% [markdown]
 # ## How long fine-tuning is
 # Steps were chosen on 20 development patients, who are never tested (`PROTOCOL.md`): three draws (small points), one seed, float32, on a GPU. With 1 labelled
-# patient more than 500 steps gain nothing; with 8 `random` still gained about .015 by doubling from 1,000 to 2,000, and 2,000 is the cap: there
-# fine-tuning had not ended, and a method that gains may only be faster. `weak_to_strong` was measured up to 1,000 steps, with settings that were
-# replaced later (its teacher used running statistics; here it lies below `random` with 1 labelled, in the table above it does not): with 8 it
-# still gained .045 by the last doubling. The matched methods were not measured.
+# patient no gain was seen after 500 steps (one of the three draws fails with every method); with 8 `random` still gained about .015 by doubling from
+# 1,000 to 2,000, and 2,000 is the cap: there fine-tuning had not ended, and a method that gains may only be faster. `weak_to_strong` was measured up to
+# 1,000 steps, with old settings: do not compare its height with the table above. With 8 it still gained .045 by the last doubling. The matched
+# methods were not measured.
 
 # %%
 made = have.runs[(have.runs["precision"] == "float32") & (have.runs["kind"] == "finetune")]
@@ -160,15 +168,22 @@ print(
 
 # %% [markdown]
 # ## What it costs
-# Mean seconds of training of one run, by device. On the GPU fifteen runs shared the card: alone a run takes a half to a third of that. The CPUs did
-# other work beside it, and are of several kinds: do not compare methods by these seconds. A step of `weak_to_strong` costs 2.3 steps of supervised
-# fine-tuning.
+# Median seconds of a step, by device (on the GPU fifteen runs shared the card, and each CPU did other work beside it); then the minutes that a run takes
+# at that speed on the device with most runs, by the number of labels. The pre-training is needed once, whatever the number of labels.
 
 # %%
-for device, seconds in results.provenance["seconds_of_a_run"].items():
-    print(device)
-    for what, mean in seconds.items():
-        print(f"  {what}: {mean:.0f} s")
+timed = have.of(run.name for run in expand(read_study(study), dataset, profile).all).runs
+kind = timed["method"].map(lambda method: "weak_to_strong" if "weak_to_strong" in method else "plain")
+kind = kind.where(timed["kind"] == "finetune", timed["run"].str.extract(r"pretrain-(\w+)")[0])
+steps = timed.assign(step=timed["seconds"] / timed["steps"]).groupby(["device", kind.rename("kind")])["step"].median()
+print(steps.unstack().round(3).to_string(), end="\n\n")
+seconds = steps[timed["device"].mode()[0]]
+fine = timed[timed["kind"] == "finetune"].groupby("labelled")["steps"].first()
+before = timed[timed["kind"] == "pretrain"].groupby(kind)["steps"].first() * seconds / 60
+minutes = pd.DataFrame({name: fine * seconds[name] / 60 for name in ("plain", "weak_to_strong")})
+minutes.loc[fine.index.max(), "weak_to_strong"] = None  # not in the plan
+print(minutes.round(1).to_string(na_rep="-"))
+print(f"contrastive pre-training: {before['contrast']:.0f} minutes; auto-encoder for pseudo-classes: {before['autoencoder']:.0f}")
 
 # %% [markdown]
 # ### Surface distance and missed structures
@@ -180,8 +195,7 @@ display(results.distances)
 
 # %% [markdown]
 # ## What is missing
-# The grid is computed seed by seed (seeds 0, 1, 2), and a seed is counted when it is complete. With one seed intervals are over patients and draws
-# alone: they do not know how much another seed would change.
+# The grid is computed seed by seed (seeds 0, 1, 2), and a seed is counted when it is complete.
 
 # %%
 print(results.gaps)
@@ -219,10 +233,16 @@ plots.published_for(dataset, "glcl_comparison")
 # * Differences smaller than the intervals reach to each side (the table above). The test
 #   patients are of one hospital. The three draws of 8 patients share five of them, and all draws of 1 and 2 come from ten: other patients may
 #   differ by more than the draws say.
-# * Contrasts without the machine. Seed 0 was begun on an H100 (torch 2.11) and finished on CPUs (torch 2.15), which differed by .01 to .02 in the same
-#   run. Where the methods of a contrast ran on different devices (the table above), it contains that difference.
+# * Contrasts without the machine. In seed 0 some methods ran on a GPU and some on a CPU (the table of devices above): where the two methods of a contrast
+#   differ in that, it contains the difference of the machines.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:
 #   that is the arm *as published*, which is not computed yet.
-# * What averaging of weights alone does with 1 labelled patient: two draws cannot tell. With 8 it changed next to nothing in plain fine-tuning (above);
-#   that the student of `weak_to_strong` would score as its average does was not measured.
+# * What averaging of weights alone does with 1 labelled patient: two draws cannot tell. With 8 it changed next to nothing in plain fine-tuning (above).
+#   The network of `weak_to_strong` without its average was not scored.
 # * 52 patients to pre-train on. With thousands, pre-training may do more.
+
+# %% [markdown]
+# ## Where the numbers come from
+
+# %%
+print(results.about)
