@@ -192,16 +192,23 @@ def _lacking(axes: Axes, notes: pd.Series) -> None:
 
 
 @styled
-def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: MaybeTable = None) -> Figure:
+def label_curve(
+    summary: pd.DataFrame,
+    table: MaybeTable = None,
+    published: MaybeTable = None,
+    title: str = "",
+    names: Mapping[str, str] | None = None,
+) -> Figure:
     """Dice against the number of labelled subjects: one line per method, with 95 % intervals (`stats.summary`).
 
     `summary` is of one study, data set and profile; of more than `ON_ONE_AXIS` methods each has a panel,
     with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
     cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer runs than
-    others, a dotted bar an interval of too few draws or seeds. Raises `ValueError` for several studies, data sets or
-    profiles, and for a published tag but V and V2.
+    others, a dotted bar an interval of too few draws or seeds. `title` is instead of study, data set and profile,
+    `names` are methods in other words. Raises `ValueError` for several studies, data sets or profiles, and for a
+    published tag but V and V2.
     """
-    place = summary[["study", "dataset", "profile"]].drop_duplicates()
+    place, names = summary[["study", "dataset", "profile"]].drop_duplicates(), names or {}
     if len(place) != 1:
         raise ValueError(f"a label curve shows one study, data set and profile, not {len(place)}")
     nothing = pd.DataFrame(columns=["method", "labelled", "dice", "tag"])
@@ -225,8 +232,8 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
             tags = f"(× published, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
-                panel.set_title(f"{method}\n{tags}".strip(), fontweight="bold", color=colour)
-            label = "_" if named else f"{method} {tags}".strip()
+                panel.set_title(f"{names.get(method, method)}\n{tags}".strip(), fontweight="bold", color=colour)
+            label = "_" if named else f"{names.get(method, method)} {tags}".strip()
             _intervals(panel, rows["labelled"] * shift, rows, look_of[method], label)
             cross, dot = {"marker": "x", "s": 30, "linewidths": 1.4}, {"s": 7, "alpha": 0.55, "linewidths": 0}
             for points, aside, look in (beside, 0.4, cross), (draws[draws["method"] == method], -0.35, dot):
@@ -251,7 +258,7 @@ def label_curve(summary: pd.DataFrame, table: MaybeTable = None, published: Mayb
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
-    figure.suptitle("study {} on {}, profile {}\n".format(*place.iloc[0]) + _over(summary))
+    figure.suptitle((title or "study {} on {}, profile {}".format(*place.iloc[0])) + f"\n{_over(summary)}")
     return figure
 
 

@@ -115,6 +115,9 @@ def test_label_curve_names_axes_counts_and_n():
     assert "one draw" not in legend(figure)
     smoke = plots.label_curve(stats.summary(tidy().assign(profile="smoke")))
     assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 3 seeds"
+    worded = plots.label_curve(stats.summary(tidy()), title="Dice of a heart", names={"gd": "the same part", "x": "y"})
+    assert worded.get_suptitle().startswith("Dice of a heart\n95 % intervals")
+    assert legend(worded) == ["random", "gr", "the same part", "gd+lr", "benchmark (77 labelled)"]
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (4, 5, 6, 7), (3,)])

@@ -48,6 +48,18 @@ results = read_results(study, dataset, profile)
 # Dice of plain fine-tuning (`random`); of `weak_to_strong`; of `weak_to_strong` after pre-training on pseudo-classes. After the colon: the gain over
 # the column to the left, its 95 % interval, and the verdict of the protocol.
 
+# %%
+words = {
+    "random": "plain training",
+    "matched-ufc": "pre-training (pseudo-classes)",
+    "weak_to_strong": "weak_to_strong",
+    "matched-ufc+weak_to_strong": "pre-training, then weak_to_strong",
+}
+few, rest = (table[table["method"].isin(words)] for table in (results.summary, results.table))
+figure = plots.label_curve(few, rest, title="Heart segmentation (ACDC) with few labelled patients", names=words)
+results.save(figure, "in_short")
+figure
+
 # %% tags=["nbval-check-output"]
 print(results.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"]).to_string())
 
@@ -183,7 +195,9 @@ before = timed[timed["kind"] == "pretrain"].groupby(kind)["steps"].first() * sec
 minutes = pd.DataFrame({name: fine * seconds[name] / 60 for name in ("plain", "weak_to_strong")})
 minutes.loc[fine.index.max(), "weak_to_strong"] = None  # not in the plan
 print(minutes.round(1).to_string(na_rep="-"))
-print(f"contrastive pre-training: {before['contrast']:.0f} minutes; auto-encoder for pseudo-classes: {before['autoencoder']:.0f}")
+print(
+    f"contrastive pre-training: {before['contrast']:.0f} minutes; auto-encoder for pseudo-classes: {before['autoencoder']:.0f}"
+)
 
 # %% [markdown]
 # ### Surface distance and missed structures
