@@ -16,7 +16,8 @@ from clseg.losses import full_precision
 
 REFERENCE_PX = 192
 CROP, CORNERS = 100 / REFERENCE_PX, (10 / REFERENCE_PX, 70 / REFERENCE_PX)
-BRIGHTNESS, CONTRAST, CLIP = (-0.3, 0.3), (0.7, 1.3), (0.0, 1.5)
+BRIGHTNESS, CONTRAST = (-0.3, 0.3), (0.7, 1.3)
+CLIP = {"percentiles": (0.0, 1.5), "z_score": (-math.inf, math.inf)}  # by normalisation
 ELASTIC_NODES, ELASTIC_SD = 3, 2 * 5 / REFERENCE_PX  # per side; at a node, in units of the [-1, 1] grid
 
 # Zeng et al.: alpha times noise U(-1, 1) smoothed by a Gaussian of sigma pixels, on patches of 352 pixels
@@ -85,21 +86,21 @@ def crop_resize(image: Tensor, generator: Generator) -> Tensor:
     return warp(image, sampling_grid(image, theta))
 
 
-def intensity(image: Tensor, generator: Generator) -> Tensor:
+def intensity(image: Tensor, generator: Generator, normalisation: str = "percentiles") -> Tensor:
     """Brightness x + U(-0.3, 0.3), then contrast (x - mean) U(0.7, 1.3) + mean, the mean that of each channel, clipped
-    to [0, 1.5]; image: float, about 0..1.
+    to [0, 1.5]; image: float, about 0..1. Z-scores, half of which lie below 0, are not clipped.
 
     Source: Chaitanya et al., released code. *Deviation*: one draw per image, not one for the whole batch.
     """
     each = (len(image), *[1] * (image.ndim - 1))
     shift, factor = (uniform(*bounds, each, generator).to(image) for bounds in (BRIGHTNESS, CONTRAST))
     mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
-    return (image * factor).add_(mean * (1 - factor) + shift).clamp_(*CLIP)
+    return (image * factor).add_(mean * (1 - factor) + shift).clamp_(*CLIP[normalisation])
 
 
-def contrast_view(image: Tensor, generator: Generator) -> Tensor:
+def contrast_view(image: Tensor, generator: Generator, normalisation: str = "percentiles") -> Tensor:
     """A view for global contrast: random crop and resize, then brightness and contrast."""
-    return intensity(crop_resize(image, generator), generator)
+    return intensity(crop_resize(image, generator), generator, normalisation)
 
 
 def elastic_nodes(
@@ -229,5 +230,4 @@ def cutmix_boxes(image: Tensor, generator: Generator, share: float = 0.5) -> Ten
     return box.reshape(batch, *[1] * (image.ndim - 4), height, width)
 
 
-CONTRAST_VIEWS = {"glcl": contrast_view, "pcl": spatial_view}
 FINETUNE_GRIDS = {"published": finetune_grid, "pcl": spatial_grid}

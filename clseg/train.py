@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from clseg.data.store import Store
+from clseg.errors import RequestError
 from clseg.loop import Fit, Keeper, Training, Work, device, fit, seed_of
 from clseg.models import UNet, transfer
 from clseg.recipes import RECIPES
@@ -127,15 +128,18 @@ def finetune(
     """A segmenter from the labelled subjects, and from the images of the `unlabelled` ones where the recipe uses them.
 
     start: weights of a pre-training, none for random ones. The network is that of the last step; with `best` that of
-    the best step on `validation`, which is measured every `validate_every` steps. Raises as the recipe does.
+    the best step on `validation`, which is measured every `validate_every` steps. Raises as the recipe does, and
+    `RequestError` where `best` has no structure to be measured on.
     """
     labelled, unlabelled, validation = list(labelled), list(unlabelled), list(validation)
+    held_out = store.only(validation)
+    if best and not held_out.labels[held_out.rows(validation, labelled=True)].any():
+        raise RequestError("checkpoint best: validation subjects have no labelled structure; choose last, or others")
     built, seen = new_network(store, network or NetworkConfig(), seed, start), store.only(labelled, unlabelled)
     torch.manual_seed(seed_of(seed, "recipe"))
     rows = seen.rows(labelled, labelled=True)
     work = Work(built, seen, rows, batch, seed, steps, seen.rows(unlabelled))
     training: Training = RECIPES[recipe.recipe](work, recipe)
-    held_out = store.only(validation)
 
     def validate() -> float:
         return validation_dice(built, held_out, validation)

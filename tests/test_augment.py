@@ -47,6 +47,10 @@ def test_intensity_is_affine_per_image_within_the_published_ranges():
     assert 0.29 < shift.max() <= 0.3001
     assert (augment.intensity(image + 5, generator(1)) <= 1.5).all()
     assert (augment.intensity(image - 5, generator(1)) >= 0).all()
+    z_scores = torch.randn(50, 1, 16, 16, generator=generator())
+    view = augment.intensity(z_scores, generator(1), "z_score")
+    assert (view == 0).sum() == 0  # half of them lie below
+    torch.testing.assert_close(view.flatten(1).std(1) / z_scores.flatten(1).std(1), view.new_ones(50), atol=0.3, rtol=0)
 
 
 def test_views_depend_on_the_generator_only():

@@ -632,6 +632,45 @@ def test_text_in_headers_is_told_but_not_shown(tmp_path):
     assert "Jane" not in report.text()
 
 
+def test_empty_masks_are_told(tmp_path):
+    """They say that a subject is healthy; of one that nobody has drawn yet that is wrong."""
+    folder = medical(tmp_path / "scans", "nnunet", labelled=4)
+    for case in ("case_05", "case_06"):
+        save(folder / f"labelsTr/{case}.nii.gz", np.zeros((40, 36, 10), np.uint8))
+    (told,) = [remark for remark in check(folder).remarks if "empty" in remark]
+    assert told.startswith("2 masks are empty, the first of ")
+    assert "case_05" in told
+    assert not any("empty" in remark for remark in check(medical(tmp_path / "full", "nnunet")).remarks)
+
+
+def test_images_of_nnunet_without_the_number_of_their_channel_are_named(tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", labelled=4)
+    for name in ("case_02", "case_03"):
+        (folder / f"imagesTr/{name}_0000.nii.gz").rename(folder / f"imagesTr/{name}.nii.gz")
+    with pytest.raises(RequestError, match=r"case_02\.nii\.gz: an image of nnU-Net is named as case_02_0000\.nii\.gz"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "labelled", "methods"),
+    [
+        ("nnunet", 3, ""),  # those of the study: random, weak_to_strong, matched-gd+weak_to_strong
+        ("flat", 3, "random,weak_to_strong,matched-gr+weak_to_strong"),
+        ("nnunet", 8, "random,matched-gd"),  # no unlabelled volumes
+    ],
+)
+def test_the_study_that_is_proposed_has_the_methods_that_the_readme_recommends(layout, labelled, methods, tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet", labelled=labelled, subjects=4 if labelled == 8 else 8)
+    if layout == "flat":
+        for path in folder.glob("*Tr/*.nii.gz"):
+            save(path, np.asarray(nib.load(path).dataobj)[..., :2])  # two slices: no partitions
+    words = check(folder, "mine").study("mine.yaml").split()
+    assert [word for word in words if word.startswith("study.methods")] == [f"study.methods=[{methods}]"] * bool(
+        methods
+    )
+    assert read_study("own_data").methods == ["random", "weak_to_strong", "matched-gd+weak_to_strong"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("labelled", "numbers", "draws"), [(3, "[1]", "[1]"), (5, "[1,2]", "[1,2]"), (30, "[1,2,4,8,16]", "[1,2,3]")]

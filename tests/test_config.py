@@ -59,6 +59,17 @@ def test_published_settings_are_the_paper_profile_s():
     assert (recipe.loss, recipe.optimiser, recipe.learning_rate, recipe.schedule) == ("dice", "adam", 1e-3, "constant")
 
 
+def test_where_no_subject_validates_the_last_step_counts():
+    with pytest.raises(RequestError, match="'best' needs validation subjects; semi has none"):
+        resolve("acdc", "paper", "random", protocol="semi")
+    assert resolve("acdc", "laptop", "random", protocol="semi").finetune.checkpoint == "last"
+    for name in known_names("studies"):
+        study = read_study(name).within(read_profile("paper"))
+        for dataset in study.datasets:
+            for run in expand(study, dataset, "paper").finetune:
+                assert run.finetune.checkpoint == "last" or getattr(run.experiment.division, "validation", True)
+
+
 def test_zeng_et_al_have_their_own_published_setting():
     """That of their released code: wherever their methods are named, and for all methods of their studies."""
     experiment = resolve("acdc", "paper", "pcl")

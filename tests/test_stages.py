@@ -7,16 +7,26 @@ import pandas as pd
 import pytest
 import torch
 
+from clseg.data.prepare import prepare
 from clseg.errors import RequestError
 from clseg.loop import Work, step_generator
 from clseg.models import UNet
 from clseg.recipes import supervised
 from clseg.recipes.evaluation import labelled_volumes, probabilities, scores, validation_dice
-from clseg.settings import ContrastStage, LocalStage, NetworkConfig, SupervisedRecipe
-from clseg.stages import contrast, local
+from clseg.settings import (
+    ContrastStage,
+    LocalStage,
+    NetworkConfig,
+    Normalisation,
+    PirlStage,
+    RotationStage,
+    SupervisedRecipe,
+)
+from clseg.stages import STAGES, contrast, local
 from clseg.stages.contrast import draw_batch
 from clseg.stages.local import regions
 from clseg.stages.sampling import equal_partitions, partition_slices, random_slices
+from clseg.study.files import read_dataset
 
 SMALL = NetworkConfig(filters=[8, 16, 16, 32, 32, 32], norm_momentum=0.3)
 CPU = torch.device("cpu")
@@ -187,6 +197,22 @@ def test_local_contrast_learns_and_leaves_the_encoder_alone(store, strategy):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert all(p.grad is None for p in [*network.encoder.parameters(), *network.decoder.blocks[3:].parameters()])
     assert all(p.grad is not None for module in training.learning.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("stage", [ContrastStage(pairs="instance"), LocalStage(), RotationStage(), PirlStage()])
+def test_views_of_z_scores_keep_what_is_dark(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    about = read_dataset("phantom").model_copy(
+        update={"options": {"subjects": 4}, "normalisation": Normalisation(kind="z_score")}
+    )
+    store = prepare(about, about.geometry["smoke"], progress=False)
+    work = Work(UNet(1, 4, SMALL), store, store.rows(store.subjects), 12, 0, 10)
+    batch = STAGES[stage.stage](work, stage).draw(0)
+    views = [part for part in batch if part.ndim == 4]
+    assert views
+    for view in views:
+        assert view.min() < -0.5
+        assert (view == 0).float().mean() < 0.05
 
 
 def test_regions_of_a_stage():

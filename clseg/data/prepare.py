@@ -220,7 +220,7 @@ def _write(
     index |= {"class_names": list(dataset.classes.values()), "volumes": volumes}
     index |= {"label_values": [0, *dataset.classes]}
     index["content"] = digest([index, {name: of_file.hexdigest() for name, of_file in content.items()}])
-    index["asked"] = asked
+    index |= {"asked": asked, "normalisation": dataset.normalisation.kind}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
     told = once(notes)
     if lost := [(gone / whole, name) for gone, whole, name in cut if gone]:

@@ -25,6 +25,11 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
+    @property
+    def others(self) -> set[str]:
+        """Those whose images fine-tuning may use without labels: to pre-train on, and in no other set."""
+        return set(self.pretrain) - {*self.labelled, *self.validation, *self.test}
+
 
 def unlabelled(split: Split, limit: int | None) -> tuple[str, ...]:
     """The first `limit` subjects of the pre-training set (all: None); a smaller limit is inside a larger one."""

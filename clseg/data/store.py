@@ -100,7 +100,8 @@ class Store:
     `images` [N, C, H, W] float16, `labels` [N, H, W] uint8, H and W those of `plane`; `size` [H, W] or [D, H, W]: what
     the network sees at once; `volumes` and `slices` are tables, the row number of `slices` is the slice id; `subjects`
     and `labelled_subjects` are ids, sorted; `class_names` {1..K: name}; `label_values`: those of the files, of classes
-    0..K; `content`: a hash of all that is in it; `asked`: one of the data set's description and the geometry.
+    0..K; `content`: a hash of all that is in it; `asked`: one of the data set's description and the geometry;
+    `normalisation`: the kind, percentiles (images are of about 0..1) or z_score.
     """
 
     def __init__(self, folder: Path):
@@ -108,9 +109,10 @@ class Store:
         self._resident: dict[tuple[str, torch.device], Tensor | None] = {}  # copies on devices, of all views
         with self._reading("index.json") as path:
             index = json.loads(path.read_text(encoding="utf-8"))
-        if not {"content", "asked"} <= index.keys():
+        if not {"content", "asked", "normalisation"} <= index.keys():
             raise RequestError(f"{folder}: was made by an older version; delete it, it is made again")
         self.content, self.asked, self.label_values = index["content"], index["asked"], index["label_values"]
+        self.normalisation: str = index["normalisation"]
         self.channels: int = index["channels"]
         self.size: list[int] = index["size"]
         self.dimensions = len(self.size)

@@ -52,12 +52,16 @@ def labelled_volumes(store: Store, subjects: Iterable[str]) -> list[int]:
 
 
 def validation_dice(network: nn.Module, store: Store, subjects: Iterable[str]) -> float:
-    """Mean foreground Dice over volumes on the network's grid; chooses checkpoints, is never reported as a result."""
+    """Mean foreground Dice over volumes on the network's grid; chooses checkpoints, is never reported as a result.
+
+    Volumes without a structure in which none is found have no Dice and are left out; NaN where no volume is left.
+    """
     dice = []
     for volume in labelled_volumes(store, subjects):
         prediction = probabilities(network, store, volume).max(dim=1).indices.numpy()
         dice.append(volume_dice(prediction, store.labels[store.volume_rows(volume)], store.class_names))
-    return float(np.mean(dice))
+    defined = [value for value in dice if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
 
 
 def scores(network: nn.Module, store: Store, subjects: Iterable[str]) -> list[dict]:

@@ -12,11 +12,13 @@
 them, whose 16 slices of four volumes in two sets are kept); brightness and contrast are drawn per image.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from clseg import ranks
-from clseg.augment import CONTRAST_VIEWS
+from clseg.augment import contrast_view, spatial_view
 from clseg.cluster import pseudo_classes
 from clseg.errors import RequestError
 from clseg.loop import Training, Work
@@ -46,7 +48,7 @@ def draw_batch(
     else:
         chosen = random_slices(work.rows, work.slices, generator)
     batch = store.batch(chosen, work.device, generator)
-    view_of = CONTRAST_VIEWS[stage.views]
+    view_of = {"glcl": partial(contrast_view, normalisation=store.normalisation), "pcl": spatial_view}[stage.views]
     image = [view_of(batch.image, generator) if augmented else batch.image for augmented in views]
 
     def every(values: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def local(work: Work, stage: LocalStage) -> Training:
             chosen, partition = partition_slices(store, work.rows, stage.partitions, work.slices, generator)
             image_pairs = [(partition[:, None] == partition[None, :]).fill_diagonal_(False)]
         image = store.batch(chosen, device).image
-        return [intensity(image, generator), intensity(image, generator), *image_pairs]
+        return [*(intensity(image, generator, store.normalisation) for _ in range(2)), *image_pairs]
 
     def loss(first: Tensor, second: Tensor, image_pairs: Tensor | None = None) -> Tensor:
         maps = []  # of each view, which pass the network one after the other: [B, R', D]

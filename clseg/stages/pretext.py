@@ -46,7 +46,7 @@ def rotation(work: Work, _stage: RotationStage) -> Training:
 
     def draw(step: int) -> tuple[Tensor]:
         image, generator = random_batch(work, "rotation", step)
-        return (intensity(image, generator),)
+        return (intensity(image, generator, work.store.normalisation),)
 
     def loss(image: Tensor) -> Tensor:
         turned, label = turns(image)
@@ -210,9 +210,9 @@ def pirl(work: Work, stage: PirlStage) -> Training:
         chosen = random_slices(np.arange(len(rows)), work.slices, generator)
         image, index = store.batch(rows[chosen], device).image, torch.from_numpy(chosen)
         others, index = memory.others(index, stage.negatives, generator).to(device), index.to(device)
-        patches, _ = jigsaw(intensity(image, generator), stage.grid, generator)
+        patches, _ = jigsaw(intensity(image, generator, store.normalisation), stage.grid, generator)
         patches = F.interpolate(patches.flatten(0, 1), patch_size, mode="bilinear", align_corners=False)
-        return [intensity(image, generator), patches, index, others]
+        return [intensity(image, generator, store.normalisation), patches, index, others]
 
     def loss(image: Tensor, patches: Tensor, index: Tensor, others: Tensor) -> Tensor:
         whole, puzzle = head(network.encoder(image)[-1], network.encoder(patches)[-1])

@@ -27,9 +27,11 @@ LOOKED_AT = 9  # finished runs of a kind
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the runs that are not done: seconds with one at a time, megabytes they leave, and how that is known."""
+    """Of the runs that are not done: seconds with one at a time, and of those that must follow each other; megabytes
+    they leave; and how that is known."""
 
     seconds: float
+    chain: float
     megabytes: float
     runs: int
     of_earlier: int  # runs whose time is that of earlier ones
@@ -40,7 +42,7 @@ class Cost:
         if 0 < self.of_earlier < self.runs:
             how = f"{self.of_earlier} as earlier ones took, the others from a few passes timed now"
         at_once = f", {jobs} at a time" if jobs > 1 else ""
-        return f"about {minutes(self.seconds / jobs)}{at_once} ({how}) and {self.megabytes:,.0f} MB"
+        return f"about {minutes(max(self.seconds / jobs, self.chain))}{at_once} ({how}) and {self.megabytes:,.0f} MB"
 
 
 def minutes(seconds: float) -> str:
@@ -59,12 +61,18 @@ def estimate(grid: Grid, done: Iterable[str] = ()) -> Cost:
     for run in grid.all:
         (finished if run.name in done else todo)[_kind(run)].append(run)
     seconds = megabytes = known = 0.0
+    chains: dict[str, float] = {}  # seconds of a run and those before it
     for kind, runs in todo.items():
         of_step = _earlier_step(finished.get(kind, ()))
         known += len(runs) if of_step else 0
-        seconds += (of_step or _timed_step(runs[0])) * sum(run.steps for run in runs)
+        of_step = of_step or _timed_step(runs[0])
+        seconds += of_step * sum(run.steps for run in runs)
+        chains |= {run.name: of_step * run.steps for run in runs}
         megabytes += _megabytes(runs[0]) * len(runs)
-    return Cost(seconds, megabytes, sum(map(len, todo.values())), int(known))
+    for run in grid.all:  # parents come first
+        if run.name in chains and run.parent:
+            chains[run.name] += chains.get(run.parent.name, 0.0)
+    return Cost(seconds, max(chains.values(), default=0.0), megabytes, sum(map(len, todo.values())), int(known))
 
 
 def _kind(run: Run) -> str:

@@ -205,18 +205,16 @@ class Results:
 
     def ladder(self, methods: Sequence[str]) -> pd.DataFrame:
         """Methods that each add something to the one before: Dice, what was added, and the verdict on that; a line per
-        number of labelled subjects.
-
-        Raises `KeyError` where the study declares no contrast between a method and the one before.
+        number of labelled subjects; "-" where there are no runs of both, or no contrast of them is declared.
         """
         dice = self.summary.pivot(index="labelled", columns="method", values="dice_mean").map("{:.2f}".format)
-        table = dice[[methods[0]]]
-        tests = self.contrasts.set_index(["method", "baseline"]).sort_index()
+        table = dice.reindex(columns=methods[:1])
         for baseline, method in pairwise(methods):
-            own = tests.loc[(method, baseline)].set_index("labelled")
+            pair = (self.contrasts["method"] == method) & (self.contrasts["baseline"] == baseline)
+            own = self.contrasts[pair].set_index("labelled")
             rows = own[["difference", "low", "high", "verdict", "note"]].itertuples(name=None)
             told = {n: f": {d:+.2f} ({low:+.2f} to {high:+.2f}), {stats.in_words(*v)}" for n, d, low, high, *v in rows}
-            table = table.assign(**{method: dice[method] + pd.Series(told)})
+            table = table.assign(**{method: dice.get(method) + pd.Series(told) if told else None})
         return table.fillna("-").rename_axis(columns=None)
 
     @property

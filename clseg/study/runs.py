@@ -307,9 +307,8 @@ def _probed(run: Run, store: Store, split: Split, result: train.Pretrained) -> p
 
 def _finetune(run: Run, store: Store, split: Split) -> None:
     experiment, budget = run.experiment, run.finetune
-    others = set(split.pretrain) - {*split.labelled, *split.validation, *split.test}
     about = _start(run) | {"batch": budget.batch, "precision": experiment.precision}
-    about |= {"unlabelled": others, "validation": split.validation}
+    about |= {"unlabelled": split.others, "validation": split.validation}
     about |= {"validate_every": budget.validate_every, "best": budget.checkpoint == "best"}
     result = train.finetune(store, split.labelled, experiment.recipe, run.steps, keeper=_checkpoints(run), **about)
     fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}

@@ -93,8 +93,10 @@ class Report:
         draws = list(range(1, min(max(comb(most, count) for count in labelled), 3) + 1))
         changes = {"labelled": labelled, "draws": draws}
         others = len({v["subject"] for v in self.volumes}) - held_out - labelled[-1]  # weak_to_strong needs some
-        methods = ["random", "gd" if self.dataset.positions == "known" else "gr", *["weak_to_strong"] * (others > 0)]
-        if methods != ["random", "gd", "weak_to_strong"]:
+        parts = self.dataset.positions == "known" and max(v["shape"][0] for v in self.volumes) >= 4  # of matched-gd
+        before = "matched-gd" if parts else "matched-gr"
+        methods = ["random", *(["weak_to_strong", f"{before}+weak_to_strong"] if others > 0 else [before])]
+        if methods != ["random", "weak_to_strong", "matched-gd+weak_to_strong"]:
             changes = {"methods": f"[{','.join(methods)}]"} | changes
         words += [w for key, value in changes.items() for w in ("--set", f"study.{key}={value}".replace(" ", ""))]
         return shlex.join(words).replace("'", "")
@@ -300,7 +302,7 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
         found.append(f"{grid}; volumes that lose a margin: {cropped}, that lose labelled voxels: {cut}")
     if dataset.positions == "known":
         found.append(
-            "all slices run along one axis: positions are taken as known, for gd and pcl; else: positions: unknown"
+            "all slices run along one axis: positions are taken as known, as gd and pcl need; else: positions: unknown"
         )
     else:
         found.append("positions are unknown: choose gr or ufc, not gd or pcl")
@@ -312,6 +314,9 @@ def _remarks(dataset: DatasetConfig, volumes: list[dict[str, Any]], classes: lis
     found.append(
         "every volume counts as a subject: keep one of each patient, or both training and test may see the patient"
     )
+    if empty := [v["file"] for v in labelled if not sum(v["voxels"])]:
+        told = f"{len(empty)} masks are empty, the first of {empty[0]}: they say that nothing is there"
+        found.append(f"{told}; remove those that are not drawn yet")
     for c in classes:
         if 2 * c["subjects"] < len(labelled):
             few = f"class {c['name']!r} is in {c['subjects']} of {len(labelled)} labelled subjects: draws will miss it"
@@ -396,7 +401,8 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
         if draft.photographs:  # a grey one among others in colour is read in colour
             about["channels"] = usual
             continue
-        told = f"{about['file']}: has {about['channels']} channels and most have {usual}; correct or remove it"
+        told = f"{about['file']}: has {about['channels']} channels and most have {usual} (a frame of a 4-D file is one)"
+        told += "; correct or remove it, or take one of each with --set options.channel=0"
         faults.append((told, [about["file"]]))
         report.volumes.remove(about)
     lost = sorted({folder / path for path in _files(folder)} - {path for ref in refs for path in ref.files})
@@ -456,8 +462,13 @@ def expect(report: Report) -> list[dict[str, Any]]:
 
 def write(dataset: DatasetConfig, path: Path) -> None:
     """The data set as a file that `clseg run STUDY --dataset FILE` takes; `RequestError` if it is there already."""
-    if path.suffix not in (".yaml", ".yml") or path.exists() or dataset.name in known_names("datasets"):
-        raise RequestError(f"{path}: is there already, or a known data set, or no .yaml; choose another name")
+    wrong = {
+        "is no .yaml file": path.suffix not in (".yaml", ".yml"),
+        "is there already": path.exists(),
+        "has the name of a data set of the project": dataset.name in known_names("datasets"),
+    }
+    if why := next((text for text, so in wrong.items() if so), ""):
+        raise RequestError(f"{path}: {why}; choose another name")
     text = yaml.safe_dump(dataset.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
     with writing(path, "choose another place"):
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from clseg.data.prepare import prepare
-from clseg.recipes.evaluation import probabilities, scores
-from clseg.settings import Geometry
+from clseg.errors import RequestError
+from clseg.recipes import evaluation
+from clseg.recipes.evaluation import probabilities, scores, validation_dice
+from clseg.settings import Geometry, NetworkConfig, SupervisedRecipe
 from clseg.study.files import read_dataset
+from clseg.train import finetune
 
 
 class Pointwise(nn.Module):
@@ -69,3 +72,24 @@ def test_scores_are_on_the_native_grid_in_mm(store):
     rows = scores(Pointwise(), store, ["phantom001"])
     assert [row["class_name"] for row in rows] == list(store.class_names.values())
     assert {row["hd95_unit"] for row in rows} == {"mm"}
+
+
+def test_a_healthy_subject_does_not_hide_the_others(store, monkeypatch):
+    """A volume without a structure, in which none is found, has no Dice; the mean is of the others."""
+    store = store(size=[32, 32])
+    for dice, expected in (([0.5, float("nan")], 0.5), ([0.25, 0.75], 0.5), ([float("nan")] * 2, float("nan"))):
+        values = iter(dice)
+        monkeypatch.setattr(evaluation, "volume_dice", lambda *_, values=values: next(values))
+        assert validation_dice(Pointwise(), store, store.subjects) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_best_step_needs_a_structure_to_be_measured_on(store):
+    store = store(size=[32, 32])
+    about = {"network": NetworkConfig(filters=[4, 4, 8, 8, 8, 8]), "batch": 4, "validate_every": 1}
+    first, second = store.subjects
+    with pytest.raises(RequestError, match="validation subjects have no labelled structure"):
+        finetune(store, [first], SupervisedRecipe(), 2, best=True, **about)
+    assert finetune(store, [first], SupervisedRecipe(), 2, best=True, validation=[second], **about).fit.best_step in (
+        1,
+        2,
+    )
