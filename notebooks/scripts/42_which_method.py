@@ -115,15 +115,16 @@ print(shown.groupby(["seed", "method"])["device"].value_counts().unstack(fill_va
 
 # %% [markdown]
 # ### What a machine changes
-# Of seed 1, 12 runs of `random` were computed twice, on an Intel CPU (one on the H100) and on an AMD CPU, which counts. The same run, from the same
-# weights and batches: sums in another order make another training of it after some steps. Dice of the first minus that of the second:
+# The same runs of seed 1, from the same weights and batches, computed a second time on an AMD CPU; first on an Intel CPU, an H100 or an AMD CPU without
+# bf16 (of `matched-gr` the pre-training, too). Sums in another order make another training of it after some steps. Dice of the first minus that of the
+# second, which counts:
 
 # %%
 other = archive.read_table(rows.place(profile, dataset) / "other_machines.csv").groupby("run")["dice"].mean()
-twice = shown[shown["run"].isin(other.index)].set_index("run")["labelled"].to_frame()
+twice = have.runs[have.runs["run"].isin(other.index)].set_index("run")[["method", "labelled"]]
 twice["difference"] = other - have.scores.groupby("run")["dice"].mean()
-print(twice.groupby("labelled")["difference"].agg(["count", "mean", "std", "min", "max"]).round(3).to_string())
-print(f"all: {twice['difference'].mean():+.3f}, standard deviation {twice['difference'].std():.3f}")
+print(twice.groupby(["method", "labelled"])["difference"].agg(["count", "mean", "std", "min", "max"]).round(3).to_string())
+print(f"all {len(twice)}: mean {twice['difference'].mean():+.3f}, standard deviation {twice['difference'].std():.3f}")
 
 # %% [markdown]
 # ## What we see
