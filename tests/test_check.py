@@ -647,8 +647,8 @@ def test_images_of_nnunet_without_the_number_of_their_channel_are_named(tmp_path
     folder = medical(tmp_path / "scans", "nnunet", labelled=4)
     for name in ("case_02", "case_03"):
         (folder / f"imagesTr/{name}_0000.nii.gz").rename(folder / f"imagesTr/{name}.nii.gz")
-    with pytest.raises(RequestError, match=r"case_02\.nii\.gz: an image of nnU-Net is named as case_02_0000\.nii\.gz"):
-        check(folder)
+    (problem,) = check(folder).problems
+    assert "case_02.nii.gz: nnU-Net names it case_02_0000.nii.gz, with the number of its channel; rename it" in problem
 
 
 @pytest.mark.parametrize(

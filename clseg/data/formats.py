@@ -367,9 +367,7 @@ def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
     for part in ("imagesTr", "imagesTs"):
         if odd := sorted({*folder.glob(f"{part}/[!.]*{ending}")} - {*folder.glob(f"{part}/[!.]*{tail}")}):
             like = f"{odd[0].name.removesuffix(ending)}_0000{ending}"
-            raise RequestError(
-                f"{odd[0]}: an image of nnU-Net is named as {like}, with the number of its channel; rename"
-            )
+            raise RequestError(f"{odd[0]}: nnU-Net names it {like}, with the number of its channel; rename it")
         for case in sorted({path.name[: -len(ending) - 5] for path in folder.glob(f"{part}/[!.]*{tail}")}):
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
