@@ -86,5 +86,5 @@ results.distances
 # %% [markdown]
 # ## What this does not show
 # * Another data set, resolution or budget: the lines at the top say what was computed.
-# * Differences below the width of the intervals. With one seed, or one or two draws, there is no verdict at all.
+# * Differences below the width of the intervals. With fewer than three seeds, or one or two draws, there is no verdict at all.
 # * Settings chosen on these test subjects would make every number above too good: choose them on others.
