@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Which use of unlabelled scans helps, with how many labelled patients?
-# **Real cardiac MRI (ACDC), the papers' own lists, a fine-tuning of up to 2,000 steps, and a protocol written before the numbers.**
+# **Real cardiac MRI (ACDC), the lists of Chaitanya et al., a fine-tuning of up to 2,000 steps, and a protocol written before the numbers.**
 # This notebook trains nothing; it reads the rows of the study `acdc`.
 #
 # You will see: what to use with 1, 2, 8 and all labelled patients, the contrasts of `PROTOCOL.md` with intervals and verdicts, whether each
@@ -17,7 +17,7 @@
 # | `weak_to_strong` | no pre-training; in fine-tuning the network labels the unlabelled scans itself, and where it is sure, its answer must stay the same when the image is strongly changed |
 # | `matched-...+weak_to_strong` | that pre-training, then that fine-tuning |
 #
-# *Matched*: nothing differs but the answer to "who is alike?". Views, network, head, batch, images seen, optimiser and temperature are the same. So
+# *Matched arm*: nothing differs but the answer to "who is alike?". Views, network, head, batch, images seen, optimiser and temperature are the same. So
 # these rows compare ideas; they do not reproduce the papers. A *draw* is a choice of the labelled patients, a *seed* one of initial weights and batches. The
 # score is Dice of the last step, on 20 test patients at end-diastole, from images of 64 x 64 pixels; 52 patients serve as unlabelled scans.
 
@@ -65,16 +65,20 @@ print(results.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"])
 
 # %% [markdown]
 # **What to use, if you must choose today.** With 1 or 2 labelled patients: pre-train with contrast, then fine-tune with `weak_to_strong`. Pseudo-classes were
-# chosen before the numbers; partitions (`matched-gd+weak_to_strong`) came to the same within .01, and need no auto-encoder. With 8: `weak_to_strong`;
-# pre-training before it adds little. With all 77: plain fine-tuning; pre-training adds nothing to see, and `weak_to_strong` was not run there.
+# chosen before these numbers, as the best on development patients; partitions (`matched-gd+weak_to_strong`) came to the same within .01, and need no
+# auto-encoder. With 8: `weak_to_strong`; pre-training before it adds little. With all 77: plain fine-tuning; pre-training adds nothing to see, and
+# `weak_to_strong` was not run there.
 #
-# **What did not help.** Which slices count as alike made no difference to see (*Does it matter who is alike?*, below), and the local stage (`+lr`) added
-# little or nothing. Pre-training alone gained less than `weak_to_strong` alone with 1, 2 and 8 labelled; the two were not compared directly.
+# **What cannot be told.** Which slices should count as alike: the four pre-trainings gained about the same, with intervals too wide to say that they are
+# (*Does it matter who is alike?*, below). Whether the local stage (`+lr`) helps with 1 labelled; with more it changed Dice by less than .02. Pre-training alone
+# gained less than `weak_to_strong` alone with 1, 2 and 8; the two were not compared directly.
 #
-# **How sure.** *Not known* is no verdict: that needs three seeds, and they are read once. The two that are complete are of different machines and agree
-# (seed by seed, below); with two, an interval may be wide or narrow by chance. With 1 labelled patient much depends on which patient that is (small points).
+# **How sure.** *Not known* is no verdict. Verdicts are given once, from three seeds; what you see now is a preview, and with two seeds an interval may be wide or
+# narrow by chance. Of both seeds the differences have the same sign wherever they matter (seed by seed, below). With 1 labelled patient much depends on which
+# patient that is (small points).
 #
-# **What it costs.** `weak_to_strong` doubles the time of fine-tuning. Pre-training is 3,000 steps, once, whatever the number of labels (*What it costs*, below).
+# **What it costs.** `weak_to_strong` takes about twice the time of plain fine-tuning, on a GPU 2.6 times. Pre-training is 3,000 steps, once, whatever the
+# number of labels or scans (*What it costs*, below).
 
 # %% [markdown]
 # ## Dice against labelled patients
@@ -91,8 +95,8 @@ print(results.dice)
 
 # %% [markdown]
 # ## The contrasts of the protocol
-# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *Not known* means: the
-# interval does not decide, or fewer than three seeds, or one or two draws, are too few to say (dotted). `p_holm` is small if there surely is a
+# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *Not known* means one of
+# two: the interval does not decide, or there are too few seeds or draws to say (fewer than three; dotted). `p_holm` is small if there surely is a
 # difference. `p_margin_holm` is small if the difference is surely on that side of .02 where it seems to be. Both are corrected by Holm over all 26
 # contrasts; where there are too few draws or seeds there is none (-).
 
@@ -127,8 +131,8 @@ print(shown.groupby(["seed", "method"])["device"].value_counts().unstack(fill_va
 # %% [markdown]
 # ### What a machine changes
 # The same runs of seed 1, from the same weights and batches, computed a second time on an AMD CPU; first on an Intel CPU, an H100 or an AMD CPU without
-# bf16 (of `matched-gr` the pre-training, too). Sums in another order make another training of it after some steps. Dice of the first minus that of the
-# second, which counts:
+# bf16 (of `matched-gr` the pre-training, too). Machines add numbers in different orders, so that after some steps the weights differ. Dice of the first run
+# minus the second, which the tables use:
 
 # %%
 other = archive.read_table(rows.place(profile, dataset) / "other_machines.csv").groupby("run")["dice"].mean()
@@ -158,10 +162,10 @@ print(between.pivot(index=["method", "baseline"], columns="labelled", values="in
 # %% [markdown]
 # ## Did the pre-trainings learn?
 # `learned`: how far the loss came from that of a collapsed network (0) to the least that any embedding could have (1), on training slices.
-# `loss_held_out` beside `floor`: on patients that were not pre-trained on; a held-out loss at the floor or above says that the network
-# learned these slices by heart (that is so for `gcl`; no loss of Dice is seen above). `position_r2`, `size_r2`: what a linear probe reads from the
-# frozen encoder (0: nothing). The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`,
-# `cluster` of `matched-ufc`.
+# `bound` is that least loss. `loss_held_out` beside `floor`: on patients that were not pre-trained on; a held-out loss at the floor or above says
+# that the network learned these slices by heart (that is so for `gcl`; no loss of Dice is seen above). `position_r2`, `size_r2`: what a linear probe
+# reads from the frozen encoder (0 or less: nothing). `rank`, `cosine`: how many directions the embeddings fill, and how alike two of them are on
+# average. The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
 
 # %%
 probes = have.probes.merge(have.runs[["run", "parent"]], on="run")
@@ -271,7 +275,7 @@ plots.published_for(dataset, "glcl_comparison")
 # * Differences smaller than the intervals reach to each side (the table above). The test
 #   patients are of one hospital. The three draws of 8 patients share five of them, and all draws of 1 and 2 come from ten: other patients may
 #   differ by more than the draws say.
-# * Contrasts without the machine. In seed 0 some methods ran on a GPU and some on a CPU (the table of devices above): where the two methods of a contrast
+# * What is the method and what the machine. In seed 0 some methods ran on a GPU and some on a CPU (the table of devices above): where the two methods of a contrast
 #   differ in that, it contains the difference of the machines.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:
 #   that is the arm *as published*, which is not computed yet.
