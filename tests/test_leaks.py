@@ -294,7 +294,7 @@ def test_test_subjects_are_not_handed_over_before_training_has_ended(out, monkey
     run = runs.do(finetuning("random"))
     split = runs.split_of(run, runs.open_store(run.experiment, progress=False))
     everyone = set(split.pretrain)
-    assert handed == [everyone, {*split.validation}, "fit", {*split.test}]
+    assert handed == [{*split.validation}, everyone, "fit", {*split.test}]
 
 
 @pytest.mark.parametrize("geometry", [{"size": [32, 32]}, {"size": [4, 16, 16], "plane": [32, 32]}])

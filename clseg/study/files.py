@@ -84,7 +84,7 @@ def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
     if not path.is_file():
         what = schema.__name__.removesuffix("Config").lower()
         if path == Path(name):
-            raise RequestError(f"{what} {name}: there is no such file")
+            raise RequestError(f"{what} {name}: there is no such file; correct the path")
         raise RequestError(f"{what} {name!r} is not known, {nearest(name, known_names(kind))}")
     return _read_as(schema, path)
 

@@ -138,7 +138,9 @@ print(shown.groupby(["seed", "method"])["device"].value_counts().unstack(fill_va
 other = archive.read_table(rows.place(profile, dataset) / "other_machines.csv").groupby("run")["dice"].mean()
 twice = have.runs[have.runs["run"].isin(other.index)].set_index("run")[["method", "labelled"]]
 twice["difference"] = other - have.scores.groupby("run")["dice"].mean()
-print(twice.groupby(["method", "labelled"])["difference"].agg(["count", "mean", "std", "min", "max"]).round(3).to_string())
+print(
+    twice.groupby(["method", "labelled"])["difference"].agg(["count", "mean", "std", "min", "max"]).round(3).to_string()
+)
 print(f"all {len(twice)}: mean {twice['difference'].mean():+.3f}, standard deviation {twice['difference'].std():.3f}")
 
 # %% [markdown]
