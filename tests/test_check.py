@@ -231,8 +231,12 @@ def test_a_data_set_file_is_not_overwritten_and_takes_no_known_name(tmp_path):
     path = tmp_path / "mine.yaml"
     write(dataset, path)
     kept = path.read_bytes()
-    for wrong, name in ((path, "mine"), (tmp_path / "acdc.yaml", "acdc"), (tmp_path / "mine.txt", "mine")):
-        with pytest.raises(RequestError, match=wrong.name):
+    for wrong, name, why in (
+        (path, "mine", "is there already"),
+        (tmp_path / "acdc.yaml", "acdc", "has the name of a data set of the project"),
+        (tmp_path / "mine.txt", "mine", "is no .yaml file"),
+    ):
+        with pytest.raises(RequestError, match=f"{wrong.name}: {why}"):
             write(dataset.model_copy(update={"name": name}), wrong)
     assert path.read_bytes() == kept
     assert sorted(file.name for file in tmp_path.glob("*.*")) == ["mine.yaml"]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from clseg import paths, stats
-from clseg.study import archive, grid, results, rows
+from clseg.study import archive, estimate, grid, results, rows
 from clseg.study.files import known_names, read_profile, read_study
 from clseg.study.parameters import override_study
 from clseg.study.results import committed_figures, read_results, write_results
@@ -82,6 +82,16 @@ def test_what_is_said_before_is_of_what_is_missing(committed, command, tmp_path)
     todo = [line for line in output.splitlines() if line.startswith("to do")]
     assert len(todo) == 3
     assert all("seed1" in line for line in todo)
+
+
+def test_runs_that_must_follow_each_other_are_not_estimated_as_if_side_by_side():
+    cost = estimate.estimate(plan("study.methods=[gd]"))  # a pre-training, then a fine-tuning
+    assert cost.runs == 2
+    assert cost.chain == pytest.approx(cost.seconds)
+    assert cost.text(2).startswith(f"about {estimate.minutes(cost.seconds)}, 2 at a time")
+    assert (
+        estimate.Cost(seconds=270.0, chain=50.0, megabytes=1.0, runs=9, of_earlier=0).text(3).startswith("about 90 s")
+    )
 
 
 def test_seeds_are_counted_when_they_are_complete():
@@ -219,6 +229,8 @@ def test_the_committed_rows_are_whole():
         assert have.runs["run"].is_unique
         assert set(have.scores["run"]) == set(have.runs["run"][have.runs["kind"] == "finetune"])
         assert not have.scores.duplicated(["run", "subject", "phase", "class_name"]).any()
+        if (other := folder / "other_machines.csv").is_file():
+            assert set(archive.read_table(other)["run"]) <= set(have.scores["run"])
         assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
 
 

@@ -365,10 +365,11 @@ def _scan_nnunet(folder: Path, info: dict[str, Any]) -> Iterator[VolumeRef]:
         raise RequestError(f"{folder}/dataset.json: file_ending {ending!r} is not supported; convert to .nii.gz")
     tail = f"_[0-9][0-9][0-9][0-9]{ending}"
     for part in ("imagesTr", "imagesTs"):
-        if odd := sorted({*folder.glob(f"{part}/[!.]*{ending}")} - {*folder.glob(f"{part}/[!.]*{tail}")}):
+        named = {*folder.glob(f"{part}/[!.]*{tail}")}
+        if odd := sorted({*folder.glob(f"{part}/[!.]*{ending}")} - named):
             like = f"{odd[0].name.removesuffix(ending)}_0000{ending}"
             raise RequestError(f"{odd[0]}: nnU-Net names it {like}, with the number of its channel; rename it")
-        for case in sorted({path.name[: -len(ending) - 5] for path in folder.glob(f"{part}/[!.]*{tail}")}):
+        for case in sorted({path.name[: -len(ending) - 5] for path in named}):
             images = tuple(folder / part / f"{case}_{channel:04d}{ending}" for channel in range(channels))
             if missing := [image for image in images if not image.is_file()]:
                 raise RequestError(f"{missing[0]}: is missing; add it, or correct the {channels} channel_names")

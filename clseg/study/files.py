@@ -80,10 +80,11 @@ def known_names(kind: str) -> list[str]:
 
 
 def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else paths.PARAMS / kind / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else paths.PARAMS / kind / f"{name}.yaml"
     if not path.is_file():
         what = schema.__name__.removesuffix("Config").lower()
-        if path == Path(name):
+        if is_path:
             raise RequestError(f"{what} {name}: there is no such file; correct the path")
         raise RequestError(f"{what} {name!r} is not known, {nearest(name, known_names(kind))}")
     return _read_as(schema, path)

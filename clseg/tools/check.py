@@ -39,7 +39,7 @@ from clseg.errors import RequestError, once, reading, writing
 from clseg.settings import DatasetConfig, Folds, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
 from clseg.study.archive import write_atomically
 from clseg.study.estimate import pass_cost, weights_in
-from clseg.study.files import known_names, read_profile
+from clseg.study.files import known_names, read_profile, read_study
 
 FILES = (*VOLUMES, *PICTURES)
 MASK = re.compile(
@@ -96,7 +96,7 @@ class Report:
         parts = self.dataset.positions == "known" and max(v["shape"][0] for v in self.volumes) >= 4  # of matched-gd
         before = "matched-gd" if parts else "matched-gr"
         methods = ["random", *(["weak_to_strong", f"{before}+weak_to_strong"] if others > 0 else [before])]
-        if methods != ["random", "weak_to_strong", "matched-gd+weak_to_strong"]:
+        if methods != read_study("own_data").methods:
             changes = {"methods": f"[{','.join(methods)}]"} | changes
         words += [w for key, value in changes.items() for w in ("--set", f"study.{key}={value}".replace(" ", ""))]
         return shlex.join(words).replace("'", "")
