@@ -162,7 +162,7 @@ def spatial_grid(image: Tensor, generator: Generator) -> Tensor:
     deformed elastically: alpha U(100, 350) times noise U(-1, 1) smoothed with sigma U(14, 17) pixels of 352.
     Source: Zeng et al., released code (`dataset/`).
     *Deviation*: smooth noise comes from nodes two sigma apart, of the deviation alpha / √3 / (2 √π sigma) that
-    smoothing would leave; bilinear sampling, not cubic.
+    smoothing would leave; bilinear sampling, not cubic; no random crop, as the store keeps the centre.
     """
     batch = len(image)
     flips = torch.where(torch.rand((2, batch), generator=generator) < 0.5, -1.0, 1.0)
@@ -198,7 +198,8 @@ def strong_view(image: Tensor, generator: Generator) -> Tensor:
     x + U(-0.3, 0.3) and contrast (x - mean) U(0.5, 1.5) + mean, with 0.5 a Gaussian blur of U(0.1, 1.5) pixels.
 
     image: float, about 0..1. Source: UniMatch (Yang et al., CVPR 2023), its medical scenario.
-    *Deviation*: no hue or saturation, which these images lack; blur in pixels of the network's image, not of 256.
+    *Deviation*: no hue or saturation, which these images lack; brightness is added, there it is a factor U(0.5, 1.5),
+    and the result is clipped; blur in pixels of the network's image, not of 256, and up to 1.5, not 2.
     """
     batch, each = len(image), (len(image), *[1] * (image.ndim - 1))
     changed = torch.rand(each, generator=generator) < 0.8

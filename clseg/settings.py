@@ -70,8 +70,8 @@ class Normalisation(Strict):
 
 class SeededProtocol(Strict):
     kind: Literal["seeded"] = "seeded"
-    test: Count  # subjects, drawn first
-    validation: Count  # subjects; the rest is the pool of nested draws
+    test: Natural  # subjects, drawn first; 0: weights alone, and no number
+    validation: Natural  # subjects; the rest is the pool of nested draws
     seed: Natural = 0
     transductive: bool = False
 

@@ -3,7 +3,9 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -668,11 +670,17 @@ def test_the_study_that_is_proposed_has_the_methods_that_the_readme_recommends(l
     if layout == "flat":
         for path in folder.glob("*Tr/*.nii.gz"):
             save(path, np.asarray(nib.load(path).dataobj)[..., :2])  # two slices: no partitions
-    words = check(folder, "mine").study("mine.yaml").split()
+    report = check(folder, "mine")
+    words = shlex.split(report.study("mine.yaml"))
     assert [word for word in words if word.startswith("study.methods")] == [f"study.methods=[{methods}]"] * bool(
         methods
     )
     assert read_study("own_data").methods == ["random", "weak_to_strong", "matched-gd+weak_to_strong"]
+    masks = sum(v["labelled"] for v in report.volumes)
+    best = "matched-gd" if labelled == 8 else methods.rpartition(",")[2] or "matched-gd+weak_to_strong"
+    changes = ["protocol=all_masks", f"methods=[{best}]", f"labelled=[{masks}]"]
+    assert shlex.split(report.last("my file.yaml"))[4] == "my file.yaml"
+    assert shlex.split(report.last("mine.yaml"))[8::2] == [f"study.{change}" for change in changes]
 
 
 @pytest.mark.slow
@@ -681,7 +689,7 @@ def test_the_study_that_is_proposed_has_the_methods_that_the_readme_recommends(l
 )
 def test_the_study_that_is_proposed_fits_the_labels_that_are_there(tmp_path, labelled, numbers, draws):
     report = check(medical(tmp_path / "scans", "nnunet", labelled=labelled, subjects=labelled + 2), "mine")
-    words = report.study("mine.yaml").split()
+    words = shlex.split(report.study("mine.yaml"))
     assert words[:4] == ["clseg", "run", "own_data", "--dataset"]
     assert [f"study.labelled={numbers}", f"study.draws={draws}"] == words[-3::2]
 
@@ -691,17 +699,38 @@ def test_from_a_folder_with_three_labels_to_masks_by_the_commands_that_are_print
     medical(tmp_path / "scans", "nnunet", labelled=3)
     status, output, _ = command(tmp_path / "out", "check", "scans", "--write", "mine.yaml")
     assert status == 0
-    (line,) = (line for line in output.splitlines() if line.startswith("next: clseg run "))
-    words = line.replace("laptop", "smoke").split()[2:]
-    status, output, errors = command(tmp_path / "out", *words, "--jobs", "1")
+    lines = [line for line in output.splitlines() if line.startswith(("next: clseg run ", "last, all masks and no"))]
+    first, last = (shlex.split(line.replace("laptop", "smoke").partition("clseg ")[2]) for line in lines)
+    status, output, errors = command(tmp_path / "out", *first, "--jobs", "1")
     assert status == 0, errors
     assert "\ncost: about " in output
+    assert "\ntables and figures: " in output
+    _segmented(output, tmp_path, command, "masks")
+    status, output, errors = command(tmp_path / "out", *last, "--jobs", "1")
+    assert status == 0, errors
+    assert "\nno tables and figures: nobody was tested" in output
+    run = _segmented(output, tmp_path, command, "masks of all")
+    subjects = json.loads((run / "subjects.json").read_bytes())
+    assert (len(subjects["labelled"]), subjects["validation"], subjects["test"]) == (3, [], [])
+    assert sorted(subjects["pretrain"]) == sorted(
+        path.name.removesuffix("_0000.nii.gz") for path in (tmp_path / "scans/imagesTr").iterdir()
+    )
+    assert (run / "metrics.csv").read_text().count("\n") == 1
+    assert command(tmp_path / "out", "table", str(run))[0] == 2  # no score to show
+    status, _, errors = command(tmp_path / "out", *last, "--extend")
+    assert (status, "tests nobody" in errors) == (2, True)
+
+
+def _segmented(output, folder, command, target):
+    """The folder of the run that the printed command names, after all scans were segmented by it."""
     (line,) = (line for line in output.splitlines() if line.startswith("masks of new scans: clseg predict "))
-    words = line.replace("SCANS", "scans/imagesTr").replace("MASKS", "masks").split()[6:]
-    assert command(tmp_path / "out", "predict", *words)[0] == 0
-    assert {path.name for path in (tmp_path / "masks").glob("*.nii.gz")} == {
-        path.name.replace("_0000", "") for path in (tmp_path / "scans/imagesTr").iterdir()
+    words = shlex.split(line.replace("SCANS", "scans/imagesTr").replace("MASKS", shlex.quote(target)))[6:]
+    assert command(folder / "out", "predict", *words)[0] == 0
+    assert {path.name for path in (folder / target).glob("*.nii.gz")} == {
+        path.name.replace("_0000", "") for path in (folder / "scans/imagesTr").iterdir()
     }
+    place = Path(words[1])
+    return next(place.parent.glob(f"{place.name}-*"))
 
 
 def test_draws_that_label_the_same_subjects_count_once(tmp_path, monkeypatch, command):

@@ -77,7 +77,7 @@ def contrast(work: Work, stage: ContrastStage) -> Training:
     """Trains the encoder and a head; with `cluster` pairs the pseudo-classes are among the tables.
 
     Views pass the network one after the other, so that batch norm cannot tell them by being together; so do those of
-    Chaitanya et al. and of Zeng et al.
+    Zeng et al. *Deviation*: in the released code of Chaitanya et al. all views, and its zero images, are one batch.
     """
     store, encoder = work.store, work.network.encoder
     if stage.pairs == "position" and not store.positions_known:

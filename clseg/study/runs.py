@@ -314,7 +314,8 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}
     fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": run.parameters.seed, "run": run.name}
     tested = store.only(split.test)  # now that training has ended
-    metrics = pd.DataFrame(train.scores(result.network, tested, split.test)).assign(**fields)[TABLE_COLUMNS[1:]]
+    metrics = pd.DataFrame(train.scores(result.network, tested, split.test)).assign(**fields)
+    metrics = metrics.reindex(columns=TABLE_COLUMNS[1:])  # without test subjects there are no rows
     _keep(run, store, result.fit, result.network.state_dict(), {"metrics": metrics} | result.tables)
 
 

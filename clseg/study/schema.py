@@ -100,7 +100,7 @@ class Experiment(Budget):
         kinds = [getattr(stage, "pairs", stage.stage) for stage in self.stages]
         if "cluster" in kinds and "autoencoder" not in kinds[: kinds.index("cluster")]:
             raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
-        if self.finetune.checkpoint == "best" and getattr(self.division, "validation", None) == []:
+        if self.finetune.checkpoint == "best" and not getattr(self.division, "validation", True):
             raise ValueError(f"finetune.checkpoint: 'best' needs validation subjects; {self.protocol} has none: last")
         if self.geometry.dimensions == 3 and (flat := [k for k in kinds if k in FLAT_STAGES]):
             raise ValueError(f"stages: {flat[0]} works on 2-D slices only; choose dimensions 2")

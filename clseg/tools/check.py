@@ -85,21 +85,37 @@ class Report:
 
     def study(self, file: str) -> str:
         """The command of a study that the labelled subjects which are there can fill, on the data set file."""
-        words = ["clseg", "run", "own_data", "--dataset", file, "--profile", "laptop"]
         protocol = self.dataset.protocols["seeded"]
         held_out = protocol.test + protocol.validation
-        most = len({v["subject"] for v in self.volumes if v["labelled"]}) - held_out
+        most = self._labelled - held_out
         labelled = [count for count in (1, 2, 4, 8, 16, 32) if count <= most]
         draws = list(range(1, min(max(comb(most, count) for count in labelled), 3) + 1))
-        changes = {"labelled": labelled, "draws": draws}
-        others = len({v["subject"] for v in self.volumes}) - held_out - labelled[-1]  # weak_to_strong needs some
+        methods = ["random", *self._methods(held_out + labelled[-1])]
+        changes = {} if methods == read_study("own_data").methods else {"methods": methods}
+        return self._command(file, changes | {"labelled": labelled, "draws": draws})
+
+    def last(self, file: str) -> str:
+        """The command that trains on all masks in the way that the README recommends, for weights without a score."""
+        methods = self._methods(self._labelled)[-1:]
+        return self._command(file, {"protocol": "all_masks", "methods": methods, "labelled": [self._labelled]})
+
+    @property
+    def _labelled(self) -> int:
+        return len({v["subject"] for v in self.volumes if v["labelled"]})
+
+    def _methods(self, used: int) -> list[str]:
+        """What may help where so many subjects are labelled or held out; `weak_to_strong` needs others."""
         parts = self.dataset.positions == "known" and max(v["shape"][0] for v in self.volumes) >= 4  # of matched-gd
         before = "matched-gd" if parts else "matched-gr"
-        methods = ["random", *(["weak_to_strong", f"{before}+weak_to_strong"] if others > 0 else [before])]
-        if methods != read_study("own_data").methods:
-            changes = {"methods": f"[{','.join(methods)}]"} | changes
-        words += [w for key, value in changes.items() for w in ("--set", f"study.{key}={value}".replace(" ", ""))]
-        return shlex.join(words).replace("'", "")
+        others = len({v["subject"] for v in self.volumes}) > used
+        return ["weak_to_strong", f"{before}+weak_to_strong"] if others else [before]
+
+    def _command(self, file: str, changes: dict[str, Any]) -> str:
+        """That of study `own_data` on the data set file, with these changes."""
+        words = ["clseg", "run", "own_data", "--dataset", file, "--profile", "laptop"]
+        for key, value in changes.items():
+            words += ["--set", f"study.{key}={value}".replace(" ", "").replace("'", "")]
+        return shlex.join(words)
 
 
 def _ranges(rows: list[list[float]]) -> str:
@@ -257,7 +273,8 @@ def propose(dataset: DatasetConfig, volumes: list[dict[str, Any]]) -> DatasetCon
     labelled = sum(v["labelled"] for v in volumes)
     test, validation = (max(1, round(share * labelled)) for share in (0.3, 0.1))
     changes: dict[str, Any] = {"channels": volumes[0]["channels"]}
-    changes["protocols"] = {"seeded": SeededProtocol(kind="seeded", test=test, validation=validation)}
+    sizes = {"seeded": (test, validation), "all_masks": (0, 0)}
+    changes["protocols"] = {k: SeededProtocol(kind="seeded", test=t, validation=v) for k, (t, v) in sizes.items()}
     if Path(dataset.folder, "splits_final.json").exists():
         changes["protocols"]["nnunet"] = SplitsFileProtocol(kind="splits_file")
     slices, *_ = np.median([v["shape"] for v in volumes], axis=0)

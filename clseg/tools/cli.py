@@ -71,6 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
         plan, unchecked = grid.distinct(plan, splits), ""
+        if arguments.extend and not all(splits[run.name].test for run in plan.finetune):
+            raise RequestError(f"--extend: {title} tests nobody, and rows are of scores; leave --extend away")
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
     finished = {name for name, flaw in flaws.items() if flaw is None}
     done = finished | {run.name for run in plan.all} & spared
@@ -108,15 +110,17 @@ def _run(arguments: argparse.Namespace) -> int:
         failure = error
     repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]
     repeat += [word for text in arguments.set for word in ("--set", text)]
-    if any(run.is_done() for run in plan.finetune):
-        with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
-            folder = paths.results_dir(profile, plan.place, study.name)
-            write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
-            notebook = draw_figures(plan, named)
-        print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
-        last = [run for run in plan.finetune if run.is_done()][-1]
-        weights = last.folder.with_name(last.name.rpartition("-")[0])
-        print(f"masks of new scans: clseg predict --weights {weights} --input SCANS --output MASKS")
+    if ended := [run for run in plan.finetune if run.is_done()]:
+        if all(splits[run.name].test for run in plan.finetune):
+            with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
+                folder = paths.results_dir(profile, plan.place, study.name)
+                write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
+                notebook = draw_figures(plan, named)
+            print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
+        else:
+            print("no tables and figures: nobody was tested")
+        weights = ended[-1].folder.with_name(ended[-1].name.rpartition("-")[0])
+        print(f"masks of new scans: clseg predict --weights {shlex.quote(str(weights))} --input SCANS --output MASKS")
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0
@@ -231,6 +235,7 @@ def _check(arguments: argparse.Namespace) -> int:
         write(report.dataset, target)
         if not arguments.json:
             print(f"next: {report.study(str(target))}")
+            print(f"last, all masks and no test: {report.last(str(target))}")
     return 2 if report.problems else 0
 
 

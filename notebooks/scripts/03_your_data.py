@@ -182,9 +182,10 @@ plots.volume_grid(
 # network, channels, spacing, normalisation, label values.
 #
 # ```
-# clseg check FOLDER --write mine.yaml      and the command of a study that your labels can fill:
-# clseg run own_data --dataset mine.yaml --profile laptop --set ...
-# clseg predict --weights out/runs/mine/laptop/finetune-matched-gd+weak_to_strong-labelled1-draw1-seed0 --input NEW_SCANS --output SEGMENTED
+# clseg check FOLDER --write mine.yaml      it prints the next two commands, whole:
+# clseg run own_data --dataset mine.yaml --profile laptop --set ...                              which method?
+# clseg run own_data --dataset mine.yaml --profile laptop --set study.protocol=all_masks ...     that one on all masks, without a test
+# clseg predict --weights out/runs/mine/laptop/finetune-matched-gd+weak_to_strong-labelled3-draw1-seed0 --input NEW_SCANS --output SEGMENTED
 # ```
 #
 # **Try it.** Remove a mask from the example folder, truncate an image, or give a mask a value that is not declared, and run from

@@ -85,11 +85,11 @@ plots.training_curves(log)
 
 # %%
 metrics = run.read("metrics")
-print(f"mean Dice {metrics['dice'].mean():.2f}")
+print(f"mean Dice {metrics['dice'].mean():.2f}" if len(metrics) else "nobody is tested; below is a subject of training")
 metrics.groupby("class_name")[["dice", "hd95", "missed"]].mean().round(3)
 
 # %%
-volume = labelled_volumes(store, split.test)[0]
+volume = labelled_volumes(store, split.test or split.labelled)[0]
 probability = probabilities(runs.trained_network(run, store), store, volume)
 rows = store.volume_rows(volume)
 name = store.volumes["subject"][volume]
