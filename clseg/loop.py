@@ -196,7 +196,7 @@ def fit(
     keeper: Keeper | None = None,
     title: str = "training",
 ) -> Fit:
-    """Minimise `training.step_loss(step)` for `steps` steps.
+    """Minimise `training.loss(*training.draw(step))` for `steps` steps.
 
     precision: "float32", or "bf16" (autocast). `evaluate()` (higher is better) runs every `evaluate_every` steps and
     after the last one; the network's weights of its best value are kept (the earliest of equals).

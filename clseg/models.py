@@ -189,8 +189,8 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], source: Path | s
 
     Batch-norm running averages go along; all else (heads, the auto-encoder) stays behind. Raises `RequestError` where
     one is unknown, has another shape or values that are not finite, or one of the encoder is missing.
-    Source: released code of Zeng et al. *Deviation*: in that of Chaitanya et al. running averages restart; of where they
-    started next to nothing is left after some hundreds of steps with their decay of .99, some tens with .9 (`laptop`).
+    Source: released code of Zeng et al. *Deviation*: in that of Chaitanya et al. running averages restart; where they
+    started no longer matters after some hundreds of steps with their decay of .99, some tens with .9 (`laptop`).
     """
     own = network.state_dict()
     names = [name for name in weights if name.startswith(("encoder.", "decoder."))]

@@ -113,7 +113,7 @@ def gather(tensor: Tensor) -> Tensor:
 
     With embeddings and all that `clseg.pairs` needs gathered, every rank has the loss of one process. Backward sums
     what the W equal losses say about a rank's rows: W times their gradient, so that the mean over ranks that
-    DistributedDataParallel takes is the gradient of one process. tensor: [B, ...], as many rows on every rank.
+    `average_gradients` takes is the gradient of one process. tensor: [B, ...], as many rows on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor

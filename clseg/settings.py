@@ -1,7 +1,10 @@
-"""What a network, stage, recipe, geometry or data set may be told: typed objects, published values as defaults."""
+"""What a network, stage, recipe, geometry or data set may be told, as typed objects.
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+Defaults are the published values where they are known; of cluster contrast (Zhang et al.) none is, and they are ours.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +38,7 @@ Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[float, Field(ge=1e-9, le=1e9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Nearness = Annotated[float, Field(gt=0, lt=1)]  # of positions, which run from 0 to 1: at 1 all slices are alike
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Filters = Annotated[list[Pixels], Field(min_length=2, max_length=12)]
@@ -114,6 +118,18 @@ class ListProtocol(Strict):
     not_in_all: list[str] = []
     transductive: bool = False
 
+    @model_validator(mode="after")
+    def _as_long_as_they_say(self) -> "ListProtocol":
+        lists = {"pretrain": self.pretrain, "test": self.test, "validation": self.validation}
+        draws = {f"labelled.{n}.{c}": (n, own) for n, some in self.labelled.items() for c, own in some.items()}
+        for name, own in [*lists.items(), *((name, own) for name, (_, own) in draws.items())]:
+            if twice := sorted({subject for subject in own if own.count(subject) > 1}):
+                raise ValueError(f"{name}: names {twice[0]} twice")
+        for name, (count, own) in draws.items():
+            if len(own) != count:
+                raise ValueError(f"{name}: names {len(own)} subjects, and {count} are to be labelled")
+        return self
+
 
 Protocol = Annotated[SeededProtocol | FoldsProtocol | SplitsFileProtocol | ListProtocol, Field(discriminator="kind")]
 
@@ -135,7 +151,7 @@ class DatasetConfig(Strict):
     phases: list[str] = []  # those used, empty for all
     positions: Literal["known", "unknown"] = "known"
     twins: list[list[str]] = []  # subjects that are known to have the same images; others with such are refused
-    threshold: Positive | None = None  # of positional contrast
+    threshold: Nearness | None = None  # of positional contrast
     normalisation: Normalisation = Normalisation()
     geometry: dict[str, Geometry] = {}  # by profile
     geometry_3d: dict[str, Geometry] = {}
@@ -148,12 +164,27 @@ class DatasetConfig(Strict):
         return self.adapter == "pairs" and not any(end in name for end in (".nii", ".mgz", ".mgh", ".hdr", ".img"))
 
 
+READ = {"name", "adapter", "options", "channels", "classes", "phases", "normalisation"}  # what decides what is read
+
+
 class Optimisation(Strict):
     optimiser: Literal["adam", "adamw", "sgd"] = "adam"  # sgd has momentum 0.9
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: per step, from `learning_rate` to the final one
     final_learning_rate: NotNegative = 0.0
     weight_decay: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _without_effect(self) -> "Optimisation":
+        if self.schedule == "constant":
+            self._require_defaults(["final_learning_rate"], "a constant schedule")
+        return self
+
+    def _require_defaults(self, unused: Iterable[str], what: str) -> None:
+        """Raise `ValueError` where a key is set that is not read: it would name another run of the same numbers."""
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with {what}; remove it")
 
 
 class StageConfig(Optimisation):
@@ -166,7 +197,7 @@ class ContrastStage(StageConfig):
     strategy: Literal["gd-", "gd", "gcl"] = "gd"  # of partitions: gd-, gd of Chaitanya et al., gcl of Zeng et al.
     set_of: Several | None = 2  # of gd: so many volumes of the batch have positives in each other; None: all of them
     partitions: Several = 4
-    threshold: Positive | None = None  # of positions; None: that of the data set
+    threshold: Nearness | None = None  # of positions; None: that of the data set
     clusters: Several = 10  # of the features of an autoencoder stage before
     cluster_distance: Positive | None = None  # cuts there, in place of a number of `clusters`
     linkage: Literal["ward", "average", "complete"] = "ward"
@@ -175,6 +206,15 @@ class ContrastStage(StageConfig):
     head: Literal["flatten", "pool"] = "flatten"  # g1 of Chaitanya et al., that of Zeng et al.
     temperature: Positive = 0.1
     denominator: Literal["all", "pair"] = "pair"
+
+    @model_validator(mode="after")
+    def _of_these_pairs(self) -> "ContrastStage":
+        keys = {"partition": ["partitions"], "position": ["threshold"]}
+        keys["cluster"] = ["clusters", "cluster_distance", "linkage", "positives"]
+        unused = [name for pairs, names in keys.items() if pairs != self.pairs for name in names]
+        self._require_defaults(unused, f"pairs {self.pairs}")
+        self._require_defaults(["clusters"] * (self.cluster_distance is not None), "a cluster_distance")
+        return self
 
     @property
     def answer(self) -> str:  # who is alike, in a word; in the names of runs
@@ -197,6 +237,11 @@ class LocalStage(StageConfig):
     neighbours: Literal["published", "nearest"] = "published"
     partitions: Several = 4
     temperature: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _of_this_strategy(self) -> "LocalStage":
+        self._require_defaults(["partitions"] * (self.strategy == "lr"), "strategy lr")
+        return self
 
     @property
     def answer(self) -> str:  # in the names of runs
@@ -232,7 +277,7 @@ class PirlStage(StageConfig):
 
 Pretext = RotationStage | InpaintingStage | ContextRestorationStage | PirlStage
 Stage = Annotated[ContrastStage | AutoencoderStage | LocalStage | Pretext, Field(discriminator="stage")]
-StageName = Literal["contrast", "autoencoder", "local", "rotation", "inpainting", "context_restoration", "pirl"]
+StageName = Literal[tuple(kind.model_fields["stage"].default for kind in get_args(get_args(Stage)[0]))]
 
 
 class SupervisedRecipe(Optimisation):

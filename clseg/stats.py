@@ -41,7 +41,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, wilcoxon
 from scipy.stats import t as student
 
 GROUP = ["study", "dataset", "profile", "labelled"]  # what is compared with each other; never averaged across
@@ -195,22 +194,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 
     chosen = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])  # [resamples, n] -> [resamples]
     return float(low), float(high)
-
-
-def signed_rank_test(difference: np.ndarray) -> tuple[float, float, str]:
-    """Two-sided Wilcoxon signed-rank test of paired differences [n], one per subject: p, effect, note.
-
-    Zeros are left out; p is exact for up to 50 differences without ties (SciPy decides), and 1 where nothing differs.
-    The effect is the matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), 1 where every subject gains.
-    """
-    difference = np.round(difference, 12)  # what differs by rounding only is equal
-    difference = difference[difference != 0]
-    if (n := len(difference)) == 0:
-        return 1.0, 0.0, "no subject differs"
-    ranks = rankdata(np.abs(difference))
-    effect = float((ranks * np.sign(difference)).sum() / ranks.sum())
-    note = f"only {n} subjects differ: p cannot fall below {2 / 2**n:.3g}" if n < 6 else ""
-    return float(wilcoxon(difference).pvalue), effect, note
 
 
 def holm(p: np.ndarray, tests: int = 0) -> np.ndarray:

@@ -166,6 +166,7 @@ class World:
     def lists(self, pretrain, **changes):
         """Sets of subjects by their names."""
         sets = {"pretrain": pretrain, "test": ["a"], "validation": ["c"], "labelled": {1: {1: ["d"]}}}
+        sets |= {name: changes.pop(name) for name in set(changes) & set(sets)}
         self.describe(protocols={"lists": {"kind": "lists"} | sets}, **changes)
 
     def ask(self, **changes):
@@ -624,6 +625,10 @@ BAD_DATASETS = {
     "date that is none": (write("dataset", "name: 2024-99-99"), ["mine.yaml", "not valid YAML"]),
     "unknown key": (called("describe", clases={1: "rim"}), ["mine.yaml", "clases", "did you mean 'classes'"]),
     "wrong type": (called("describe", channels="one"), ["mine.yaml", "channels", "integer"]),
+    "number that YAML takes for a word": (
+        write("dataset", lambda data: data + b"threshold: 2e-1\n"),
+        ["threshold", "valid number", "in YAML write 2.0e-1"],
+    ),
     "out of range": (called("describe", channels=0), ["mine.yaml", "channels", "greater than"]),
     "list for a mapping": (called("describe", geometry=[32, 32]), ["mine.yaml", "geometry"]),
     "infinite spacing": (
@@ -656,6 +661,13 @@ BAD_DATASETS = {
         called("describe", protocols={"nnunet": {"kind": "splits_file"}}),
         ["splits_final.json"],
     ),
+    "a list that is shorter than it says": (
+        called("lists", pretrain=["b"], labelled={2: {1: ["d"]}}),
+        ["labelled.2.1", "names 1 subjects, and 2 are to be labelled"],
+    ),
+    "a list with a subject twice": (called("lists", pretrain=["b", "b"]), ["pretrain: names b twice"]),
+    "name of a data set of the project": (called("describe", name="acdc"), ["mine.yaml", "'acdc' is taken"]),
+    "threshold in percent": (called("describe", threshold=35.0), ["threshold", "less than 1"]),
     "known twins of whom one is tested": (
         called("lists", pretrain=["b", "d"], twins=[["a", "b"]]),
         ["protocol lists", "a and b", "same images", "remove one"],
@@ -670,6 +682,15 @@ BAD_STUDIES = {
     "out of range": (called("ask", labelled=[0]), ["study.yaml", "labelled.0"]),
     "a word for a list": (called("ask", methods="random"), ["study.yaml", "methods"]),
     "unknown method": (called("ask", methods=["randm"]), ["'randm'", "did you mean 'random'"]),
+    "contrast of an unknown method": (called("ask", contrasts=[["randm", "gd"]]), ["'randm'", "did you mean 'random'"]),
+    "contrast with itself": (called("ask", contrasts=[["gd", "gd"]]), ["contrasts", "gd minus itself"]),
+    "all labels of an unknown method": (called("ask", all_labels=["gdd"]), ["'gdd'", "did you mean 'gd'"]),
+    "set of an unknown profile": (called("ask", set={"smoek": []}), ["set", "'smoek'", "did you mean 'smoke'"]),
+    "name of a study of the project": (called("ask", name="acdc"), ["study.yaml", "'acdc' is taken"]),
+    "axis without effect": (
+        called("ask", axes=[{"name": "t", "key": "stages.0.threshold", "values": [0.1], "methods": ["gr"]}]),
+        ["stages.0", "threshold has no effect with pairs instance"],
+    ),
     "date as a value": (
         write(
             "study",
@@ -686,6 +707,15 @@ BAD_STUDIES = {
         ["mine.ipynb", "not valid notebook"],
     ),
     "profile that is none": (asked("--profile", "mine.yaml"), ["profile", "mine.yaml"]),
+    "profile with an unknown method": (
+        then(
+            lambda world: (world.root / "p.yaml").write_text(
+                (paths.PARAMS / "profiles/smoke.yaml").read_text().replace("name: smoke", "name: p\nset: {gdd: []}")
+            ),
+            asked("--profile", "../p.yaml"),
+        ),
+        ["profile p: set", "'gdd'", "did you mean 'gd'"],
+    ),
     "profile with a wrong key": (
         then(lambda world: (world.root / "p.yaml").write_text("name: p\nsteps: 3"), asked("--profile", "../p.yaml")),
         ["p.yaml", "steps"],

@@ -7,32 +7,25 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from clseg import paths
+from clseg import __version__, paths
+from clseg.errors import RequestError
 from clseg.study.files import known_names, read_dataset, read_methods, read_study
 from clseg.study.results import Results
 from clseg.study.schema import StudyConfig
 from clseg.tools import cli
 
 
-def clseg(*words, out, data=None):
-    environment = os.environ | {"CLSEG_OUT": str(out), "OMP_NUM_THREADS": "1"}
-    if data is not None:
-        environment["CLSEG_DATA"] = str(data)
-    return subprocess.run(
-        [sys.executable, "-m", "clseg", *words], env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_methods_and_data_sets_are_listed_a_line_each(capsys):
     assert cli.main(["methods"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(read_methods())
-    assert last.startswith("one of your own: ten lines in params/methods.yaml")
+    assert last.startswith("one of your own: a few lines in params/methods.yaml")
     assert cli.main(["datasets"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("one of your own: clseg check DIR --write MINE.yaml")
@@ -70,12 +63,12 @@ def test_the_template_of_a_study_names_every_key_and_can_be_run(tmp_path, monkey
     assert read_study(str(mine)).axes[0].key == "stages.0.temperature"
 
 
-@pytest.mark.parametrize(("study", "message"), [("quickstart", "1000"), ("glcl_strategies", "1000")])
-def test_a_dry_run_refuses_what_the_run_would_refuse(study, message, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("study", ["quickstart", "glcl_strategies"])
+def test_a_dry_run_refuses_what_the_run_would_refuse(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     words = ["run", study, "--dataset", "phantom", "--set=dataset.options.subjects=30", "--dry-run"]
-    assert cli.main([*words, f"--set=study.labelled=[{message}]"]) == 2
-    assert f"clseg: {message} labelled, 4 validation and 16 test subjects are wanted" in capsys.readouterr().err
+    assert cli.main([*words, "--set=study.labelled=[1000]"]) == 2
+    assert "clseg: 1000 labelled, 4 validation and 16 test subjects are wanted" in capsys.readouterr().err
 
 
 def test_a_dry_run_without_the_data_says_that_it_was_not_checked(tmp_path, monkeypatch, capsys):
@@ -115,10 +108,17 @@ def test_a_wrong_request_ends_in_one_sentence_and_status_2(words, message, tmp_p
     assert not list(tmp_path.rglob("pretrain*/status.json"))
 
 
-def test_the_console_command_is_the_module(tmp_path):
-    done = clseg("--version", out=tmp_path)
-    assert done.returncode == 0
-    assert done.stdout.strip()
+def test_the_console_command_is_the_module():
+    done = subprocess.run([sys.executable, "-m", "clseg", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
+    assert entry_points(group="console_scripts")["clseg"].value == "clseg.tools.cli:main"
+
+
+def test_results_of_a_study_without_rows_say_so(monkeypatch, capsys):
+    with pytest.raises(RequestError, match=r"mine.yaml: .* put it there"):
+        cli._results(SimpleNamespace(studies=["mine.yaml"]))
+    assert cli.main(["results", "hippocampus"]) == 0
+    assert "hippocampus" in capsys.readouterr().out
 
 
 def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch):

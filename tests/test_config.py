@@ -1,6 +1,7 @@
 """Parameters: what is accepted, and what a wrong one is told."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -27,21 +28,64 @@ def test_every_yaml_file_of_the_project_is_valid():
 
 
 def test_every_method_resolves_on_every_data_set_and_profile():
-    """But where slices have no positions, methods that contrast positions are refused in one sentence."""
+    """But what needs positions is refused in one sentence where slices have none, and partitions of photographs."""
     methods, refused = read_methods(), set()
     for dataset in map(read_dataset, known_names("datasets")):
         for profile, method in itertools.product(known_names("profiles"), methods):
-            if dataset.threshold is None and "position" in [getattr(s, "pairs", "") for s in methods[method].stages]:
-                message = f"method {method} contrasts positions, and data set {dataset.name} has no `threshold`; "
-                with pytest.raises(RequestError, match=f"^{re.escape(message)}choose [^;]*$"):
+            stages = methods[method].stages
+            kinds = {getattr(s, "pairs", "") for s in stages if getattr(s, "threshold", None) is None}
+            message = ""
+            if dataset.threshold is None and "position" in kinds:
+                message = f"method {method} contrasts positions, and data set {dataset.name} has no `threshold`; choose"
+            if dataset.photographs and "partition" in kinds:
+                message = f"{dataset.name}, {profile}, {method}: stages: a photograph has no partitions; choose"
+            if message:
+                with pytest.raises(RequestError, match=f"^{re.escape(message)} [^;]*$"):
                     resolve(dataset.name, profile, method)
                 refused.add((dataset.name, method))
             else:
                 found = resolve(dataset.name, profile, method)
                 theirs = (dataset.name, profile, found.network.architecture) == ("acdc", "paper", "pcl")
                 assert theirs or found.geometry == dataset.geometry[profile]
-    assert {("hvsmr", "pcl"), ("isic2018", "pcl"), ("ph2", "pcl")} <= refused
+    assert {("hvsmr", "pcl"), ("isic2018", "pcl"), ("ph2", "pcl"), ("ph2", "gd")} <= refused
     assert resolve("ph2", "smoke", "pcl", overrides=["stages.0.threshold=0.2"]).stages[0].threshold == 0.2
+
+
+CONTRAST, LOCAL, AUTOENCODER = ({"stage": name} for name in ("contrast", "local", "autoencoder"))
+INSTANCE, PARTITION, CLUSTER = (CONTRAST | {"pairs": name} for name in ("instance", "partition", "cluster"))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([INSTANCE | {"threshold": 0.9}], "threshold has no effect with pairs instance"),
+        ([INSTANCE | {"partitions": 6}], "partitions has no effect with pairs instance"),
+        ([PARTITION | {"positives": "view"}], "positives has no effect with pairs partition"),
+        (
+            [AUTOENCODER, CLUSTER | {"clusters": 4, "cluster_distance": 1.0}],
+            "clusters has no effect with a cluster_dist",
+        ),
+        ([LOCAL | {"partitions": 3}], "partitions has no effect with strategy lr"),
+        ([INSTANCE | {"final_learning_rate": 0.01}], "final_learning_rate has no effect with a constant schedule"),
+        ([AUTOENCODER], "an autoencoder leaves the network as it was"),
+        ([LOCAL, INSTANCE], "let 'local' be the last"),
+        ([CLUSTER], "need an autoencoder stage before them"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(stages, message):
+    """It would name another run with the same numbers, or a method that does nothing."""
+    with pytest.raises(RequestError, match=message):
+        resolve("phantom", "smoke", "gd", overrides=[f"stages={json.dumps(stages)}"])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "laptop"])
+def test_methods_with_the_same_recipe_are_fine_tuned_in_the_same_way(profile):
+    """A profile that named methods would leave out one that is added."""
+    found: dict[str, list] = {}
+    for name, method in read_methods().items():
+        found.setdefault(method.recipe.model_dump_json(), []).append(resolve("phantom", profile, name).recipe)
+    assert len(found) < len(read_methods())
+    assert all(recipe == some[0] for some in found.values() for recipe in some)
 
 
 def test_published_settings_are_the_paper_profile_s():

@@ -51,6 +51,15 @@ def test_smoke_takes_one_draw_of_a_study_and_what_is_asked_for_by_name():
     assert asked.draws == [2, 3]
 
 
+def test_contrasts_of_methods_that_are_not_run_are_named():
+    study, _ = override_study(read_study("acdc"), ["study.methods=[random, matched-gr]"])
+    notes = grid.expand(study, "acdc", "laptop").notes
+    assert "contrast matched-gd minus random: matched-gd is not among the methods" in notes
+    assert "all_labels of matched-gd+lr: not among the methods" in notes
+    assert not [note for note in notes if "matched-gr" in note]
+    assert not [note for note in expand("acdc_published", "acdc", "laptop").notes if "among" in note]  # variants
+
+
 def test_an_override_that_no_method_can_take_is_refused():
     with pytest.raises(RequestError, match=r"stages.5.slices=4"):
         expand("quickstart", "phantom", overrides=["stages.5.slices=4"])

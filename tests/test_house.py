@@ -6,13 +6,16 @@ import graphlib
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-import clseg
-from clseg import digest, paths, train
+import clseg.recipes
+import clseg.stages
+from clseg import digest, paths, settings, train
 from clseg.study import runs
 from clseg.study.parameters import FinetuneParameters
+from clseg.study.schema import FLAT_STAGES
 
 PACKAGE = Path(clseg.__file__).parent
 CORE, STUDY, TOOLS = "core", "clseg.study", "clseg.tools"
@@ -65,6 +68,14 @@ def test_the_core_imports_no_machinery_and_the_machinery_no_tools():
     ]
     assert wrong == []
     assert {floor(name) for name in IMPORTS} == {CORE, STUDY, TOOLS}
+
+
+def test_every_stage_and_recipe_has_settings_and_code():
+    stages, recipes = (get_args(get_args(union)[0]) for union in (settings.Stage, settings.Recipe))
+    names = {kind.model_fields["stage"].default for kind in stages}
+    assert names == set(clseg.stages.STAGES) == set(get_args(settings.StageName))
+    assert names == set(FLAT_STAGES) | clseg.stages.SHARED | {"autoencoder"}
+    assert {kind.model_fields["recipe"].default for kind in recipes} == set(clseg.recipes.RECIPES)
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))

@@ -392,12 +392,3 @@ def test_a_lesson_is_made_to_the_pattern(stem):
             line for line in prose(PROJECT / page).splitlines() if line.startswith("|") and f"{stem}.ipynb" in line
         )
         assert minutes in map(str.strip, row.split("|")), f"{page} has other minutes"
-
-
-@pytest.mark.parametrize("stem", LESSONS)
-def test_a_lesson_needs_the_core_alone(stem):
-    code = build.script_of(stem).read_text(encoding="utf-8")
-    code = "\n".join(line for line in code.splitlines() if not line.startswith("# "))
-    modules = re.findall(r"^(?:from|import) (clseg[\w.]*)", code, re.MULTILINE)
-    assert modules
-    assert not [name for name in modules if name.startswith(("clseg.study", "clseg.tools"))]

@@ -201,28 +201,6 @@ def test_holm_lies_between_raw_and_bonferroni_and_keeps_the_order():
     assert (np.diff(adjusted[np.argsort(p)]) >= 0).all()
 
 
-def test_signed_rank_by_hand():
-    # ranks 1, 2, 3, 4 of 0.1, 0.2, -0.3, 0.4: W+ = 1 + 2 + 4 = 7, W- = 3; sign patterns of 1..4 with W- <= 3:
-    # {}, {1}, {2}, {3}, {1, 2} = 5 of 16, two-sided 10 / 16
-    p, effect, note = stats.signed_rank_test(np.array([0.1, 0.2, -0.3, 0.4]))
-    assert p == pytest.approx(10 / 16)
-    assert effect == pytest.approx((7 - 3) / 10)
-    assert note == "only 4 subjects differ: p cannot fall below 0.125"
-    assert stats.signed_rank_test(np.arange(1, 7) / 100) == (pytest.approx(2 / 2**6), 1.0, "")
-    assert stats.signed_rank_test(np.arange(1, 6))[2] == "only 5 subjects differ: p cannot fall below 0.0625"
-
-
-def test_identical_values_are_no_difference_and_no_crash():
-    assert stats.signed_rank_test(np.zeros(20)) == (1.0, 0.0, "no subject differs")
-    assert stats.signed_rank_test(np.full(8, 1e-16)) == (1.0, 0.0, "no subject differs")
-
-
-def test_few_tied_differences_cannot_be_significant():
-    p, _, note = stats.signed_rank_test(np.full(4, 0.1))
-    assert p >= 2 / 2**4
-    assert "only 4" in note
-
-
 # -------------------------------------------------------------------------------- patients, draws and seeds are random
 
 

@@ -34,6 +34,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 CHOICES = {"undeclared": ["error", "background"], "orient": [True, False], "label_header": ["own", "image"]}
 ORIENTATION = 0x0112  # EXIF
 MOST_VALUES = 64  # of a mask; more are intensities
+HEADER_TEXTS = ("descrip", "aux_file", "db_name", "intent_name")  # fields of NIfTI that may name a patient
 BLURRED = 8  # values of a picture between the least and the greatest
 ROUNDING = 1e-3  # how far a label value may be from a whole number, and, if it is larger, 1e-5 of its own
 
@@ -571,9 +572,10 @@ def how_to_get(dataset: DatasetConfig) -> str:
     """Where a data set comes from, under which terms, how large it is and which folder tree is expected."""
     if not dataset.folder:
         return f"{dataset.source}; nothing to download (terms: {dataset.licence})"
+    cite = f"; cite: {dataset.citation}" * bool(dataset.citation)
     about = f"terms: {dataset.licence or 'unknown'}; size: {dataset.download_size or 'see there'}"
     source, tree = dataset.source or "its owner", dataset.tree or dataset.folder
-    return f"get it from {source} ({about}) and put below CLSEG_DATA or --data: {tree}"
+    return f"get it from {source} ({about}) and put below CLSEG_DATA or --data: {tree}{cite}"
 
 
 def scan(dataset: DatasetConfig) -> list[VolumeRef]:

@@ -25,7 +25,7 @@ from clseg.data.store import Store, fit, places
 from clseg.data.volume import Volume, VolumeRef
 from clseg.digest import digest
 from clseg.errors import RequestError, once, reading, writing
-from clseg.settings import DatasetConfig, Geometry, Normalisation
+from clseg.settings import READ, DatasetConfig, Geometry, Normalisation
 
 STORE_VERSION = 4
 FILES = ("images.f16", "labels.u8", "native_labels.zlib")
@@ -139,9 +139,8 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     time; processes that ask at once build it once. `RequestError` if the data are wrong. With `progress`, what was
     decided about files and what the grid cuts off is told, each once.
     """
-    deciding = {"name", "adapter", "options", "channels", "classes", "phases", "positions", "normalisation"}
     asked = {"version": STORE_VERSION, "geometry": geometry.model_dump()}
-    asked |= {"dataset": dataset.model_dump(include=deciding)}
+    asked |= {"dataset": dataset.model_dump(include=READ | {"positions"})}
     absent = dataset.folder and not (paths.data_root() / dataset.folder).exists()
     if absent and (made := _made_elsewhere(dataset.name, digest(asked))):
         return made

@@ -1,8 +1,8 @@
 """Local contrast: a region of one view is like the same region of another view and unlike its neighbours.
 
 The encoder is frozen (its batch norm stays in training mode, as released), the first decoder blocks and the head learn.
-Source: Chaitanya et al., NeurIPS 2020, stage 2, and the released code. *Deviation*: there both views are one batch, here
-they pass the network one after the other, as in the stages before.
+Source: Chaitanya et al., NeurIPS 2020, stage 2, and the released code. *Deviation*: both views are one batch there;
+here they pass the network one after the other, as in the stage before.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """YAML files as typed objects; a `RequestError` names the file and the key."""
 
+import re
 import reprlib
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from clseg import paths
 from clseg.errors import RequestError, nearest, reading
-from clseg.settings import AnyStrict, DatasetConfig
+from clseg.settings import AnyStrict, DatasetConfig, Name
 from clseg.study.schema import MethodConfig, ProfileConfig, SettingConfig, StudyConfig
 
 
@@ -29,9 +29,11 @@ class _PlainLoader(yaml.SafeLoader):
             return node
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
-            keys = Counter((key.tag, key.value) for key in parts[::2] if isinstance(key, yaml.ScalarNode))
-            if twice := [name for (_, name), count in keys.items() if count > 1]:
-                raise yaml.YAMLError(f"key {twice[0]!r} is there twice")
+            keys: set[tuple[str, str]] = set()
+            for key in (key for key in parts[::2] if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in keys:
+                    raise yaml.YAMLError(f"key {key.value!r} is there twice, again in line {key.start_mark.line + 1}")
+                keys.add((key.tag, key.value))
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
         node.nodes = 1 + sum(getattr(part, "nodes", self.MOST_NODES) for part in parts)
@@ -58,6 +60,8 @@ def _validated(schema: Any, data: Any, where: str) -> Any:
                 here = here[part]
         key = f"{'.'.join(keys)}: " if keys else ""
         given = "" if isinstance(first["input"], Mapping) else f" (given: {reprlib.repr(first['input'])})"
+        if first["type"] == "float_type" and re.fullmatch(r"\d+e-?\d+", str(first["input"])):
+            given += f"; in YAML write {first['input'].replace('e', '.0e')}"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise RequestError(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
@@ -87,7 +91,12 @@ def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
         if is_path:
             raise RequestError(f"{what} {name}: there is no such file; correct the path")
         raise RequestError(f"{what} {name!r} is not known, {nearest(name, known_names(kind))}")
-    return _read_as(schema, path)
+    found = _read_as(schema, path)
+    if is_path and found.name in known_names(kind) and path.resolve().parent != paths.PARAMS / kind:
+        raise RequestError(
+            f"{path}: name {found.name!r} is taken in params/{kind}, and results would mix; choose another"
+        )
+    return found
 
 
 read_dataset = partial(_named, DatasetConfig, "datasets")  # each by a name, or by the path of a YAML file
@@ -97,5 +106,5 @@ read_setting = partial(_named, SettingConfig, "settings")
 
 
 def read_methods() -> dict[str, MethodConfig]:
-    """All methods of `params/methods.yaml`, by name."""
-    return _read_as(dict[str, MethodConfig], paths.PARAMS / "methods.yaml")
+    """All methods of `params/methods.yaml`, by name, which is part of the names of folders."""
+    return _read_as(dict[Name, MethodConfig], paths.PARAMS / "methods.yaml")

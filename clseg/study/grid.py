@@ -26,11 +26,12 @@ from clseg import loop, paths
 from clseg.data.splits import Split, available_draws
 from clseg.digest import package_digest
 from clseg.errors import RequestError, nearest, reading
+from clseg.recipes import RECIPES
 from clseg.study import archive, runs
-from clseg.study.files import read_methods, read_profile
-from clseg.study.parameters import FinetuneParameters, applicable
+from clseg.study.files import known_names, read_methods, read_profile
+from clseg.study.parameters import RECIPE, FinetuneParameters, applicable
 from clseg.study.runs import Run
-from clseg.study.schema import StudyConfig
+from clseg.study.schema import MethodConfig, ProfileConfig, StudyConfig
 
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
 TRIES = 3  # of a run whose kernel died
@@ -71,9 +72,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     methods = read_methods()
     budget = read_profile(profile)
     common = [*study.set.get(budget.name, []), *overrides]
-    for name in [*study.methods, *(m for axis in study.axes for m in axis.methods)]:
-        if name not in methods:
-            raise RequestError(f"study {study.name}: method {name!r} is not known, {nearest(name, methods)}")
+    _require_names(study, budget, methods)
     for text in common:
         if not any(text in applicable([text], methods[name]) for name in study.methods):
             raise RequestError(f"--set {text}: no method of study {study.name} has this stage")
@@ -81,7 +80,7 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     for axis in study.axes:
         cells += [(m, f"{axis.key}={json.dumps(value)}") for value in axis.values for m in axis.methods]
     finetune: dict[str, Run] = {}
-    notes: dict[str, None] = {}
+    notes = dict.fromkeys(_passed_over(study))
     for (method, variant), draw, seed in product(cells, study.draws, study.seeds):
         shared = {"dataset": dataset, "profile": profile, "method": method, "variant": variant, "study": study.name}
         shared |= {name: getattr(study, name) for name in ("protocol", "dimensions", "pretrain_dataset")}
@@ -106,6 +105,35 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     if not finetune:
         raise RequestError(f"study {study.name}: nothing to run on {dataset}; " + "; ".join(notes))
     return Grid(study, budget.name, list(pretrain.values()), list(finetune.values()), list(notes))
+
+
+def _require_names(study: StudyConfig, budget: ProfileConfig, methods: Mapping[str, MethodConfig]) -> None:
+    """Raise `RequestError` where a study or profile names what is not there, which would be passed over in silence."""
+    named = [*study.methods, *study.all_labels, *(m for axis in study.axes for m in axis.methods)]
+    named += [name.partition(" [")[0] for pair in study.contrasts for name in pair]  # without an ablated value
+    profiles = [*known_names("profiles"), budget.name]
+    who = ["*", *methods, *(RECIPE + recipe for recipe in RECIPES)]
+    for owner, what, names, valid in (
+        (f"study {study.name}", "method", named, methods),
+        (f"study {study.name}: set", "profile", study.set, profiles),
+        (f"profile {budget.name}: set", "method", budget.set, who),
+    ):
+        if unknown := [name for name in names if name not in valid]:
+            raise RequestError(f"{owner}: {what} {unknown[0]!r} is not known, {nearest(unknown[0], valid)}")
+    for first, second in study.contrasts:
+        if first == second:
+            raise RequestError(f"study {study.name}: contrasts: {first} minus itself is no contrast; name two methods")
+
+
+def _passed_over(study: StudyConfig) -> Iterator[str]:
+    """What a study says of methods that are not among its own, as when `--set study.methods=...` names fewer."""
+    there = {*study.methods, *(f"{m} [" for axis in study.axes for m in axis.methods)}
+    for name in study.all_labels:
+        if name not in there:
+            yield f"all_labels of {name}: not among the methods"
+    for pair in study.contrasts:
+        if absent := [name for name in pair if name not in there and f"{name.partition(' [')[0]} [" not in there]:
+            yield f"contrast {pair[0]} minus {pair[1]}: {absent[0]} is not among the methods"
 
 
 def distinct(grid: Grid, splits: Mapping[str, Split]) -> Grid:

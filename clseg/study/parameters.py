@@ -13,6 +13,7 @@ from clseg.study.files import _plain, _read_as, _validated, read_dataset, read_m
 from clseg.study.schema import OVERRIDABLE, Experiment, MethodConfig, StudyConfig
 
 SETTING = "setting="  # an override that stands for several: params/settings
+RECIPE = "recipe:"  # in the `set` of a profile: all methods with this recipe
 
 
 class RunParameters(Strict):
@@ -125,7 +126,7 @@ def resolve(
     if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
         folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
     if own := methods.get(method):  # one that is not known is refused below
-        scaled = [*budget.set.get("*", ()), *budget.set.get(method, ())]
+        scaled = [text for who in ("*", RECIPE + own.recipe.recipe, method) for text in budget.set.get(who, ())]
         places = budget.name, f"{budget.name}.{data.name}"
         overrides = [*applicable(scaled, own), *overrides]
         overrides = [text for given in overrides for text in _spelt_out(given, places, own)]

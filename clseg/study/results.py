@@ -256,7 +256,6 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
         if (cell := (run.method, run.labelled, run.key["draw"], run.parameters.seed)) not in there:
             missing.append(f"{cell[0]}, {cell[1]} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
-    provenance.setdefault("seeds", {"counted": sorted(set(table["seed"])), "waiting": []})  # of an earlier version
     table = table[table["seed"].isin(provenance["seeds"]["counted"])]
     return Results(folder, table, summary, contrasts, provenance, pretraining, missing)
 

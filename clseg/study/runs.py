@@ -103,7 +103,11 @@ class Run:
     @cached_property
     def code(self) -> str:
         """The digest of the code that decides the numbers of this run; that of its parents is in their names."""
-        does = STAGES[self.stage.stage] if self.kind == "pretrain" else RECIPES[self.experiment.recipe.recipe]
+        kind, name, code = "recipe", self.experiment.recipe.recipe, RECIPES
+        if self.kind == "pretrain":
+            kind, name, code = "stage", self.stage.stage, STAGES
+        if not (does := code.get(name)):
+            raise RequestError(f"{kind} {name!r} has settings and no code; add it to _ALL of clseg/{kind}s/__init__.py")
         return code_digest(("clseg.train", "clseg.data.splits", does.__module__))
 
     @cached_property

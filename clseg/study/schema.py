@@ -6,6 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from clseg.errors import nearest
 from clseg.settings import (
+    READ,
     Count,
     CrossValidation,
     DatasetConfig,
@@ -66,7 +67,7 @@ class Budget(Strict):
 class ProfileConfig(Budget):
     name: Name
     title: str
-    set: dict[str, list[str]] = {}  # overrides at this scale, of a method or of all ("*")
+    set: dict[str, list[str]] = {}  # overrides at this scale, of all ("*"), of a recipe ("recipe:NAME") or of a method
     draws: Count | None = None  # at most so many of a study's draws, and of its seeds
     network_3d: NetworkConfig  # takes the place of `network` in 3-D
 
@@ -100,6 +101,12 @@ class Experiment(Budget):
         kinds = [getattr(stage, "pairs", stage.stage) for stage in self.stages]
         if "cluster" in kinds and "autoencoder" not in kinds[: kinds.index("cluster")]:
             raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
+        if "autoencoder" in kinds and "cluster" not in kinds:
+            raise ValueError("stages: an autoencoder leaves the network as it was; add pairs 'cluster' after it")
+        if "local" in kinds[:-1]:
+            raise ValueError("stages: what comes after 'local' changes the encoder below it; let 'local' be the last")
+        if "partition" in kinds and self.dataset.photographs:
+            raise ValueError("stages: a photograph has no partitions; choose other pairs, such as 'instance'")
         if self.finetune.checkpoint == "best" and not getattr(self.division, "validation", True):
             raise ValueError(f"finetune.checkpoint: 'best' needs validation subjects; {self.protocol} has none: last")
         if self.geometry.dimensions == 3 and (flat := [k for k in kinds if k in FLAT_STAGES]):
@@ -123,8 +130,7 @@ class Experiment(Budget):
 
     def data_key(self) -> dict[str, Any]:
         """The part of the data set that decides numbers: what is read and how, not how it is described."""
-        deciding = {"name", "adapter", "options", "channels", "classes", "phases", "normalisation"}
-        key = self.dataset.model_dump(include=deciding) | self.model_dump(include={"geometry", "unlabelled"})
+        key = self.dataset.model_dump(include=READ) | self.model_dump(include={"geometry", "unlabelled"})
         return key | {"protocol": self.dataset.protocols[self.protocol].model_dump()}
 
 

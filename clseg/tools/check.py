@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from clseg.data.formats import (
+    HEADER_TEXTS,
     MOST_VALUES,
     PICTURES,
     VOLUMES,
@@ -47,7 +48,6 @@ MASK = re.compile(
 )
 LAYOUTS = "dataset.json with imagesTr and labelsTr, or images/NAME.nii.gz (or .png) with masks/NAME.nii.gz"
 LARGEST = 256  # pixels of a proposed grid
-TEXTS = ("descrip", "aux_file", "db_name", "intent_name")  # of a NIfTI header
 
 
 @dataclass
@@ -345,7 +345,7 @@ def _texts(path: Path) -> bool:
     """Whether a header carries text, which may name a patient."""
     with suppress(Exception), nib.imageglobals.LoggingOutputSuppressor():
         header = nib.load(path).header
-        words = [header[name].item().strip(b"\0 ") for name in TEXTS if name in header]
+        words = [header[name].item().strip(b"\0 ") for name in HEADER_TEXTS if name in header]
         return any(words) or bool(len(getattr(header, "extensions", ())))
     return False
 

@@ -81,6 +81,8 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{title}: {counts}")
     for note in [*(f"left out: {note}" for note in plan.notes), *filter(None, [unchecked])]:
         print(note)
+    for name in sorted({*study.methods} & {*(own := read_profile(named["profile"]).set)}):
+        print(f"set by profile {profile} for {name} alone: {', '.join(own[name])}")
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     if len(plan.all) > len(done) and not arguments.scheduler:
         jobs = arguments.jobs or (1 if arguments.extend else here)
@@ -132,6 +134,12 @@ def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace)
 
     status, have = 0, rows.read(plan.profile, plan.place)
     known = dict(zip(have.runs["run"], have.runs["content"], strict=True))
+    needed = rows.needed(plan, have)
+    if again := [name for name, run in needed.items() if name in known and not run.is_done()]:
+        print(f"{len(again)} pre-trainings have rows and no weights here: they are done again, on this machine")
+    hashless = {name.rpartition("-")[0] for name in known}
+    if other := [name for name in needed if name not in known and name.rpartition("-")[0] in hashless]:
+        print(f"{len(other)} runs have rows with another hash: of another setting, protocol or version of the code")
     for run in plan.all if stores else ():
         if known.get(run.name, content := stores[run.data].content) != content:
             wrong = f"was made from other images or masks than data set {run.experiment.dataset.name} has now"
@@ -144,6 +152,7 @@ def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace)
     left = len(rows.missing(plan, rows.read(plan.profile, plan.place)))
     where = rows.place(plan.profile, plan.place)
     print(f"{where}: {len(plan.finetune) - left} of {len(plan.finetune)} fine-tunings have rows, {left} are missing")
+    print(f"tables and charts of them: clseg results {plan.study.name} (a study in params/studies)")
     return status
 
 
@@ -153,6 +162,9 @@ def _results(arguments: argparse.Namespace) -> int:
     from clseg.study import grid, rows, runs
     from clseg.study.results import committed_figures, write_results
 
+    if files := [name for name in arguments.studies if name.endswith((".yaml", ".yml"))]:
+        raise RequestError(f"{files[0]}: tables of committed rows are of studies in params/studies; put it there")
+    silent = set(arguments.studies)
     for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
         profile, dataset = folder.parts[-2:]
         have = rows.read(profile, dataset)
@@ -160,16 +172,21 @@ def _results(arguments: argparse.Namespace) -> int:
             study = read_study(name).within(read_profile(profile))
             if dataset not in study.datasets:
                 continue
+            silent.discard(name)
             plan = grid.expand(study, dataset, profile)
             found = have.of(run.name for run in plan.all)
             lacks = set(study.methods) - {*found.runs["method"].str.removesuffix(runs.SEEN)}
-            if lacks and not (folder / name / "table.csv").is_file():
-                continue  # what rows there are it shares with another study
             command = f"clseg run {name} --dataset {dataset} --profile {profile} --extend"
+            if lacks and not (folder / name / "table.csv").is_file():
+                if arguments.studies:
+                    print(f"{profile}/{dataset}/{name}: no rows of {', '.join(sorted(lacks))}; {command}")
+                continue  # what rows there are it shares with another study
             write_results(plan, found, folder / name, command)
             committed_figures(plan, folder / name)
             lacking = len(rows.missing(plan, have))
             print(f"{profile}/{dataset}/{name}: {len(plan.finetune) - lacking} fine-tunings, {lacking} missing")
+    for name in sorted(silent):
+        print(f"{name}: no rows of its data sets ({', '.join(read_study(name).datasets)}) are there")
     return 0
 
 
@@ -301,7 +318,7 @@ def _positive(text: str) -> int:
 
 OWN = {
     "studies": "copy params/studies/_template.yaml, which names every key, and clseg run MINE.yaml",
-    "methods": "ten lines in params/methods.yaml; notebook 16_your_method shows it",
+    "methods": "a few lines in params/methods.yaml; notebook 16_your_method shows it",
     "datasets": "clseg check DIR --write MINE.yaml, then clseg run STUDY --dataset MINE.yaml",
 }
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
@@ -323,9 +340,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="clseg", description=about)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, pretrain, results, table, check, predict, export, studies, *_ = (
-        commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()
-    )
+    parsers = {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()}
+    names = ("run", "pretrain", "results", "table", "check", "predict", "export", "studies")
+    run, pretrain, results, table, check, predict, export, studies = map(parsers.get, names)
 
     for command in (run, pretrain):
         command.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clseg.data.formats import nifti_volume, photograph
+from clseg.data.formats import HEADER_TEXTS, nifti_volume, photograph
 from clseg.data.prepare import normalise, resampled_size, to_network
 from clseg.data.store import native_slices
 from clseg.data.volume import Volume, VolumeRef, both, checked
@@ -34,7 +34,6 @@ from clseg.study.archive import write_atomically, write_json
 from clseg.tools.export import Adaptation, read_weights, segments
 
 PHOTOGRAPH, NIFTI = r"()\.(?:png|jpe?g|bmp|tiff?)", r"(_\d{4})?\.(?:nii(?:\.gz)?|mg[hz]|hdr)"
-TEXTS = ("descrip", "aux_file", "db_name", "intent_name")  # of a NIfTI header
 
 
 def cases(source: Path, adaptation: Adaptation) -> dict[str, list[Path]]:
@@ -148,7 +147,7 @@ def _save_label(path: Path, label: np.ndarray, like: Path) -> None:
     image = kind(label, file.affine, file.header if kind is type(file) else None)
     header = image.header
     header.extensions.clear()
-    for name in TEXTS:
+    for name in HEADER_TEXTS:
         header[name] = b""
     header.set_data_dtype(label.dtype)
     header["cal_min"] = header["cal_max"] = 0  # a window for intensities

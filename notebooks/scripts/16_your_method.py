@@ -40,9 +40,9 @@ training_subjects, tested = store.subjects[:12], store.subjects[12:]
 # gd3+lr:
 #   title: gd with three partitions, then regions
 #   stages:
-#     - {stage: contrast, pairs: partition, strategy: gd, partitions: 3}
-#     - {stage: local, strategy: lr, slices: 10}
-#   recipe: {recipe: supervised, loss: dice, augmentation: published}
+#     - {<<: *gd, partitions: 3}    # the stage that is marked &gd there, but for one key
+#     - *lr
+#   recipe: *published
 # ```
 #
 # ```
