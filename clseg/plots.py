@@ -165,9 +165,16 @@ def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "publish
     return chosen.rename(columns={"value": "dice"})[["method", "labelled", "dice", "tag", "source", "note"]]
 
 
-def _errors(rows: pd.DataFrame, what: str = "dice") -> np.ndarray:
+def published_table(published: pd.DataFrame) -> Any:
+    """Published numbers for display, with their sources and notes whole; a sentence where there is none."""
+    if published.empty:
+        return "none for this data set"
+    return published.style.hide(axis="index").format({"dice": "{:.3f}", "labelled": "{:.0f}"}, na_rep="not told")
+
+
+def _errors(rows: pd.DataFrame) -> np.ndarray:
     """Distances of the ends of the intervals from the means [2, n]; rounding may put an end beyond the mean."""
-    return rows[[f"{what}_low", f"{what}_high"]].sub(rows[f"{what}_mean"], axis=0).abs().to_numpy().T
+    return rows[["dice_low", "dice_high"]].sub(rows["dice_mean"], axis=0).abs().to_numpy().T
 
 
 def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, look: tuple[str, str, Any], label: str) -> None:
@@ -230,7 +237,7 @@ def label_curve(
             shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), look_of[method][0]
             rows = curves[curves["method"] == method].sort_values("labelled")
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
-            tags = f"(× published, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
+            tags = f"(× other protocol, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
                 panel.set_title(f"{names.get(method, method)}\n{tags}".strip(), fontweight="bold", color=colour)
             label = "_" if named else f"{names.get(method, method)} {tags}".strip()

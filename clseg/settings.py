@@ -49,7 +49,7 @@ Sides = Annotated[list[Pixels], Field(min_length=2, max_length=3)]
 class Geometry(Strict):
     size: Sides  # of the network: [H, W], in 3-D [D, H, W] of a patch
     spacing_mm: Step | None = None  # of a pixel in the plane; None: it is `step_px` native ones
-    step_px: Step = 1.0
+    step_px: Step = 1.0  # where spacing_mm is None
     slice_mm: Step | None = None  # 3-D: slices are resampled to it; None: kept
     plane: Plane | None = None  # 3-D: [H, W] as stored, of which patches are taken; None: that of `size`
     resize: bool = False  # photographs are resized to `size`, not cropped or padded
@@ -157,6 +157,13 @@ class DatasetConfig(Strict):
     geometry_3d: dict[str, Geometry] = {}
     protocols: dict[str, Protocol] = {}  # the first is the default
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> "DatasetConfig":
+        names = [*self.classes.values()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"classes: {twice[0]!r} is the name of two label values; give each its own")
+        return self
+
     @property
     def photographs(self) -> bool:
         """Whether its images are photographs, in colour and without a header, and not NIfTI files or the like."""
@@ -190,6 +197,10 @@ class Optimisation(Strict):
 class StageConfig(Optimisation):
     slices: Several = 12  # that make a batch, before augmentation
 
+    @property
+    def of_parts(self) -> bool:  # of volumes: it needs slices whose positions are known
+        return getattr(self, "pairs", "") == "partition" or getattr(self, "strategy", "") == "ld"
+
 
 class ContrastStage(StageConfig):
     stage: Literal["contrast"] = "contrast"  # trains the encoder
@@ -214,6 +225,10 @@ class ContrastStage(StageConfig):
         unused = [name for pairs, names in keys.items() if pairs != self.pairs for name in names]
         self._require_defaults(unused, f"pairs {self.pairs}")
         self._require_defaults(["clusters"] * (self.cluster_distance is not None), "a cluster_distance")
+        if self.answer != "gd":
+            self._require_defaults(["set_of"], f"pairs {self.pairs} and strategy {self.strategy}")
+        if self.pairs != "partition" and self.strategy == "gd-":
+            raise ValueError(f"strategy gd- has no effect with pairs {self.pairs}; remove it")
         return self
 
     @property
@@ -288,11 +303,18 @@ class SupervisedRecipe(Optimisation):
     average: Decay = 0.0  # the segmenter is a running average of the weights with this decay; 0 is off
 
 
+def _no_average(recipe: AnyStrict) -> AnyStrict:
+    recipe._require_defaults(["average"], f"recipe {recipe.recipe}")
+    return recipe
+
+
 class SelfTrainingRecipe(SupervisedRecipe):
     recipe: Literal["self_training"] = "self_training"  # slices without labels get those of a frozen copy
     rounds: Count = 3  # the copy is renewed so often
     warm_up: Share = 0.4  # of the steps, before the first copy
     weight: Positive = 1.0
+
+    _never = model_validator(mode="after")(_no_average)
 
 
 class MeanTeacherRecipe(SupervisedRecipe):
@@ -306,12 +328,16 @@ class AdversarialRecipe(SupervisedRecipe):
     recipe: Literal["adversarial"] = "adversarial"  # predictions with and without labels are to look alike
     weight: Positive = 0.1
 
+    _never = model_validator(mode="after")(_no_average)
+
 
 class GanAugmentationRecipe(SupervisedRecipe):
     recipe: Literal["gan_augmentation"] = "gan_augmentation"  # deformations and intensity changes are learned too
     adversarial_weight: Positive = 1.0
     size_weight: Positive = 1e-3
     warm_up: Share = 0.04
+
+    _never = model_validator(mode="after")(_no_average)
 
 
 class WeakToStrongRecipe(SupervisedRecipe):

@@ -247,7 +247,8 @@ def contrasts(
     `declared`: pairs (method, baseline) that a protocol named before there were numbers; over all numbers of labels of
     a study they are one family of `tests` (those without runs have no row, and count). Without any, every method is
     compared with `random`, an ablated value with the method's own: `family` "exploratory", an interval, p as it is, and
-    nothing more. No row under `smoke`. Columns (`CONTRAST_COLUMNS`):
+    nothing more. No row under `smoke`. A subject without any structure has Dice 1 for a method that finds none where
+    the other finds some, and is left out where both find none. Columns (`CONTRAST_COLUMNS`):
     * `difference`, `low`, `high`, `p`: method minus baseline and its `crossed_interval` over what `interval_over`
       names; `runs_left_out`: pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
     * Of a declared family `p_holm`: is there a difference? `p_margin_holm`: is it on the side of `margin` where it
@@ -265,7 +266,8 @@ def contrasts(
             own, base = (members[members["method"] == name] for name in (method, baseline))
             common, either = {*_runs(own)} & {*_runs(base)}, {*_runs(own)} | {*_runs(base)}
             common = whole_seeds(common)
-            difference = (_indexed(own) - _indexed(base)).dropna()
+            one, other = _indexed(own).align(_indexed(base), join="inner")
+            difference = (one.fillna(1.0) - other.fillna(1.0))[one.notna() | other.notna()]
             difference = difference[[index[1:] in common for index in difference.index]]
             if difference.empty:
                 continue

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import exp, log
+from math import exp, log, log2, log10
 from typing import Any, NoReturn
 
 import numpy as np
@@ -155,8 +155,8 @@ def exercise(make: Callable[[], Check]) -> Callable[[Any], Verdict]:
 def dice_by_hand() -> Check:
     """Dice of a prediction of 6 pixels that lies inside a reference of 10."""
     wrong = {
-        "that is the share of the reference that was found (recall); Dice counts what was found twice, over both "
-        "sizes.": 6 / 10,
+        "that is the share of the reference that was found (recall), and here also what both have over what either has "
+        "(IoU); Dice counts what both have twice, over both sizes.": 6 / 10,
         "that is the share of the prediction that is right (precision); the four missed pixels must cost something.": 1,
         "what both have is counted twice.": 6 / 16,
         "12 is right above the line; divide by the sizes of both, 6 + 10.": 12,
@@ -270,6 +270,8 @@ def collapsed_loss() -> Check:
         "39 equal terms is right: the positive has the share 1/39; the loss is -log of it.": 39.0,
         "the share 1/39 is right; the loss is -log of it.": 1 / 39,
         "right, if you rounded: give two decimals.": 3.7,
+        "39 equal terms is right; take the natural logarithm, not that of 10.": log10(39),
+        "39 equal terms is right; take the natural logarithm, not that of 2.": log2(39),
     }
     equal = torch.ones(40, 2)
     right = contrastive_loss(equal, instance_pairs(torch.arange(20).repeat(2))).item()
@@ -345,7 +347,7 @@ def infonce_statements() -> Check:
     return statements(
         "ad",
         "and so one looks first at the loss of a collapsed network, log(2N - 1), and at the embeddings themselves.",
-        a="(a) a loss that stays at log(2N - 1) is that of equal embeddings: nothing was learned.",
+        a="(a) a loss that stays at log(2N - 1) is no better than that of equal embeddings.",
         b="(b) the cosine forgets the length: embeddings of twice the length have the same loss.",
         c="(c) more rows mean more terms in the denominator and a larger loss: compare batches of one size only.",
         d="(d) the lower the temperature, the larger the share of the most similar negative in the push.",
@@ -368,6 +370,8 @@ def first_loss_gd() -> Check:
         "slices of other volumes are negatives, too, if they are of another partition.": log(7),
         "other partitions of the anchor's own volume are negatives, too.": log(25),
         "31 is the number of terms; the loss is its logarithm.": 31.0,
+        "31 equal terms is right; take the natural logarithm, not that of 10.": log10(31),
+        "31 equal terms is right; take the natural logarithm, not that of 2.": log2(31),
     }
     why = "the negatives are the rows of the other partitions, 5 · 3 · 2 = 30, so every term is log(1 + 30) ≈ 3.43."
     return Check(right, why, wrong, "all e^s are equal, so the fraction is 1 over how many terms?")
@@ -528,6 +532,7 @@ def count_positives() -> Check:
         "no row is a positive of itself.": 10,
         "the other view of its own slice is a positive, too.": 8,
         "those are the slices; each has two views, and one of these rows is the anchor.": 5,
+        "the four other slices are right; each has two views, and the anchor's own other view counts, too.": 4,
     }
     why = "0.3 to 0.7 are five slices, ten rows, and one of them is the anchor."
     return Check(right, why, wrong, "which of 0.1, 0.2, ... 1.0 are nearer to 0.5 than 0.3?")
@@ -602,6 +607,8 @@ def least_loss() -> Check:
         "an anchor is not its own positive, and each slice has two views.": log(4),
         "that is the loss before training, when all 24 rows are alike.": log(23),
         "that is the number of terms; each positive has the share 1/7: what is the loss?": 7.0,
+        "7 equal terms is right; take the natural logarithm, not that of 10.": log10(7),
+        "7 equal terms is right; take the natural logarithm, not that of 2.": log2(7),
     }
     right = contrastive_loss(torch.eye(3)[of_row], perfect, 0.01).item()
     why = "4 · 2 - 1 = 7 equal terms are left: log 7 ≈ 1.95. Larger clusters have a larger least loss."

@@ -605,6 +605,12 @@ BAD_PHOTOGRAPHS = {  # commands, options of the data set, what is broken, words
         lambda world: Image.new("L", (24, 20), 9).save(world.label),
         ["masks/a.png", "values 9"],
     ),
+    "blurred mask": (
+        "run",
+        {"undeclared": "background"},
+        lambda world: Image.fromarray(np.arange(480).astype(np.uint8).reshape(20, 24)).save(world.label),
+        ["masks/a.png", "blurred or interpolated"],
+    ),
     "pattern without subject": ("run", {"images": "images/a.png"}, None, ["options.images", "{subject}"]),
     "pattern upward": ("run", {"labels": "../{subject}.png"}, None, ["options.labels", "../{subject}.png"]),
     "pattern from the root": ("run", {"images": "/{subject}.png"}, None, ["options.images"]),

@@ -321,6 +321,10 @@ SOFT += "resample it with nearest neighbours, or set options.threshold, for a pr
     ("change", "words"),
     [
         (lambda mask: (mask * 0.37).astype(np.float32), SOFT),
+        (
+            lambda mask: (mask * 1.5).astype(np.float32),
+            "it holds values 1.5; resample it with nearest neighbours (4 such",
+        ),
         (lambda mask: np.where(mask == 0, np.nan, mask).astype(np.float32), "holds NaN in 1472 voxels"),
         (lambda mask: np.arange(mask.size, dtype=np.int16).reshape(mask.shape), "the mask holds 1920 values"),
     ],
@@ -334,6 +338,11 @@ def test_what_is_wrong_with_all_masks_is_told_once(change, words, tmp_path, caps
     assert "(4 such files, this is the first)" in line
     assert line.startswith(f"clseg: {folder}/masks/p0.nii.gz: ")
     assert "-" not in "".join(remark for remark in output.out.splitlines() if "subjects:" in remark)
+
+
+def test_a_threshold_does_not_merge_classes(tmp_path):
+    report = check(few(tmp_path / "scans"), options={"threshold": 0.5})
+    assert "p0.nii.gz: holds 3 classes, which options.threshold would merge; remove it" in report.problems[0]
 
 
 def test_soft_masks_are_read_with_a_threshold(tmp_path, capsys):
@@ -394,6 +403,16 @@ def test_classes_of_a_palette_are_its_indices(colours, found, tmp_path):
     assert report.classes[1]["voxels"] == 4 * 25
 
 
+def test_colours_that_are_numbered_by_their_frequency_are_no_classes(tmp_path):
+    def black_is_1(path, disc):
+        picture = Image.fromarray(1 - disc)
+        picture.putpalette([255, 0, 0, 0, 0, 0])
+        picture.save(path)
+
+    (problem,) = check(pictures(tmp_path / "skin", black_is_1)).problems
+    assert "class 0 of its palette is a colour and 1 is black" in problem
+
+
 def blurred(path, disc):
     Image.fromarray(255 * disc).resize((24, 20), Image.BILINEAR).resize((48, 40), Image.BILINEAR).save(path)
 
@@ -415,7 +434,7 @@ def coloured(path, disc):
         (lambda path, disc: Image.fromarray(disc.astype(bool)).save(path), "png", [255], ""),
         (lambda path, disc: Image.fromarray(255 * disc).convert("RGB").save(path), "png", [255], ""),
         (transparent, "png", [255], ""),
-        (coloured, "png", [], "the mask is in colour; save classes as grey values or as a palette (4 such files"),
+        (coloured, "png", [], "the mask is in colour; save classes as grey values (4 such files"),
         (blurred, "png", [], "the mask is blurred or interpolated: it holds"),
         (blurred, "jpg", [], "the mask is JPEG, which is lossy: it holds"),
     ],

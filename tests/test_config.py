@@ -28,7 +28,7 @@ def test_every_yaml_file_of_the_project_is_valid():
 
 
 def test_every_method_resolves_on_every_data_set_and_profile():
-    """But what needs positions is refused in one sentence where slices have none, and partitions of photographs."""
+    """But what needs positions is refused in one sentence where slices have none."""
     methods, refused = read_methods(), set()
     for dataset in map(read_dataset, known_names("datasets")):
         for profile, method in itertools.product(known_names("profiles"), methods):
@@ -37,8 +37,11 @@ def test_every_method_resolves_on_every_data_set_and_profile():
             message = ""
             if dataset.threshold is None and "position" in kinds:
                 message = f"method {method} contrasts positions, and data set {dataset.name} has no `threshold`; choose"
-            if dataset.photographs and "partition" in kinds:
-                message = f"{dataset.name}, {profile}, {method}: stages: a photograph has no partitions; choose"
+            if dataset.positions == "unknown" and any(stage.of_parts for stage in stages):
+                message = (
+                    f"method {method} contrasts parts of volumes, and data set {dataset.name} has no known positions; "
+                )
+                message += "choose"
             if message:
                 with pytest.raises(RequestError, match=f"^{re.escape(message)} [^;]*$"):
                     resolve(dataset.name, profile, method)
@@ -66,16 +69,43 @@ INSTANCE, PARTITION, CLUSTER = (CONTRAST | {"pairs": name} for name in ("instanc
             "clusters has no effect with a cluster_dist",
         ),
         ([LOCAL | {"partitions": 3}], "partitions has no effect with strategy lr"),
+        ([INSTANCE | {"strategy": "gd-"}], "strategy gd- has no effect with pairs instance"),
+        ([PARTITION | {"strategy": "gcl", "set_of": 3}], "set_of has no effect with pairs partition and strategy gcl"),
         ([INSTANCE | {"final_learning_rate": 0.01}], "final_learning_rate has no effect with a constant schedule"),
         ([AUTOENCODER], "an autoencoder leaves the network as it was"),
         ([LOCAL, INSTANCE], "let 'local' be the last"),
         ([CLUSTER], "need an autoencoder stage before them"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(stages, message):
+def test_stages_that_would_have_no_effect_are_refused(stages, message):
     """It would name another run with the same numbers, or a method that does nothing."""
     with pytest.raises(RequestError, match=message):
         resolve("phantom", "smoke", "gd", overrides=[f"stages={json.dumps(stages)}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe={recipe: self_training, average: 0.9}", "average has no effect with recipe self_training"),
+        ("dataset.geometry.smoke.size=[32, 32]", "would have no effect; use geometry.size"),
+        ("dataset.protocols.seeded.file=a.json", "would have no effect"),
+    ],
+)
+def test_overrides_that_would_have_no_effect_are_refused(override, message):
+    with pytest.raises(RequestError, match=re.escape(message)):
+        resolve("phantom", "smoke", "gd", overrides=[override])
+
+
+def test_an_override_of_a_data_set_reaches_the_run():
+    assert resolve("phantom", "smoke", "pcl", overrides=["dataset.threshold=0.05"]).stages[0].threshold == 0.05
+    unknown = ["dataset.positions=unknown"]
+    for method in ("gd", "matched-gd", "gd+ld", "pcl-partition"):
+        with pytest.raises(RequestError, match="no known positions; choose a method with other pairs"):
+            resolve("phantom", "smoke", method, overrides=unknown)
+    assert resolve("phantom", "smoke", "gr+lr", overrides=unknown).dataset.positions == "unknown"
+    budget = resolve("phantom", "laptop", "gd+lr", overrides=["pretrain.steps=7"]).pretrain
+    assert (budget.steps, budget.steps_of) == (7, {})
+    assert resolve("phantom", "smoke", "gd", overrides=["protocol=folds"]).cross_validated
 
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop"])

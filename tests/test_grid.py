@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clseg.errors import RequestError
-from clseg.study import archive, grid
+from clseg.study import archive, grid, results, runs
 from clseg.study.files import read_profile, read_study
 from clseg.study.parameters import override_study
 from clseg.tools import cli
@@ -49,6 +49,29 @@ def test_smoke_takes_one_draw_of_a_study_and_what_is_asked_for_by_name():
     assert study.within(read_profile("laptop")).draws == study.draws == [1, 2, 3]
     asked, _ = override_study(study.within(read_profile("smoke")), ["study.draws=[2, 3]"])
     assert asked.draws == [2, 3]
+
+
+def test_all_that_is_as_many_as_a_number_is_left_out():
+    pool = ["dataset.options.subjects=9", "dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1"]
+    words = ["study.methods=[random]", "study.all_labels=[random]", "study.labelled=[2,5]", "study.draws=[1,2]", *pool]
+    plan = grid.expand(*_asked("quickstart", words))
+    splits = {run.name: runs.split_of(run, runs.subjects_of(run.experiment)) for run in plan.all}
+    plan = grid.distinct(plan, splits)
+    assert [run.labelled for run in plan.finetune] == [2, 5, 2]
+    assert "all labelled, draw 1: the same subjects as draw 1 of 5" in plan.notes
+    assert "5 labelled, draw 2: the same subjects as draw 1" in plan.notes
+
+
+def _asked(name, words):
+    study, overrides = override_study(read_study(name), words)
+    return study, "phantom", "smoke", overrides
+
+
+def test_contrasts_of_a_transductive_protocol_are_counted():
+    study, *rest = _asked("quickstart", ["study.contrasts=[[gd, random]]", "study.protocol=folds"])
+    plan = grid.expand(study, *rest)
+    assert results._pairs(plan) == [["gd (transductive)", "random"]]
+    assert results._declared(plan) == len(study.labelled)
 
 
 def test_contrasts_of_methods_that_are_not_run_are_named():

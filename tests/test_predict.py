@@ -19,7 +19,7 @@ from clseg.study.files import read_dataset
 from clseg.study.parameters import FinetuneParameters
 from clseg.tools import cli
 from clseg.tools.export import read_weights
-from clseg.tools.predict import cases, predict, segment_field
+from clseg.tools.predict import cases, predict, segment_field, weights_of
 
 SMALL = ["dataset.options.subjects=8", "dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=1"]
 FEW = ["finetune.steps=30", "finetune.validate_every=10", "geometry.spacing_mm=9.5"]  # 32 of them hold every phantom
@@ -50,7 +50,7 @@ def weights(tmp_path, save_weights):
     return make
 
 
-def save(path: Path, data: np.ndarray, affine=OBLIQUE, units=("micron", "sec")) -> Path:
+def save(path: Path, data: np.ndarray, affine=OBLIQUE, units=("mm", "sec")) -> Path:
     path.parent.mkdir(exist_ok=True)
     image = nib.Nifti1Image(data, affine)
     image.header.set_xyzt_units(*units)
@@ -85,7 +85,7 @@ def test_a_label_map_lies_on_the_grid_of_its_image(size, weights, tmp_path):
     given, found = nib.load(image), nib.load(tmp_path / "new" / "out" / image.name)
     assert found.shape == given.shape
     np.testing.assert_array_equal(found.affine, given.affine)
-    assert found.header.get_xyzt_units() == ("micron", "sec")
+    assert found.header.get_xyzt_units() == ("mm", "sec")
     assert [int(found.header[f"{form}_code"]) for form in ("qform", "sform")] == [0, 2]
     assert found.get_data_dtype() == np.uint16
     assert set(np.unique(found.dataobj)) <= {0, 200, 500, 600}
@@ -164,6 +164,58 @@ def test_the_mask_of_a_scan_that_was_replaced_is_made_again(weights, tmp_path):
     a, b = (nib.load(out / f"{name}.nii.gz").get_fdata() for name in "ab")
     np.testing.assert_array_equal(a, b)
     assert predict(weights(), tmp_path / "in", out) == (2, 2)
+
+
+def test_lengths_are_read_in_the_unit_of_the_header(weights, tmp_path, capsys):
+    for name, (unit, scale) in {"mm": ("mm", 1), "micron": ("micron", 1e3), "metre": ("meter", 1e-3)}.items():
+        affine = OBLIQUE.copy()
+        affine[:3] *= scale
+        image = save(tmp_path / "in" / f"{name}.nii.gz", noise(), affine, (unit, "sec"))
+        assert predict(weights(), image, tmp_path / "out") == (1, 0)
+    masks = [np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj) for name in ("mm", "micron", "metre")]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    np.testing.assert_array_equal(masks[0], masks[2])
+    assert "micron, that is 0.001 times as much in mm" in capsys.readouterr().err
+    assert nib.load(tmp_path / "out" / "micron.nii.gz").header.get_xyzt_units() == ("micron", "sec")
+
+
+def test_a_nifti_2_file_gets_a_mask(weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti2Image(noise(), OBLIQUE), tmp_path / "in" / "a.nii.gz")
+    assert predict(weights(), tmp_path / "in", tmp_path / "out") == (1, 0)
+    assert isinstance(nib.load(tmp_path / "out" / "a.nii.gz"), nib.Nifti2Image)
+
+
+def test_the_mask_of_another_folder_is_not_replaced(weights, tmp_path):
+    for seed, site in enumerate("AB"):
+        save(tmp_path / site / "scan.nii.gz", noise(seed=seed))
+    assert predict(weights(), tmp_path / "A", tmp_path / "out") == (1, 0)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"has the mask of another scan, of .*A; choose another"):
+        predict(weights(), tmp_path / "B", tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_run_is_found_by_its_whole_name_without_the_hash(tmp_path):
+    for name in ("finetune-gd+lr-seed10-0123456789", "finetune-gd-seed1-aaaaaaaaaa", "finetune-gd-seed2-aaaaaaaaaa"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").touch()
+    assert weights_of(tmp_path / "finetune-gd-seed1").parent.name == "finetune-gd-seed1-aaaaaaaaaa"
+    assert weights_of(tmp_path / "finetune-gd-seed2-aaaaaaaaaa").parent.name == "finetune-gd-seed2-aaaaaaaaaa"
+    for name in ("finetune-gd+lr-seed1", "finetune-gd-seed", "finetune-gd"):
+        with pytest.raises(RequestError, match="0 runs have this name"):
+            weights_of(tmp_path / name)
+
+
+def test_a_photograph_that_its_camera_turned_is_told(weights, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    pixels = noise((40, 32, 3), kind=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.jpg", exif=exif)
+    predict(weights(channels=3, photograph=True, resize=True, values=(0, 255)), tmp_path / "in", tmp_path / "out")
+    assert "a.jpg: its camera's orientation turns it, and its mask is of the upright image" in capsys.readouterr().err
+    assert Image.open(tmp_path / "out" / "a.png").size == (40, 32)  # the file: 32 x 40
 
 
 def test_texts_of_a_header_are_left_behind(weights, tmp_path):
@@ -320,7 +372,7 @@ def test_a_wrong_image_ends_in_one_sentence_and_the_others_stay(weights, tmp_pat
     assert set(files_of(tmp_path / "out")) == {"a.nii.gz", "c.nii.gz", "prediction.json"}
     (tmp_path / "in" / "b.nii.gz").unlink()
     assert cli.main(words) == 0
-    assert "2 segmented, 2 of them before" in capsys.readouterr().out
+    assert "2 of them before" in capsys.readouterr().out
 
 
 @pytest.mark.real_data

@@ -128,6 +128,27 @@ def test_the_time_is_kept(extended, monkeypatch, tmp_path):
     assert not (tmp_path / "committed").exists()
 
 
+def test_rows_that_another_process_added_meanwhile_stay(extended, monkeypatch, tmp_path):
+    _, first, both = extended
+    monkeypatch.setattr(paths, "COMMITTED", tmp_path)
+    rows.add(first, "smoke", "phantom")
+    found = rows.add(both.of(set(both.runs["run"]) - set(first.runs["run"])), "smoke", "phantom")
+    for one, other in zip(vars(found).values(), vars(rows.read("smoke", "phantom")).values(), strict=True):
+        assert set(one["run"]) == set(other["run"])
+    assert len(found.runs) == 3
+    assert len(found.scores) == len(both.scores)
+
+
+def test_what_a_broken_write_left_behind_does_not_count(extended, monkeypatch, tmp_path):
+    """The scores of a run are written before the run itself."""
+    _, first, both = extended
+    monkeypatch.setattr(paths, "COMMITTED", tmp_path)
+    rows.write(both, "smoke", "phantom")
+    archive.write_table(tmp_path / "smoke/phantom/runs.csv", first.runs)
+    assert set(rows.read("smoke", "phantom").scores["run"]) == set(first.runs["run"])
+    assert len(rows.add(both, "smoke", "phantom").scores) == len(both.scores)
+
+
 def test_of_a_run_that_both_have_the_first_is_kept(extended):
     _, _, both = extended
     other = rows.Rows(both.runs.assign(seconds=-1.0), both.scores.assign(dice=-1.0), both.losses, both.probes)

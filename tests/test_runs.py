@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -33,6 +34,12 @@ FILES = {
 def finetuning(method="gd+lr", **changes):
     fields = {"dataset": "phantom", "profile": "smoke", "method": method, "labelled": 1, "overrides": SMALL} | changes
     return runs.finetune_run(FinetuneParameters(**fields))
+
+
+def test_a_checkpoint_knows_the_code_and_the_data():
+    run = finetuning()
+    made_by = [runs._checkpoints(run, SimpleNamespace(content=content)).made_by for content in ("one", "other")]
+    assert made_by == [f"{run.code} one", f"{run.code} other"]
 
 
 @pytest.fixture(scope="module")

@@ -314,6 +314,18 @@ def test_a_contrast_pairs_subjects_draws_and_seeds():
     assert (row["low"], row["high"]) == pytest.approx((0.2 - half, 0.2 + half))
 
 
+def test_a_false_structure_where_there_is_none_counts_in_a_contrast():
+    """Eight patients with a lesion, four without: `wary` rightly finds none there, `bold` one in each of the four."""
+    table = []
+    for seed in range(3):
+        ill = {f"p{n}": [0.8 + 0.01 * n] for n in range(8)}
+        table += rows("wary", 1, 1, ill | {f"q{n}": [NAN] for n in range(4)}, seed)
+        table += rows("bold", 1, 1, ill | {f"q{n}": [0.0] for n in range(3)} | {"q3": [NAN]}, seed)
+    (found,) = stats.contrasts(pd.DataFrame(table), [("wary", "bold")]).itertuples()
+    assert found.n_subjects == 8 + 3  # in the last both are right, and nothing can be said
+    assert found.difference == pytest.approx(3 / 11)
+
+
 def test_declared_contrasts_are_one_family_over_all_numbers_of_labels():
     table = three_seeds(gain={"random": 0, "gd": 0.2, "gr": 0.0})
     pairs = [("gd", "random"), ("gr", "random"), ("absent", "random")]

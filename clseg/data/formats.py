@@ -49,18 +49,22 @@ def whole_numbers(label: np.ndarray, source: Path, options: Options) -> tuple[np
 
     With `threshold` among the options a value is 1 from there on, else 0.
     """
+    if label.dtype.kind == "f" and (unknown := np.count_nonzero(~np.isfinite(label))):
+        raise RequestError(f"{source}: the mask holds NaN in {unknown} voxels; write the value of a class there, or 0")
     if "threshold" in options:
+        values = np.unique(label) if is_volume(source) else ()
+        if 2 < len(values) <= MOST_VALUES and (values == np.rint(values)).all():
+            raise RequestError(f"{source}: holds {len(values)} classes, which options.threshold would merge; remove it")
         return (label >= options["threshold"]).astype(np.uint8), []
     if label.dtype.kind != "f":
         return label, []
-    if unknown := np.count_nonzero(~np.isfinite(label)):
-        raise RequestError(f"{source}: the mask holds NaN in {unknown} voxels; write the value of a class there, or 0")
     rounded = np.rint(label)
     apart = np.abs(label - rounded)
     if (between := apart > np.maximum(ROUNDING, 1e-5 * np.abs(rounded))).any():
         values = np.unique(label[between])
         several = f"{values[0]:.4g} to {values[-1]:.4g}" if len(values) > 1 else f"{values[0]:.4g}"
-        remedy = "resample it with nearest neighbours, or set options.threshold, for a probability 0.5"
+        remedy = "resample it with nearest neighbours"
+        remedy += ", or set options.threshold, for a probability 0.5" * bool(label.min() >= 0 and label.max() <= 1)
         raise RequestError(f"{source}: the mask is soft or was resampled: it holds values {several}; {remedy}")
     notes = [f"values of the mask are off by {apart.max():.0e} and were rounded"] if apart.any() else []
     return rounded, notes
@@ -109,11 +113,15 @@ def _volume_file(path: Path) -> nib.spatialimages.SpatialImage:
 def _spacing_mm(file: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, list[str]]:
     """Size of a voxel along x, y, z as stored, and a note where header and affine do not agree.
 
-    It is that of `pixdim`, as ITK has it: some tools write an affine (sform) without scale. The affine's columns stand
-    in for a `pixdim` that is no length.
+    It is that of `pixdim`, as ITK has it, in the unit of the header: some tools write an affine (sform) without scale.
+    The affine's columns stand in for a `pixdim` that is no length.
     """
     columns, zooms = nib.affines.voxel_sizes(file.affine), np.abs(np.array(file.header.get_zooms()[:3], float))
     spacing = np.where(np.isfinite(zooms) & (zooms > 0), zooms, columns)
+    unit = file.header.get_xyzt_units()[0] if hasattr(file.header, "get_xyzt_units") else "mm"
+    if scale := {"meter": 1e3, "micron": 1e-3}.get(unit):
+        told = " x ".join(f"{size:.5g}" for size in spacing)
+        return spacing * scale, [f"its header gives voxels of {told} {unit}, that is {scale:g} times as much in mm"]
     if np.allclose(spacing, columns, rtol=0.01, atol=0):
         return columns, []
     pixdim, scale = (" x ".join(f"{mm:.5g}" for mm in three) for three in (spacing, columns))
@@ -437,7 +445,7 @@ def _picture(path: Path) -> tuple[Image.Image, str]:
         return ImageOps.exif_transpose(file), kind
 
 
-def _turned(path: Path) -> bool:
+def turned(path: Path) -> bool:
     """Whether its camera's orientation turns a picture."""
     with Image.open(path) as file:
         return file.getexif().get(ORIENTATION, 1) != 1
@@ -470,13 +478,20 @@ def mask_picture(path: Path, options: Options) -> np.ndarray:
     elif file.mode in ("LA", "RGBA") and (data[:-1] == data[:-1, :1, :1]).all():
         data = data[-1:]
     if len(data) > 1 and (data != data[:1]).any():
-        remedy = "save classes as grey values or as a palette"
+        remedy = "save classes as grey values"
         raise RequestError(f"{path}: the mask is in colour; {remedy}")
+    palette = np.reshape((file.getpalette() or []) if file.mode == "P" else [], (-1, 3))
+    black = np.flatnonzero(~palette.any(axis=1))
+    if len(black) and 0 not in black and np.isin(data, black).any():
+        wrong = (
+            f"class 0 of its palette is a colour and {black[0]} is black, as where colours are numbered by how often"
+        )
+        raise RequestError(f"{path}: {wrong} they are there; save classes as grey values")
     data, _ = whole_numbers(data[:1], path, options)
     values = np.unique(data)
     inner = values[(values != 0) & (values != values[-1])]
     blurred = len(inner) >= BLURRED and (values[-2] > 2 * len(inner) or len(inner) > MOST_VALUES)
-    if options.get("undeclared") != "background" and (blurred or (inner.size and kind in ("JPEG", "MPO"))):
+    if blurred or (inner.size and kind in ("JPEG", "MPO")):
         why = "JPEG, which is lossy" if kind in ("JPEG", "MPO") else "blurred or interpolated"
         remedy = f"save plain classes as PNG, or set options.threshold, such as {values[-1] // 2 + 1}"
         raise RequestError(f"{path}: the mask is {why}: it holds {len(values)} values; {remedy}")
@@ -507,7 +522,7 @@ def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes, slice_
         label = mask_picture(ref.label, options) if ref.label else None
         label = class_indices(label, classes, ref.label, undeclared) if ref.label else None
         notes = ("is turned upright, as its camera's orientation (EXIF) says; its mask must lie so, too",)
-        notes = notes if _turned(ref.images[0]) else ()
+        notes = notes if turned(ref.images[0]) else ()
         return Volume(image, label, None, ref.subject, ref.phase, notes=notes)
     volume = nifti_volume(ref, classes, options, slice_axis)
     last = len(volume.image) - 1
@@ -554,6 +569,9 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
             regions[str(name)] = [int(one) for one in values]
         elif not re.fullmatch(r"\d{1,9}", str(number)):
             raise RequestError(f"{path}: label {name!r} ({number!r}) is no plain class; give each one whole number")
+        elif int(number) in classes:
+            both = f"{classes[int(number)]!r} and {name!r}"
+            raise RequestError(f"{path}: gives labels {both} one number ({number}); give each class its own")
         else:
             classes[int(number)] = str(name)
     if regions:

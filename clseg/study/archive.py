@@ -54,10 +54,11 @@ def write_json(path: Path, content: object) -> None:
 
 class Checkpoints:
     """What `loop.fit` is given so that a run that was killed goes on: `checkpoint.pt` every `every` steps, and
-    `progress.json` for whoever waits. `code`: of a checkpoint that other code made nothing is taken."""
+    `progress.json` for whoever waits. `made_by`: of a checkpoint that other code made, or of other data, nothing is
+    taken."""
 
-    def __init__(self, folder: Path, every: int, steps: int, code: str) -> None:
-        self.folder, self.every, self.steps, self.code = folder, every, steps, code
+    def __init__(self, folder: Path, every: int, steps: int, made_by: str) -> None:
+        self.folder, self.every, self.steps, self.made_by = folder, every, steps, made_by
         self.path, self._reported = folder / "checkpoint.pt", time.monotonic()
 
     def restore(self, state: State) -> None:
@@ -65,7 +66,7 @@ class Checkpoints:
             return
         try:
             saved = torch.load(self.path, weights_only=True, map_location="cpu")
-            problem = "" if saved["code"] == self.code else "was made by other code"
+            problem = "" if saved["made_by"] == self.made_by else "was made by other code, or of other images or masks"
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, zlib.error, UnpicklingError) as error:
             problem = f"cannot be read ({type(error).__name__})"
         if problem:
@@ -78,7 +79,7 @@ class Checkpoints:
             tree = state.tree()
             if not ranks.number():
                 content = io.BytesIO()  # so that a full disk is an `OSError` as everywhere
-                torch.save(tree | {"code": self.code}, content)
+                torch.save(tree | {"made_by": self.made_by}, content)
                 write_atomically(self.path, lambda temporary: temporary.write_bytes(content.getbuffer()))
         if time.monotonic() - self._reported > PROGRESS_SECONDS and not ranks.number():
             self._reported = time.monotonic()

@@ -42,12 +42,12 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """What YAML says, in plain Python types."""
     return _PlainLoader(text).get_single_data()
 
 
-def _validated(schema: Any, data: Any, where: str) -> Any:
+def validated(schema: Any, data: Any, where: str) -> Any:
     try:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
@@ -69,11 +69,11 @@ def _validated(schema: Any, data: Any, where: str) -> Any:
 @lru_cache(maxsize=256)
 def _read(schema: Any, path: Path, _modified_ns: int) -> Any:
     with reading(path, "YAML", "correct it"):
-        data = _plain(path.read_text(encoding="utf-8"))
-    return _validated(schema, data, str(path))
+        data = plain(path.read_text(encoding="utf-8"))
+    return validated(schema, data, str(path))
 
 
-def _read_as(schema: Any, path: Path) -> Any:
+def read_as(schema: Any, path: Path) -> Any:
     """A YAML file as a typed parameter, read again only when it changed; a `RequestError` names what is wrong."""
     return _read(schema, path, path.stat().st_mtime_ns if path.is_file() else 0)
 
@@ -91,7 +91,7 @@ def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
         if is_path:
             raise RequestError(f"{what} {name}: there is no such file; correct the path")
         raise RequestError(f"{what} {name!r} is not known, {nearest(name, known_names(kind))}")
-    found = _read_as(schema, path)
+    found = read_as(schema, path)
     if is_path and found.name in known_names(kind) and path.resolve().parent != paths.PARAMS / kind:
         raise RequestError(
             f"{path}: name {found.name!r} is taken in params/{kind}, and results would mix; choose another"
@@ -107,4 +107,4 @@ read_setting = partial(_named, SettingConfig, "settings")
 
 def read_methods() -> dict[str, MethodConfig]:
     """All methods of `params/methods.yaml`, by name, which is part of the names of folders."""
-    return _read_as(dict[Name, MethodConfig], paths.PARAMS / "methods.yaml")
+    return read_as(dict[Name, MethodConfig], paths.PARAMS / "methods.yaml")

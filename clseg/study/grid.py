@@ -140,19 +140,20 @@ def distinct(grid: Grid, splits: Mapping[str, Split]) -> Grid:
     """The grid without draws that label, validate and test the subjects of an earlier draw: they would count twice.
 
     splits: of its fine-tunings by name. A protocol that draws subjects by chance may draw a set again, and of n
-    subjects there are no more than C(n, k) sets of k.
+    subjects there are no more than C(n, k) sets of k. "All" may be as many as one of the numbers.
     """
-    first: dict[tuple, int] = {}
+    first: dict[tuple, Run] = {}
     kept, notes = [], dict.fromkeys(grid.notes)
-    for run in sorted(grid.finetune, key=lambda run: run.parameters.draw):
-        parameters, split = run.parameters, splits[run.name]
-        others = parameters.model_dump_json(exclude={"draw"})
+    for run in sorted(grid.finetune, key=lambda run: (run.labelled == "all", run.parameters.draw)):
+        split = splits[run.name]
+        others = run.parameters.model_dump_json(exclude={"draw", "labelled"})
         subjects = map(frozenset, (split.labelled, split.test, split.validation))
-        draw = first.setdefault((others, *subjects), parameters.draw)
-        if draw == parameters.draw:
+        before = first.setdefault((others, *subjects), run)
+        if before is run:
             kept.append(run.name)
-        else:
-            notes[f"{parameters.labelled} labelled, draw {parameters.draw}: the same subjects as draw {draw}"] = None
+            continue
+        same = f"draw {before.parameters.draw}" + f" of {before.labelled}" * (before.labelled != run.labelled)
+        notes[f"{run.labelled} labelled, draw {run.parameters.draw}: the same subjects as {same}"] = None
     finetune = [run for run in grid.finetune if run.name in set(kept)]
     needed = {parent.name for run in finetune for parent in run.ancestors}
     pretrain = [run for run in grid.pretrain if run.name in needed]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from clseg import paths
 from clseg.errors import RequestError, nearest, reading
 from clseg.settings import AnyStrict, Count, Folds, Natural, SplitsFileProtocol, Strict
-from clseg.study.files import _plain, _read_as, _validated, read_dataset, read_methods, read_profile, read_setting
+from clseg.study.files import plain, read_as, read_dataset, read_methods, read_profile, read_setting, validated
 from clseg.study.schema import OVERRIDABLE, Experiment, MethodConfig, StudyConfig
 
 SETTING = "setting="  # an override that stands for several: params/settings
@@ -82,7 +82,7 @@ def read_parameters(namespace: Mapping[str, Any], schema: type[AnyStrict]) -> An
     parameters cell, the one papermill injects): a misspelt one fails here. Under nbval only the fields are looked at.
     """
     names = {*schema.model_fields, *(name for cell in namespace.get("In", ()) for name in _assigned(cell))}
-    return _validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
+    return validated(schema, {name: namespace[name] for name in names if name in namespace}, "notebook parameters")
 
 
 @lru_cache(maxsize=1024)
@@ -92,7 +92,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key.strip():
         raise RequestError(f"--set {text!r}: must read KEY=VALUE, for example pretrain.steps=100")
     with reading(f"--set {text!r}", "YAML", "quote the value"):
-        parsed = _plain(value)
+        parsed = plain(value)
     with suppress(ValueError):
         parsed = float(parsed) if isinstance(parsed, str) else parsed  # YAML takes 1e-4 for a word
     return key.strip().split("."), parsed
@@ -123,13 +123,17 @@ def resolve(
     if not data.protocols:
         raise RequestError(f"data set {data.name}: has no `protocols`, which say who is tested; add one")
     protocol, folds = protocol or next(iter(data.protocols)), None
-    if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
-        folds = _read_as(Folds, paths.data_root() / data.folder / division.file)
     if own := methods.get(method):  # one that is not known is refused below
         scaled = [text for who in ("*", RECIPE + own.recipe.recipe, method) for text in budget.set.get(who, ())]
         places = budget.name, f"{budget.name}.{data.name}"
         overrides = [*applicable(scaled, own), *overrides]
         overrides = [text for given in overrides for text in _spelt_out(given, places, own)]
+    overrides = list(overrides)
+    for key, value in map(parse_override, overrides):
+        if key == ["protocol"] and isinstance(value, str):
+            protocol = value
+    if isinstance(division := data.protocols.get(protocol), SplitsFileProtocol):
+        folds = read_as(Folds, paths.data_root() / data.folder / division.file)
     # the runs of a grid share few experiments; files that did not change are the same objects
     read = tuple(map(_Same, (data, budget, methods, source, folds)))
     return _resolve(read, (dataset, profile, method), protocol, tuple(overrides), dimensions)
@@ -177,11 +181,19 @@ def _resolve(
             full = _full_keys(key[0]) if len(key) == 1 else []
             hint = f"its full name is {' or '.join(full)}" if full else nearest(key[0], OVERRIDABLE)
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {hint}")
+        if key[:2] == ["dataset", "geometry"] or key[:2] == ["dataset", "geometry_3d"]:
+            raise RequestError(f"--set {text}: would have no effect; use geometry.{key[-1]}, which is of this profile")
+        if key[:2] == ["dataset", "protocols"] and key[3:] == ["file"]:
+            raise RequestError(f"--set {text}: would have no effect; change it in the file of the data set")
         tree = override(tree, key, value)
-        if key == ["finetune", "steps"]:  # for every number of labels, unless the next one says more
-            tree = override(tree, ["finetune", "steps_of"], {})
-    experiment, stages = _validated(Experiment, tree, f"{dataset}, {profile}, {method}"), []
+        if key in (["finetune", "steps"], ["pretrain", "steps"]):  # for all numbers of labels, or stages
+            tree = override(tree, [key[0], "steps_of"], {})  # unless the next one says more
+    experiment, stages = validated(Experiment, tree, f"{dataset}, {profile}, {method}"), []
+    source = experiment.dataset if source is data else source
     for stage in experiment.stages:
+        if source.positions == "unknown" and stage.of_parts:
+            wrong = f"method {method} contrasts parts of volumes, and data set {source.name} has no known positions"
+            raise RequestError(f"{wrong}; choose a method with other pairs")
         if getattr(stage, "pairs", "") == "position" and stage.threshold is None:
             if source.threshold is None:
                 wrong = f"method {method} contrasts positions, and data set {source.name} has no `threshold`"
@@ -224,11 +236,11 @@ def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyC
             tree = override(tree, key[1:], value)
         else:
             others.append(text)
-    return _validated(StudyConfig, tree, f"study {study.name}"), others
+    return validated(StudyConfig, tree, f"study {study.name}"), others
 
 
 def applicable(overrides: Iterable[str], method: MethodConfig) -> list[str]:
     """The overrides that concern a method: those of stages it does not have are left out."""
     absent = [str(number) for number in range(len(method.stages), 10)]
-    keys = {text: [*parse_override(text)[0], ""] for text in overrides}
-    return [text for text, key in keys.items() if key[0] != "stages" or key[1] not in absent]
+    keys = [(text, [*parse_override(text)[0], ""]) for text in overrides]
+    return [text for text, key in keys if key[0] != "stages" or key[1] not in absent]

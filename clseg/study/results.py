@@ -20,10 +20,10 @@ from clseg import paths, stats
 from clseg.errors import RequestError
 from clseg.settings import ListProtocol
 from clseg.study import archive, runs
-from clseg.study.files import read_dataset, read_methods, read_profile, read_study
-from clseg.study.grid import Grid, execute_notebook, expand
-from clseg.study.parameters import applicable, resolve
-from clseg.study.rows import Rows
+from clseg.study.files import read_dataset, read_profile, read_study
+from clseg.study.grid import Grid, execute_notebook
+from clseg.study.rows import Rows, missing
+from clseg.study.runs import Run
 
 SCORED = {
     "last": "the last step, on the grid of the files",
@@ -39,11 +39,14 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = found.table(grid.study.name, grid.place, grid.profile)
+    of_all = table["run"].isin({run.name for run in grid.finetune if run.labelled == "all"})
+    for _, own in table[of_all].groupby("method"):  # folds may differ by a subject
+        table.loc[own.index, "labelled"] = int(own.groupby("run")["labelled"].first().median())
     archive.write_table(folder / "table.csv", table)
     seeds = _seeds(grid, found)
     counted = table[table["seed"].isin(seeds["counted"])]
     archive.write_table(folder / "summary.csv", stats.summary(counted))
-    tested = stats.contrasts(counted, grid.study.contrasts, _declared(grid))
+    tested = stats.contrasts(counted, _pairs(grid), _declared(grid))
     for column in ("p", "p_holm", "p_margin_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
@@ -60,6 +63,8 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
         "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
         "subjects": _subjects(grid, table),
+        "axes": [axis.model_dump() for axis in grid.study.axes],
+        "missing": [_cell(run) for run in missing(grid, found)],
     }
     archive.write_json(folder / "provenance.json", about)
 
@@ -91,11 +96,22 @@ def _stages(runs: pd.DataFrame) -> dict[str, str]:
     return named
 
 
+def _cell(run: Run) -> str:
+    """A fine-tuning in words."""
+    return f"{run.method}, {run.labelled} labelled, draw {run.key['draw']}, seed {run.parameters.seed}"
+
+
+def _pairs(grid: Grid) -> list[list[str]]:
+    """The contrasts that the study declares, of methods as results name them."""
+    shown = {run.method.removesuffix(runs.SEEN): run.method for run in grid.finetune}
+    return [[shown.get(name, name) for name in pair] for pair in grid.study.contrasts]
+
+
 def _declared(grid: Grid) -> int:
     """How many contrasts the study declares: its pairs, at each number of labels with which it runs both methods."""
     cells = {(run.method, run.key["labelled"]) for run in grid.finetune}
     labelled = {count for _, count in cells}
-    return sum(cells >= {(one, count), (other, count)} for one, other in grid.study.contrasts for count in labelled)
+    return sum(cells >= {(one, count), (other, count)} for one, other in _pairs(grid) for count in labelled)
 
 
 def _seconds(found: Rows) -> dict[str, dict[str, float]]:
@@ -119,8 +135,7 @@ def _subjects(grid: Grid, table: pd.DataFrame) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Results:
-    """What a study left on one data set, for its figure notebook. `table`: rows of the seeds that are counted;
-    `missing`: cells of the grid without a run, seed by seed."""
+    """What a study left on one data set, for its figure notebook. `table`: rows of the seeds that are counted."""
 
     folder: Path
     table: pd.DataFrame
@@ -128,7 +143,11 @@ class Results:
     contrasts: pd.DataFrame
     provenance: dict[str, Any]
     pretraining: pd.DataFrame
-    missing: list[str]
+
+    @property
+    def missing(self) -> list[str]:
+        """Cells of the grid without a run, seed by seed."""
+        return self.provenance["missing"]
 
     @property
     def shown(self) -> str:
@@ -246,36 +265,24 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")
     names = ("table", "summary", "contrasts", "pretraining")
     table, summary, contrasts, pretraining = (archive.read_table(folder / f"{name}.csv") for name in names)
-    methods = read_methods()
-    ceilings = {name for name in methods if methods[name].all_labels}
-    cells = table[["method", "labelled", "draw", "seed"]].drop_duplicates()
-    limited = cells["labelled"].isin(about.labelled) & ~cells["method"].str.partition(" ")[0].isin(ceilings)
-    there = {*cells.assign(labelled=cells["labelled"].where(limited, "all")).itertuples(index=False, name=None)}
-    missing = []
-    for run in sorted(expand(about, dataset, profile).finetune, key=lambda run: run.parameters.seed):
-        if (cell := (run.method, run.labelled, run.key["draw"], run.parameters.seed)) not in there:
-            missing.append(f"{cell[0]}, {cell[1]} labelled, draw {cell[2]}, seed {cell[3]}")
     provenance = json.loads((folder / "provenance.json").read_bytes())
     table = table[table["seed"].isin(provenance["seeds"]["counted"])]
-    return Results(folder, table, summary, contrasts, provenance, pretraining, missing)
+    return Results(folder, table, summary, contrasts, provenance, pretraining)
 
 
-def ablation_axes(study: str, dataset: str, profile: str, summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary rows of an ablation, one per axis and value: columns axis, value, base (the method's own value), and
-    those of the summary. No row of a study without axes."""
-    about, methods = read_study(study), read_methods()
-    common = about.set.get(read_profile(profile).name, [])
-    rows = []
-    for axis in about.axes:
-        key = axis.key.split(".")
-        for method in axis.methods:
-            told = applicable(common, methods[method])
-            tree = resolve(dataset, profile, method, overrides=told, dimensions=about.dimensions).model_dump()
-            for part in key:
-                tree = tree[int(part) if part.isdigit() else part]
-            values = {method: tree} | {f"{method} [{axis.key}={json.dumps(value)}]": value for value in axis.values}
-            named = summary["method"].str.removesuffix(runs.SEEN)
-            found = summary.assign(axis=axis.name, base=named == method, value=named.map(values), method=method)
+def ablation_axes(results: Results) -> pd.DataFrame:
+    """The summary rows of an ablation, one per axis and value: columns axis, value, base (the value that the method has
+    elsewhere), and those of the summary. No row of a study without axes."""
+    summary, settings = results.summary, results.provenance["settings"]
+    rows, named = [], summary["method"].str.removesuffix(runs.SEEN)
+    for axis in results.provenance["axes"]:
+        name, key = axis["name"], axis["key"]
+        for method in axis["methods"]:
+            own: Any = settings.get(method) or settings[method + runs.SEEN]
+            for part in key.split("."):
+                own = own[int(part) if part.isdigit() else part]
+            values = {method: own} | {f"{method} [{key}={json.dumps(value)}]": value for value in axis["values"]}
+            found = summary.assign(axis=name, base=named == method, value=named.map(values), method=method)
             rows.append(found[named.isin(values)])
     first = ["axis", "value", "base"]
     table = pd.concat(rows) if rows else summary.head(0).assign(**dict.fromkeys(first))

@@ -96,7 +96,16 @@ def read(profile: str, dataset: str) -> Rows:
     if not (folder / "runs.csv").is_file():
         return NONE
     about, *others = (archive.read_table(folder / f"{name}.csv") for name in ORDER)
-    return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), *others)
+    kept = [table[table["run"].isin(about["run"])].reset_index(drop=True) for table in others]  # of whole runs
+    return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), *kept)
+
+
+def add(found: Rows, profile: str, dataset: str) -> Rows:
+    """Add rows to the committed ones, whoever else does so at the same time; returns them all."""
+    with archive.locked(place(profile, dataset) / ".lock"):
+        rows = read(profile, dataset) + found
+        write(rows, profile, dataset)
+    return rows
 
 
 def write(rows: Rows, profile: str, dataset: str) -> None:
@@ -190,14 +199,13 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
     began = written = time.monotonic()
     rows = read(grid.profile, grid.place)
     here = [run for run in grid.all if run.is_done() and run.name not in set(rows.runs["run"])]
-    rows += collect(here)
+    if here:
+        rows = add(collect(here), grid.profile, grid.place)
     every = needed(grid, rows)
     done = {name for name, run in every.items() if run.is_done()}
     waiting = [run for name, run in every.items() if name not in done]
     failed: dict[str, str] = {}
     running: dict[Future, Run] = {}
-    if here:
-        write(rows, grid.profile, grid.place)
     found: list[Run] = []
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
     total = sum(run.cost for run in waiting)
@@ -227,12 +235,10 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
                 found.append(run)
                 bar.update(run.cost)
             if found and (time.monotonic() - written > WRITE_SECONDS or not (waiting or running)):
-                rows, found, written = rows + collect(found), [], time.monotonic()
-                write(rows, grid.profile, grid.place)
+                rows, found, written = add(collect(found), grid.profile, grid.place), [], time.monotonic()
             bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=False)
     if found:
-        rows += collect(found)
-        write(rows, grid.profile, grid.place)
+        rows = add(collect(found), grid.profile, grid.place)
     if failed:
         lines = [f"{every[name].folder}: {message}" for name, message in failed.items()]
         raise RunFailed(f"{len(failed)} of {len(every)} runs failed\n" + "\n".join(lines))

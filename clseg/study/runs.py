@@ -184,7 +184,13 @@ def finetune_run(parameters: FinetuneParameters) -> Run:
         shared |= {"dataset": parameters.pretrain_dataset, "protocol": ""}
     elif experiment.pretrained_by_draw:
         shared["draw"] = parameters.draw
-    return Run(parameters, pretrain_run(PretrainParameters(**shared, stage=len(stages) - 1)))
+    parent = pretrain_run(PretrainParameters(**shared, stage=len(stages) - 1))
+    for key in ("architecture", "filters"):
+        ours, theirs = (getattr(one.network, key) for one in (experiment, parent.experiment))
+        if ours != theirs:
+            wrong = f"network.{key} is {theirs} in the pre-training on {parent.experiment.dataset.name}, here {ours}"
+            raise RequestError(f"method {parameters.method}: {wrong}; choose another --set study.pretrain_dataset")
+    return Run(parameters, parent)
 
 
 def open_store(experiment: Experiment, progress: bool = True) -> Store:
@@ -283,8 +289,11 @@ def require_same_data(run: Run, store: Store) -> None:
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
+    if run.stage.of_parts and not store.positions_known:
+        wrong = f"contrasts parts of volumes, and slices of {run.experiment.dataset.name} run along several axes"
+        raise RequestError(f"method {run.parameters.method} {wrong}; choose a method with other pairs")
     about = _start(run) | {"number": run.parameters.stage, "precision": run.experiment.precision}
-    result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run), **about)
+    result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run, store), **about)
     tables = result.tables | ({"probe": _probed(run, store, split, result)} if run.stage.stage == "contrast" else {})
     _keep(run, store, result.fit, result.weights, tables)
 
@@ -314,7 +323,9 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     about = _start(run) | {"batch": budget.batch, "precision": experiment.precision}
     about |= {"unlabelled": split.others, "validation": split.validation}
     about |= {"validate_every": budget.validate_every, "best": budget.checkpoint == "best"}
-    result = train.finetune(store, split.labelled, experiment.recipe, run.steps, keeper=_checkpoints(run), **about)
+    result = train.finetune(
+        store, split.labelled, experiment.recipe, run.steps, keeper=_checkpoints(run, store), **about
+    )
     fields = {"dataset": experiment.dataset.name, "profile": experiment.profile, "method": run.method}
     fields |= {"labelled": len(split.labelled), "draw": run.key["draw"], "seed": run.parameters.seed, "run": run.name}
     tested = store.only(split.test)  # now that training has ended
@@ -323,8 +334,8 @@ def _finetune(run: Run, store: Store, split: Split) -> None:
     _keep(run, store, result.fit, result.network.state_dict(), {"metrics": metrics} | result.tables)
 
 
-def _checkpoints(run: Run) -> Checkpoints:
-    return Checkpoints(run.folder, run.experiment.checkpoint_every, run.steps, run.code)
+def _checkpoints(run: Run, store: Store) -> Checkpoints:
+    return Checkpoints(run.folder, run.experiment.checkpoint_every, run.steps, f"{run.code} {store.content}")
 
 
 def _keep(run: Run, store: Store, result: Fit, weights: dict[str, Tensor], tables: dict[str, pd.DataFrame]) -> None:

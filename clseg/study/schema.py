@@ -105,8 +105,6 @@ class Experiment(Budget):
             raise ValueError("stages: an autoencoder leaves the network as it was; add pairs 'cluster' after it")
         if "local" in kinds[:-1]:
             raise ValueError("stages: what comes after 'local' changes the encoder below it; let 'local' be the last")
-        if "partition" in kinds and self.dataset.photographs:
-            raise ValueError("stages: a photograph has no partitions; choose other pairs, such as 'instance'")
         if self.finetune.checkpoint == "best" and not getattr(self.division, "validation", True):
             raise ValueError(f"finetune.checkpoint: 'best' needs validation subjects; {self.protocol} has none: last")
         if self.geometry.dimensions == 3 and (flat := [k for k in kinds if k in FLAT_STAGES]):

@@ -40,7 +40,7 @@ from clseg.errors import RequestError, once, reading, writing
 from clseg.settings import DatasetConfig, Folds, Geometry, Normalisation, SeededProtocol, SplitsFileProtocol
 from clseg.study.archive import write_atomically
 from clseg.study.estimate import pass_cost, weights_in
-from clseg.study.files import known_names, read_profile, read_study
+from clseg.study.files import known_names, read_methods, read_profile, read_study
 
 FILES = (*VOLUMES, *PICTURES)
 MASK = re.compile(
@@ -181,7 +181,7 @@ def _pairs(files: list[str], at_most: int = 400) -> tuple[str, str, dict[str, st
     return best[1] if best else None
 
 
-def _seen(folder: Path, files: list[str]) -> str:
+def _seen(files: list[str]) -> str:
     """In words, where files lie."""
     groups: dict[str, list[str]] = {}
     for path in files:
@@ -210,7 +210,7 @@ def _draft(folder: Path, name: str, options: dict[str, Any]) -> tuple[str, Datas
                 "name them alike, or say how with --set options.images=TEXT --set options.labels=TEXT, where {subject} "
             )
             how += f"stands for what both names share; or lay it out as {LAYOUTS}"
-            told = f"no image and mask belong together by their names: there are {_seen(folder, files)}"
+            told = f"no image and mask belong together by their names: there are {_seen(files)}"
             raise RequestError(f"{folder}: {told}; {how}")
         images, labels, *used = found
         rest = sorted({*files} - {path for some in used for path in some.values()})
@@ -459,20 +459,21 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
 
 
 def expect(report: Report) -> list[dict[str, Any]]:
-    """Disk, memory and minutes of a run of `gd` by profile, from a few steps of its network timed on this machine."""
-    dataset, rows = report.dataset, []
+    """Disk, memory and minutes of a run of `matched-gr` with 1 labelled subject by profile, from a few steps of its
+    network timed on this machine."""
+    dataset, rows, wanted = report.dataset, [], read_methods()["matched-gr"].stages[0].slices
     slices = sum(v["shape"][0] for v in report.volumes)
     for name, geometry in dataset.geometry.items():
         experiment = read_profile(name)
         pretrain, finetune = experiment.pretrain, experiment.finetune
         about = experiment.network.model_dump_json(), dataset.channels, len(dataset.classes) + 1, tuple(geometry.size)
-        views = 2 * min(12, pretrain.max_slices or 12)  # of a batch of 12 slices
+        views = 2 * min(wanted, pretrain.max_slices or wanted)
         (encoding, _), (segmenting, kept) = (pass_cost(*about, whole, experiment.threads) for whole in (False, True))
         memory = kept * finetune.batch + 16 * weights_in(*about)  # gradients, Adam's means
         row = {"profile": name, "disk_mb": slices * np.prod(geometry.size) * (2 * dataset.channels + 1) / 1e6}
         row |= {"memory_mb": memory / 1e6 + 500}  # 500: the program itself
         row |= {"pretrain_minutes": pretrain.steps * views * encoding / 60}
-        row |= {"finetune_minutes": finetune.steps * finetune.batch * segmenting / 60}
+        row |= {"finetune_minutes": finetune.steps_for(1) * finetune.batch * segmenting / 60}
         rows.append({key: value if key == "profile" else round(float(value), 2) for key, value in row.items()})
     return rows
 

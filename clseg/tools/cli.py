@@ -71,7 +71,10 @@ def _run(arguments: argparse.Namespace) -> int:
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
         plan, unchecked = grid.distinct(plan, splits), ""
-        if arguments.extend and not all(splits[run.name].test for run in plan.finetune):
+        untested = [run for run in plan.finetune if not splits[run.name].test]
+        if 0 < len(untested) < len(plan.finetune):
+            raise RequestError(f"{title}: draw {untested[0].parameters.draw} tests nobody; lower the number of folds")
+        if arguments.extend and untested:
             raise RequestError(f"--extend: {title} tests nobody, and rows are of scores; leave --extend away")
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
     finished = {name for name, flaw in flaws.items() if flaw is None}
@@ -113,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]
     repeat += [word for text in arguments.set for word in ("--set", text)]
     if ended := [run for run in plan.finetune if run.is_done()]:
-        if all(splits[run.name].test for run in plan.finetune):
+        if not untested:
             with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
                 folder = paths.results_dir(profile, plan.place, study.name)
                 write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
@@ -260,8 +263,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     from clseg.tools.predict import predict, weights_of
 
     where = [Path(folder) for folder in (arguments.input, arguments.output)]
-    images, before = predict(weights_of(Path(arguments.weights)), *where, arguments.probabilities)
-    print(f"{images} segmented, {before} of them before: {arguments.output}")
+    weights = weights_of(Path(arguments.weights))
+    images, before = predict(weights, *where, arguments.probabilities)
+    print(f"{images} segmented by {weights.parent.name}, {before} of them before: {arguments.output}")
     return 0
 
 

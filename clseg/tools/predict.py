@@ -1,6 +1,5 @@
 """New images in, label maps out: on the grid, and with the label values, of the files that they come from."""
 
-import glob
 import gzip
 import hashlib
 import json
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clseg.data.formats import HEADER_TEXTS, nifti_volume, photograph
+from clseg.data.formats import HEADER_TEXTS, nifti_volume, photograph, turned
 from clseg.data.prepare import normalise, resampled_size, to_network
 from clseg.data.store import native_slices
 from clseg.data.volume import Volume, VolumeRef, both, checked
@@ -72,7 +71,8 @@ def read_case(case: str, files: list[Path], adaptation: Adaptation) -> Volume:
     """An image, read as those that the weights were trained on; raises `RequestError`."""
     if adaptation.photograph:
         image = photograph(files[0], adaptation.channels).astype(np.float32)
-        return checked(Volume(image, None, None, case, ""), files[0])
+        upright = "its camera's orientation turns it, and its mask is of the upright image"
+        return checked(Volume(image, None, None, case, "", notes=(upright,) * turned(files[0])), files[0])
     options = {"orient": adaptation.orient} | ({} if adaptation.nan is None else {"nan": adaptation.nan})
     volume = nifti_volume(VolumeRef(case, "", tuple(files), None, files[0].parent), {}, options, adaptation.slice_axis)
     if adaptation.channel is not None:
@@ -148,7 +148,8 @@ def _save_label(path: Path, label: np.ndarray, like: Path) -> None:
     header = image.header
     header.extensions.clear()
     for name in HEADER_TEXTS:
-        header[name] = b""
+        if name in header:
+            header[name] = b""
     header.set_data_dtype(label.dtype)
     header["cal_min"] = header["cal_max"] = 0  # a window for intensities
     path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
@@ -172,14 +173,16 @@ def _stamp(files: list[Path], known: list[Any]) -> list[list[Any]]:
     return stamps
 
 
-def _known(record: Path, about: dict[str, str]) -> dict[str, list[Any]]:
-    """The images that results in a folder are of, as `_stamp` has them; raises `RequestError` if of other weights."""
+def _known(record: Path, about: dict[str, str]) -> tuple[dict[str, list[Any]], str]:
+    """The images that results in a folder are of, as `_stamp` has them, and the folder that they lay in; raises
+    `RequestError` if of other weights."""
     if not record.exists():
-        return {}
-    with suppress(OSError, ValueError):
+        return {}, ""
+    with suppress(OSError, ValueError, KeyError, AttributeError):
         known = json.loads(record.read_bytes())
-        if isinstance(known.get("images"), dict) and known == about | {"images": known["images"]}:
-            return known["images"]
+        images, folder = known.pop("images"), known.pop("input", "")
+        if isinstance(images, dict) and known == about:
+            return images, folder
     raise RequestError(f"{record.parent}: holds files that are not of these weights; choose another --output")
 
 
@@ -187,7 +190,8 @@ def weights_of(place: Path) -> Path:
     """The weight file of a run: the file, its folder, or the folder's name without the hash at its end."""
     if place.is_file() or place.suffix == ".safetensors":
         return place
-    folders = [place] if place.is_dir() else sorted(place.parent.glob(f"{glob.escape(place.name)}*"))
+    whole = re.compile(re.escape(place.name) + r"(-[0-9a-f]{10})?")
+    folders = sorted(path for path in place.parent.glob("*") if whole.fullmatch(path.name))
     found = [folder / "weights.safetensors" for folder in folders if (folder / "weights.safetensors").is_file()]
     if len(found) != 1:
         names = ", ".join(path.parent.name for path in found[:4]) or "none"
@@ -214,7 +218,8 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
     results = {case: [output / f"{case}{ending}" for ending in endings] for case in images}
     with open(weights, "rb") as file:
         about = {"run": adaptation.run, "weights_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    known, record = _known(output / "prediction.json", about), {}
+    known, before = _known(output / "prediction.json", about)
+    record, here = {}, str(folder.resolve())
     if any(path.exists() for case in images if case not in known for path in results[case]):
         raise RequestError(f"{output}: holds files that are not of these weights and images; choose another --output")
     faults, notes, done = [], [], []
@@ -226,6 +231,8 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
             continue
         same = [entry[3] for entry in record[case]] == [entry[3] for entry in known.get(case, [])]
         done += [case] if same and all(path.is_file() for path in results[case]) else []
+        if case in known and not same and before not in ("", here):
+            raise RequestError(f"{output}: has the mask of another {case}, of {before}; choose another --output")
     network = adaptation.build()
     network.load_state_dict(tensors)
     network.placed(device())
@@ -244,7 +251,7 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
                 for ending in (".png", ".nii.gz", ".npz"):  # of another image
                     (output / f"{case}{ending}").unlink(missing_ok=True)
             known[case] = record[case]
-            write_json(output / "prediction.json", about | {"images": known})
+            write_json(output / "prediction.json", about | {"input": here, "images": known})
             if probability is not None:
                 write_atomically(results[case][1], partial(_save_probability, probability=probability))
             write_atomically(results[case][0], partial(_save_label, label=label, like=files[0]))

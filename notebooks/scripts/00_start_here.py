@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Start here
 # **Masks of medical images are expensive, images are not. Contrastive pre-training learns from images alone, by one question: who
-# is alike? This notebook is the map of the course, and shows what pre-training gains on a small example.**
+# is alike? This notebook is the map of the course, and asks on a small example whether pre-training gains anything.**
 #
 # ## Three ways through
-# **You study or teach** (seven hours, eight with what is marked *optional*, and three for the exercises; nothing to download, a laptop is enough; each
+# **You study or teach** (seven hours, eight with what is marked *optional*, and three and a half for the exercises; nothing to download, a laptop is enough; each
 # lesson runs on its own):
 #
 # | lesson | question | minutes | exercises |
@@ -51,13 +51,12 @@ print(f"{results.shown}\nmade by: {results.provenance['command']}")
 print(
     f"{results.provenance['runs']['done']} runs, {results.provenance['training_seconds'] / 60:.0f} minutes of training"
 )
-print("missing:", *(results.missing or ["nothing"]))
 print(results.gaps)
 
 # %% [markdown]
 # ## Dice against labelled subjects
 # Each line is a method, each bar a 95 % interval over test subjects and draws, each small point one draw of labelled
-# subjects; the dashed line is the ceiling, all subjects labelled.
+# subjects; the dashed line is the ceiling, all subjects labelled. A dotted bar is of too few draws or seeds to say how others would differ.
 #
 # * `random`: no pre-training.
 # * `gd`: the encoder is pre-trained so that slices of the same part of any volume are alike.
@@ -96,4 +95,6 @@ print(results.summary[columns].round(2).to_string(index=False))
 print(results.tests)
 
 # %% [markdown]
+# An interval that holds 0 allows both: a gain and a loss. Most do so here, with so few draws, one seed and a small example.
+#
 # Now choose a way above. If in doubt: [02_few_labels](02_few_labels.ipynb).

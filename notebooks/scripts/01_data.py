@@ -81,7 +81,7 @@ for axis, (index, name) in zip(axes[0], store.class_names.items(), strict=True):
     for volume in range(min(len(store.volumes), 30)):
         rows = store.volume_rows(volume)
         axis.plot(store.slices["position"][rows], areas[rows, index - 1], color="0.6", linewidth=0.7)
-    axis.set(title=name, xlabel="position (0 first, 1 last slice)")
+    axis.set(title=name, xlabel="position m / n (first slice 1 / n, last 1)")
 axes[0, 0].set_ylabel("area in network pixels")
 plt.show()
 

@@ -210,7 +210,8 @@ for count in (3, 12, 32):
     print(f"{count} slices: {at[0]:.4f} at 0.1, {at[1]:.4f} at 1.0, log(2 * {count} - 1) = {log(2 * count - 1):.4f}")
 
 # %% [markdown]
-# Remember this number, the **collapse line**. A pre-training whose loss stays at it has learned nothing, however long it ran. An untrained
+# Remember this number, the **collapse line**. A pre-training whose loss stays at it has gained nothing over a network that gives every image the
+# same embedding, however long it ran; whether it has collapsed, the cosines say. An untrained
 # network often starts a little below it, because two views of a slice look alike before anything was learned. So compare with the line
 # *and* with the first step. Above the line means: some negatives are more alike to their anchor than its positive, even where positives are more
 # alike on average. At a low temperature a few such negatives are enough.

@@ -148,7 +148,9 @@ def between_volumes(setting, batches=50, rows=rows):
     return pd.concat(tables, ignore_index=True)
 
 
-all_volumes = ContrastStage(pairs="partition", set_of=None)  # as published, but for `set_of`
+all_volumes = ContrastStage(
+    pairs="partition", set_of=None
+)  # 12 slices; `gd` as published has 16, in sets of two volumes
 seen = between_volumes(all_volumes)
 for apart, of_both in seen.groupby("partitions_apart"):
     print(f"{apart} partitions apart: overlap {of_both['overlap'].mean():.2f}")
@@ -338,7 +340,7 @@ plt.show()
 # they end close together all the same: both move away from the same negatives. Pushing alone can gather what is alike.
 #
 # ## A real batch
-# The same three answers for batches as training draws them, with the published S = 4 and 12 slices. The rows are sorted by
+# The same three answers for batches as training draws them, with S = 4 as published and 12 slices. The rows are sorted by
 # partition (`gr`: by slice).
 
 # %%
@@ -430,7 +432,7 @@ pd.DataFrame(table).set_index("S").round(2)
 # %% [markdown]
 # With 6 partitions positives and negatives are hardly different in their masks. The reason is what is left out: a volume of 11 slices has six
 # parts of one slice, and five slices, at the apex, are never drawn. What remains is more alike, so that a third of the negatives is more alike
-# than the typical positive. With parts that cover the whole volume it would be a fifth. With 2 the contrast is clear but coarse. Which S is
+# than the typical positive. With 2 the contrast is clear but coarse. Which S is
 # best for segmentation is another question: [31_glcl_ablation](31_glcl_ablation.ipynb).
 #
 # ## Does a network learn it?
@@ -478,7 +480,9 @@ for step in range(300):
     loss.backward()
     optimiser.step()
     losses.append(loss.item())
-print(f"loss: {sum(losses[:20]) / 20:.2f} in the first 20 steps, {sum(losses[-20:]) / 20:.2f} in the last 20")
+print(
+    f"loss: {losses[0]:.2f} in the first step, {sum(losses[:20]) / 20:.2f} in the first 20, {sum(losses[-20:]) / 20:.2f} in the last 20"
+)
 pd.DataFrame(before + measured("after")).set_index(["when", "subjects"])
 
 # %% [markdown]
@@ -493,10 +497,9 @@ for who, subjects in {"training": training, "new": held_out}.items():
     )
 
 # %% [markdown]
-# Compare the two. The first loss of all is 3.5, above log 19 = 2.94, and near it after a few steps. On the subjects it was trained on, the blocks on
-# the diagonal stand out: the same and another partition differ by nearly 0.5. On new subjects they differ by 0.06. That is small, but all eight new
-# subjects had it (0.02 to 0.12; one seed): a little of the order along the volume was learned, and most of what the loss shows is memory.
-# The column *nearest in same* is too noisy to tell, with 32 slices. A falling loss does not say which of the two happened; a look at subjects that
+# Compare the two. The first loss of all is above log 19 = 2.94, and near it after a few steps. On the subjects it was trained on, the blocks on
+# the diagonal stand out: the same and another partition differ by nearly 0.5. On new subjects they differ by 0.06 (one seed). That is small. So at most a
+# little of the order along the volume was learned, and most of what the loss shows is memory. The column *nearest in same* is too noisy to tell, with 32 slices. A falling loss does not say which of the two happened; a look at subjects that
 # were in no batch is cheap, and does.
 #
 # What does the temperature mean for *these* embeddings?

@@ -288,7 +288,8 @@ extra = position_pairs(place, 1e-3).positive.sum() - len(place)
 print(f"t = 0.001: {extra / len(place):.1f} positives per anchor besides its other view")
 
 # %% [markdown]
-# A band against blocks. These are no exact quarters: a partition has round(n/4) slices, and the last one takes the rest. With 10 slices that is
+# A band against blocks. Zeng et al. cut in another way than Chaitanya et al. (lesson 10, where slices that are left over belong to no
+# partition), and these are no exact quarters: a partition has round(n/4) slices, and the last one takes the rest. With 10 slices that is
 # 3, 3, 3 and 1: the slice at 0.9 is still in the third partition, and makes the cross. 14 % of the partitions'
 # negatives are nearer than 0.15, neighbours across a border; positions have none, by their rule. And
 # mind the last line: in a *real* batch a tiny t is not quite SimCLR. Patients with equally many slices share
@@ -364,9 +365,9 @@ plt.show()
 pd.Series(table, name="the nearest slice of another new subject is so far away").round(2).to_frame()
 
 # %% [markdown]
-# Chance is 0.33, but an untrained network already has about 0.25, and the nearest image by its pixels about 0.18. Training by position or by
-# partition gives 0.13 to 0.17, depending on the run; 8 subjects do not tell the two apart. `instance` is worse than no training: it pushes all
-# away, near or far, and its loss falls most of all. The similarity falls smoothly, without a step at t. Knowing the place is not yet
+# Chance is 0.33, but an untrained network already has 0.23, and the nearest image by its pixels 0.17. Training by position or by
+# partition gives 0.13 to 0.17, depending on the run; 8 subjects do not tell the two apart, nor from the pixels. `instance` is farther away than no
+# training (one seed): it pushes all away, near or far, and its loss falls most of all. The similarity falls smoothly, without a step at t. Knowing the place is not yet
 # knowing the heart: [33_pcl_semi](33_pcl_semi.ipynb) asks whether Dice gains.
 #
 # ## What to notice
@@ -380,7 +381,7 @@ pd.Series(table, name="the nearest slice of another new subject is so far away")
 # * The share of positives is 1 - (1 - t)² in long volumes, and a staircase in short ones of equal length.
 # * With `denominator="all"` positives compete: the nearest can be pushed away.
 # * t = ∞ makes all alike, a tiny t is nearly SimCLR, and positions of partitions give `pcl-partition`.
-# * On the phantom learned positions carry over to new subjects, a little better than pixels do. If that helps Dice is another question.
+# * On the phantom learned positions carry over to new subjects, better than chance; better than pixels is not shown. If that helps Dice is another question.
 #
 # ## Exercises
 # [94_positional_contrast](94_positional_contrast.ipynb): count positives, write the rule, predict the share, and four statements.

@@ -167,7 +167,7 @@ _ = interact(believed, confidence=FloatSlider(value=0.9, min=0.3, max=0.99, step
 
 # %% [markdown]
 # A higher confidence leaves fewer pixels, and a larger share of them is right. But not all: a network can be sure and wrong, and training on
-# these labels makes it surer. This segmenter is unsure in about half of the heart, inside as well as at borders; where it is sure and wrong, it
+# these labels makes it surer. This segmenter is unsure in about two thirds of the heart, inside as well as at borders; where it is sure and wrong, it
 # is mostly at borders, and mostly heart that it calls background. The thin myocardium (green) gets hardly a pseudo-label.
 #
 # ## Does it help?

@@ -111,17 +111,19 @@ def browse(subject=0, place=3):
     slices = store.volume_rows(volume)
     shown = store.batch([slices[min(place, len(slices) - 1)]])
     _, axes = plt.subplots(1, 2, figsize=(8, 4.6))
+    colours = [plots.STRUCTURES[index % 7] for index in store.class_names]
+    fill = plt.matplotlib.colors.ListedColormap(colours)
     for axis, (name, network) in zip(axes, segmenters.items(), strict=True):
         with torch.no_grad():
             found = network.eval()(shown.image).argmax(dim=1)[0]
         axis.imshow(shown.image[0, 0], cmap="gray", vmin=0, vmax=1.5)
-        axis.imshow(np.ma.masked_equal(shown.label[0], 0), cmap="viridis", vmin=0, vmax=3, alpha=0.45)
-        for index, colour in zip(store.class_names, (plots.ORANGE, plots.PINK, plots.SKY), strict=True):
+        axis.imshow(np.ma.masked_equal(shown.label[0], 0), cmap=fill, vmin=1, vmax=len(colours), alpha=0.45)
+        for index, colour in zip(store.class_names, colours, strict=True):
             if (found == index).any():
                 axis.contour(found == index, levels=[0.5], colors=colour, linewidths=2)
         axis.set_title(name)
         axis.set_axis_off()
-    lines = [plt.Line2D([], [], color=colour) for colour in (plots.ORANGE, plots.PINK, plots.SKY)]
+    lines = [plt.Line2D([], [], color=colour) for colour in colours]
     axis.figure.legend(lines, store.class_names.values(), loc="outside lower center", ncols=3)
     plt.show()
 
@@ -205,7 +207,7 @@ print(
 # * A conclusion names what was compared, on whom, how often, and what was not varied.
 #
 # ## Exercises
-# 1. *Predict, then change:* halve the steps of the pre-training. Which changes more: the last loss or the Dice?
+# 1. *Predict, then change:* halve the steps of the pre-training. Does the last loss change? Does the difference of Dice change by more than its interval is wide?
 # 2. *Change:* ask the question with 1 and with 6 labelled subjects. Is there a gain, and where can you not know?
 # 3. *Break it:* let the pre-training see the test subjects (`store.subjects`). Does the result change, and why must one say so?
 # 4. *Explain:* swap your paragraph with a neighbour's. Underline every claim that no output supports.

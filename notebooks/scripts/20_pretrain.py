@@ -99,7 +99,7 @@ if stage_config.stage == "contrast":
     if probe["learned"] < 0.1:
         print("It learned little: the loss came less than a tenth of the way from its floor to its bound.")
     elif probe["loss_held_out"] >= probe["floor"]:
-        print("It learned its own slices by heart: on subjects that it never saw the loss is not below the floor.")
+        print("What it learned does not carry over: on subjects that it never saw the loss is not below the floor.")
 
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"

@@ -56,7 +56,7 @@ results.distances
 # Another setting (192 x 192 pixels, 10,001 steps) and second-hand: read in a later paper that quotes them.
 
 # %%
-published if len(published) else print("none for this data set")
+plots.published_table(published)
 
 # %% [markdown]
 # ## Against no pre-training

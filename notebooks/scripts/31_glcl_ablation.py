@@ -32,7 +32,7 @@ print(results.gaps)
 # intervals over test subjects, draws and seeds; none under `smoke`.
 
 # %%
-axes = ablation_axes(study, dataset, profile, results.summary)
+axes = ablation_axes(results)
 figure = plots.ablation(axes, results.summary[results.summary["method"] == "random"])
 results.save(figure, "ablation")
 figure

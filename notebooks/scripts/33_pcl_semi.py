@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Does it help to call slices at near positions alike?
-# **The semi-supervised setting of Zeng et al. (MICCAI 2021): folds, 2, 6 or 10 labelled patients, their network,
-# and the baselines of their code.** This notebook trains nothing; it reads the table of the study
+# **The semi-supervised setting of Zeng et al. (MICCAI 2021): folds, 2, 6 or 10 labelled patients (their own numbers are not verified), their
+# network, SimCLR and partitions as in their code; rotation and PIRL are ours.** This notebook trains nothing; it reads the table of the study
 # `pcl_semi`.
 #
 # You will see: Dice of random weights, rotation, PIRL, SimCLR, equal partitions and positions with intervals over all
@@ -49,10 +49,10 @@ print(results.dice)
 
 # %% [markdown]
 # ### The published numbers beside ours
-# Zeng et al.'s own table was not at hand; what is shown comes from papers that quote or repeat it.
+# Zeng et al.'s own table was not at hand; what is shown comes from papers that quote or repeat it, and from a user of their code.
 
 # %%
-published if len(published) else print("none for this data set")
+plots.published_table(published)
 
 # %% [markdown]
 # ## Against no pre-training

@@ -4,7 +4,7 @@
 # t.** This notebook trains nothing; it reads the table of the study `pcl_threshold`.
 #
 # You will see: both curves with intervals (none under `smoke`), the table, and the cost of a threshold that calls nearly everything alike. Seconds
-# on a CPU. The authors' own values are 0.35 for ACDC and 0.1 for CHD; their ablation figure was not at hand. What is
+# on a CPU. The authors' own values are 0.35 for ACDC and 0.1 for CHD; whether they published such a figure is not known here. What is
 # committed here was computed with the `smoke` profile: it proves that every row runs, its numbers mean little.
 
 # %%
@@ -32,7 +32,7 @@ print(results.gaps)
 # Of all pairs of different slices of the data set, how many lie nearer than t? It depends on nothing but the positions.
 
 # %%
-axes = ablation_axes(study, dataset, profile, results.summary)
+axes = ablation_axes(results)
 store = runs.open_store(resolve(dataset, profile, "pcl"), progress=False)
 position = torch.from_numpy(store.slices["position"].to_numpy(copy=True))
 

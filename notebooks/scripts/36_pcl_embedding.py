@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Where do slices lie?
-# **Embeddings of the same slices by random weights and after three pre-trainings (Zeng et al., MICCAI 2021, figure): does position order
+# **Embeddings of the same slices by random weights and after three pre-trainings (after Zeng et al., MICCAI 2021): does position order
 # them, or does the patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
 # takes seconds under `smoke`.
 #
 # You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
 # partitions and positions, and two numbers that do not depend on a t-SNE: whether the nearest slice of another patient has a near
-# position, and whether the nearest slice at all is of the same patient. The settings of the published figure were not at hand.
+# position, and whether the nearest slice at all is of the same patient. Whether they published such a figure is not known here.
 
 # %%
 import numpy as np

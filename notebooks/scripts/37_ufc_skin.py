@@ -6,7 +6,7 @@
 #
 # You will see: Dice of random weights, rotation, `gr` (SimCLR), `weak_to_strong` and the two readings of cluster contrast with intervals
 # and paired tests. Seconds on a CPU. The paper has no public code: network, clustering and loss are our reading of its
-# abstract and figure. PH2 (200 images) stands in for ISIC 2018: `--dataset isic2018`. What is committed here was
+# abstract and figure. PH2 (200 images) stands in for their dermoscopy images, presumably ISIC 2018: `--dataset isic2018`. What is committed here was
 # computed with the `smoke` profile, seconds per run: it proves that every row runs on one footing, its numbers mean
 # little. For numbers, run the command with `--profile laptop` or `paper`.
 
@@ -51,7 +51,7 @@ print(results.dice)
 # No number of this paper is verified; shown are scale references of other work on ISIC, if there are any.
 
 # %%
-published if len(published) else print("none for this data set")
+plots.published_table(published)
 
 # %% [markdown]
 # ## Against no pre-training

@@ -98,7 +98,7 @@ print(pd.DataFrame(table).round(2).to_string(index=False))
 # ## Dice against the number of clusters, and against the linkage
 
 # %%
-axes = ablation_axes(study, dataset, profile, results.summary)
+axes = ablation_axes(results)
 figure = plots.ablation(axes, results.summary[results.summary["method"].isin(["random", "gr"])])
 results.save(figure, "ablation")
 display(figure)

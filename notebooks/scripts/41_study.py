@@ -50,7 +50,7 @@ print(results.dice)
 # Only for a study with `axes`: Dice for every value of a key; the ringed value is the method's own, the dashed line is `random`.
 
 # %%
-if (axes := ablation_axes(study, dataset, profile, results.summary)).empty:
+if (axes := ablation_axes(results)).empty:
     print("this study has no axes")
 else:
     figure = plots.ablation(axes, results.summary[results.summary["method"] == "random"])

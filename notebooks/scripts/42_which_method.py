@@ -10,14 +10,14 @@
 # |---|---|
 # | `random` | plain fine-tuning of random weights, no pre-training |
 # | `matched-gr` | contrastive pre-training first: two views of a slice are alike (after Chaitanya et al.) |
-# | `matched-gd` | ... slices of the same part of the heart are alike (partitions, Chaitanya et al.) |
+# | `matched-gd` | ... slices of the same part of the heart are alike (four equal partitions, as in the code of Zeng et al.; the idea is of Chaitanya et al.) |
 # | `matched-pcl` | ... slices at near positions are alike (Zeng et al.) |
 # | `matched-ufc` | ... slices of one cluster are alike (pseudo-classes, Zhang et al.); an auto-encoder finds the clusters |
 # | `matched-gd+lr` | `matched-gd`, then a stage in which regions of a slice are alike |
 # | `weak_to_strong` | no pre-training; in fine-tuning the network labels the unlabelled scans itself, and where it is sure, its answer must stay the same when the image is strongly changed |
 # | `matched-...+weak_to_strong` | that pre-training, then that fine-tuning |
 #
-# *Matched arm*: nothing differs but the answer to "who is alike?". Views, network, head, batch, images seen, optimiser and temperature are the same. So
+# *Matched arm*: nothing differs but the answer to "who is alike?". All four have the denominator of Zeng et al. and the views of Chaitanya et al. Views, network, head, batch, images seen, optimiser and temperature are the same. So
 # these rows compare ideas; they do not reproduce the papers. A *draw* is a choice of the labelled patients, a *seed* one of initial weights and batches. The
 # score is Dice of the last step, on 20 test patients at end-diastole, from images of 64 x 64 pixels; 52 patients serve as unlabelled scans.
 
@@ -131,8 +131,8 @@ print(shown.groupby(["seed", "method"])["device"].value_counts().unstack(fill_va
 # %% [markdown]
 # ### What a machine changes
 # The same runs of seed 1, from the same weights and batches, computed a second time on an AMD CPU; first on an Intel CPU, an H100 or an AMD CPU without
-# bf16 (of `matched-gr` the pre-training, too). Machines add numbers in different orders, so that after some steps the weights differ. Dice of the first run
-# minus the second, which the tables use:
+# bf16 (of `matched-gr` the pre-training, too). Machines add numbers in different orders, so that after some steps the weights differ; the version of torch and
+# how bf16 is computed differ with them, and were not told apart. Dice of the first run minus the second, which the tables use:
 
 # %%
 other = archive.read_table(rows.place(profile, dataset) / "other_machines.csv").groupby("run")["dice"].mean()
@@ -165,7 +165,8 @@ print(between.pivot(index=["method", "baseline"], columns="labelled", values="in
 # ## Did the pre-trainings learn?
 # `learned`: how far the loss came from that of a collapsed network (0) to the least that any embedding could have (1), on training slices.
 # `bound` is that least loss. `loss_held_out` beside `floor`: on patients that were not pre-trained on; a held-out loss at the floor or above says
-# that the network learned these slices by heart (that is so for `gcl`; no loss of Dice is seen above). `position_r2`, `size_r2`: what a linear probe
+# that what lowered the loss does not carry over to new patients (that is so for `gcl`; no loss of Dice is seen above): learned by heart, or sure and wrong
+# at the borders of partitions; which was not looked into. `position_r2`, `size_r2`: what a linear probe
 # reads from the frozen encoder (0 or less: nothing). `rank`, `cosine`: how many directions the embeddings fill, and how alike two of them are on
 # average. The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
 
@@ -263,11 +264,11 @@ for place, studies in PLAN.items():
 
 # %% [markdown]
 # ## Published numbers, other protocol
-# Larger images, other fine-tuning and other ways to choose a checkpoint: they say where the field stands, not how far this study is. Only numbers
-# that were read in the paper (tag V) or in a paper that quotes it (V2) are shown.
+# They say where the field stands, not how far this study is: patients and split, images to pre-train on, image size, fine-tuning and the choice of the
+# checkpoint are others. V: read in the source that is named, here a re-run by others (MACL, a user); V2: the authors' number, as another paper quotes it.
 
 # %%
-plots.published_for(dataset, "glcl_comparison")
+plots.published_table(plots.published_for(dataset, "acdc"))
 
 # %% [markdown]
 # ## What this does not show

@@ -70,7 +70,7 @@ teach.hardest_share(answer_3)
 # ## 4. Explain: true or false?
 # Write the letters of the true statements, in one text, such as `"abc"`.
 #
-# * (a) If the loss stays at log(2N - 1) during a pre-training, the network has learned nothing.
+# * (a) If the loss stays at log(2N - 1) during a pre-training, the network has gained nothing over one that gives every image the same embedding.
 # * (b) Embeddings of twice the length have half the loss.
 # * (c) If the loss is lower because the batch is smaller, the network is better.
 # * (d) A lower temperature gives more of the push to the most similar negative.

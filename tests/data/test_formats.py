@@ -146,6 +146,15 @@ def nnunet(roots, write_nifti, xyz):
     return folder
 
 
+def test_two_labels_of_one_number_are_refused(nnunet, describe):
+    info = json.loads((nnunet / "dataset.json").read_text())
+    (nnunet / "dataset.json").write_text(json.dumps(info | {"labels": {"background": 0, "liver": 1, "tumour": 1}}))
+    with pytest.raises(RequestError, match=r"gives labels 'liver' and 'tumour' one number \(1\)"):
+        class_names(describe(channels=2), nnunet)
+    with pytest.raises(ValueError, match="'heart' is the name of two label values"):
+        describe(classes={1: "heart", 2: "heart"})
+
+
 def test_nnunet(nnunet, describe, xyz):
     dataset = describe(channels=2)
     refs = scan(dataset)
