@@ -169,7 +169,8 @@ def published_table(published: pd.DataFrame) -> Any:
     """Published numbers for display, with their sources and notes whole; a sentence where there is none."""
     if published.empty:
         return "none for this data set"
-    return published.style.hide(axis="index").format({"dice": "{:.3f}", "labelled": "{:.0f}"}, na_rep="not told")
+    formats = {"dice": "{:.3f}", "labelled": "{:.0f}"}
+    return published.style.set_uuid("published").hide(axis="index").format(formats, na_rep="not told")
 
 
 def _errors(rows: pd.DataFrame) -> np.ndarray:
@@ -242,7 +243,7 @@ def label_curve(
                 panel.set_title(f"{names.get(method, method)}\n{tags}".strip(), fontweight="bold", color=colour)
             label = "_" if named else f"{names.get(method, method)} {tags}".strip()
             _intervals(panel, rows["labelled"] * shift, rows, look_of[method], label)
-            cross, dot = {"marker": "x", "s": 30, "linewidths": 1.4}, {"s": 7, "alpha": 0.55, "linewidths": 0}
+            cross, dot = {"marker": "x", "s": 30, "linewidths": 1.4}, {"s": 14, "alpha": 0.6, "linewidths": 0}
             for points, aside, look in (beside, 0.4, cross), (draws[draws["method"] == method], -0.35, dot):
                 x = points["labelled"].astype(float) * shift * 2.0 ** (aside * step)
                 panel.scatter(x, points["dice"], color=colour, zorder=4, **look)
@@ -259,9 +260,9 @@ def label_curve(
     if (curves["runs_missing"] > 0).any():
         panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer runs than others")
     _lacking(panel, curves["note"])
-    _legend(
-        figure, panels, **{"loc": "outside right upper"} if several else {"loc": "outside lower center", "ncols": 3}
-    )
+    columns = 2 if any(len(names.get(method, method)) > 24 for method in look_of) else 3
+    under = {"loc": "outside lower center", "ncols": columns}
+    _legend(figure, panels, **{"loc": "outside right upper"} if several else under)
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")

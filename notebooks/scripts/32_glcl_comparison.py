@@ -81,3 +81,4 @@ print(results.findings)
 # * What each rival could do with settings of its own: ramps and patches are scaled with steps and image side, and not tuned for this data set.
 # * A comparison at equal cost: consistency and self-training see more slices in each step of fine-tuning, pre-trainings before it.
 # * The published table: images, steps and fine-tuning differ, and it stands in a second-hand source.
+# * `pcl` beside the others under profile `paper`: there it has the network, images, loss and both phases of Zeng et al. Compare it with `random` of `33_pcl_semi`.
