@@ -165,14 +165,6 @@ def published_for(dataset: str, study: str, path: Path = paths.PARAMS / "publish
     return chosen.rename(columns={"value": "dice"})[["method", "labelled", "dice", "tag", "source", "note"]]
 
 
-def published_table(published: pd.DataFrame) -> Any:
-    """Published numbers for display, with their sources and notes whole; a sentence where there is none."""
-    if published.empty:
-        return "none for this data set"
-    formats = {"dice": "{:.3f}", "labelled": "{:.0f}"}
-    return published.style.set_uuid("published").hide(axis="index").format(formats, na_rep="not told")
-
-
 def _errors(rows: pd.DataFrame) -> np.ndarray:
     """Distances of the ends of the intervals from the means [2, n]; rounding may put an end beyond the mean."""
     return rows[["dice_low", "dice_high"]].sub(rows["dice_mean"], axis=0).abs().to_numpy().T

@@ -12,6 +12,15 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("pairs", "losses", "regions", "models", "augment", "settings", "cluster", "loop", "train", "metrics", "stats")
+CORE += (
+    "data/phantom",
+    "data/prepare",
+    "data/splits",
+    "data/store",
+    "stages/sampling",
+    "stages/contrast",
+    "stages/local",
+)
 
 project = "clseg"
 author = copyright = "the clseg authors"
@@ -33,13 +42,16 @@ def api() -> str:
     """The public functions and classes of the core with their docstrings, as a page."""
     parts = ["# Reference\n\nThe core of the package: what lessons use.\n"]
     for name in (*CORE, "plots", "teach"):
-        tree = ast.parse((ROOT / "clseg" / f"{name}.py").read_text(encoding="utf-8"))
-        parts.append(f"## clseg.{name}\n\n{ast.get_docstring(tree)}\n")
+        text = (ROOT / "clseg" / f"{name}.py").read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        parts.append(f"## clseg.{name.replace('/', '.')}\n\n{ast.get_docstring(tree)}\n")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 about = ast.get_docstring(node) or ""
-                arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
-                parts.append(f"### {node.name}\n\n```python\n{node.name}{arguments}\n```\n\n{about}\n")
+                shown = node.name + (f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else "")
+                if name == "settings" and isinstance(node, ast.ClassDef):  # its keys, and what they mean
+                    about, shown = "", ast.get_source_segment(text, node)
+                parts.append(f"### {node.name}\n\n```python\n{shown}\n```\n\n{about}\n")
     return "\n".join(parts)
 
 

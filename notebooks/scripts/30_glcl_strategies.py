@@ -8,9 +8,13 @@
 # the phantom: it proves that every row runs, and means nothing else. The methods as published have no `laptop` rows yet.
 
 # %%
+import pandas as pd
+
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
+
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
 
 # %% tags=["parameters"]
 study: str = "glcl_strategies"  # a name under params/studies
@@ -56,7 +60,7 @@ results.distances
 # Another setting (192 x 192 pixels, 10,001 steps) and second-hand: read in a later paper that quotes them.
 
 # %%
-plots.published_table(published)
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

@@ -10,9 +10,13 @@
 # the command with `--profile laptop` or `paper`.
 
 # %%
+import pandas as pd
+
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
+
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
 
 # %% tags=["parameters"]
 study: str = "glcl_comparison"  # a name under params/studies
@@ -52,7 +56,7 @@ print(results.dice)
 # pre-train on.
 
 # %%
-plots.published_table(published)
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

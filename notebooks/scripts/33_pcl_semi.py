@@ -12,9 +12,13 @@
 # row runs on one footing, its numbers mean little. For numbers, run the command with `--profile laptop` or `paper`.
 
 # %%
+import pandas as pd
+
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
+
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
 
 # %% tags=["parameters"]
 study: str = "pcl_semi"  # a name under params/studies
@@ -52,7 +56,7 @@ print(results.dice)
 # Zeng et al.'s own table was not at hand; what is shown comes from papers that quote or repeat it, and from a user of their code.
 
 # %%
-plots.published_table(published)
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

@@ -11,9 +11,13 @@
 # with `--profile laptop` or `paper`.
 
 # %%
+import pandas as pd
+
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
+
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
 
 # %% tags=["parameters"]
 study: str = "pcl_transfer"  # a name under params/studies
@@ -51,7 +55,7 @@ print(results.dice)
 # Other protocols: re-runs by MACL, pre-trained on other data (the note says on which); for MS-CMRSeg there is none.
 
 # %%
-plots.published_table(published)
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

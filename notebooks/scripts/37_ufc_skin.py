@@ -11,9 +11,13 @@
 # little. For numbers, run the command with `--profile laptop` or `paper`.
 
 # %%
+import pandas as pd
+
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
+
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
 
 # %% tags=["parameters"]
 study: str = "ufc_skin"  # a name under params/studies
@@ -51,7 +55,7 @@ print(results.dice)
 # No number of this paper is verified; shown are scale references of other work on ISIC, if there are any.
 
 # %%
-plots.published_table(published)
+published if len(published) else print("none for this data set")
 
 # %% [markdown]
 # ## Against no pre-training

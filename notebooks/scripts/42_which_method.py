@@ -34,6 +34,8 @@ from clseg.study.grid import expand
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import read_results
 
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
+
 # %% tags=["parameters"]
 study: str = "acdc"  # a name under params/studies
 dataset: str = "acdc"  # a name under params/datasets
@@ -268,7 +270,7 @@ for place, studies in PLAN.items():
 # checkpoint are others. V: read in the source that is named, here a re-run by others (MACL, a user); V2: the authors' number, as another paper quotes it.
 
 # %%
-plots.published_table(plots.published_for(dataset, "acdc"))
+plots.published_for(dataset, "acdc")
 
 # %% [markdown]
 # ## What this does not show
