@@ -230,7 +230,7 @@ def label_curve(
             shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), look_of[method][0]
             rows = curves[curves["method"] == method].sort_values("labelled")
             beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
-            tags = f"(× other protocol, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
+            tags = f"(× published, other protocol, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
                 panel.set_title(f"{names.get(method, method)}\n{tags}".strip(), fontweight="bold", color=colour)
             label = "_" if named else f"{names.get(method, method)} {tags}".strip()

@@ -3,7 +3,7 @@
 Defaults are the published values where they are known; of cluster contrast (Zhang et al.) none is, and they are ours.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -181,17 +181,17 @@ class Optimisation(Strict):
     final_learning_rate: NotNegative = 0.0
     weight_decay: NotNegative = 0.0
 
-    @model_validator(mode="after")
-    def _without_effect(self) -> "Optimisation":
-        if self.schedule == "constant":
-            self._require_defaults(["final_learning_rate"], "a constant schedule")
-        return self
+    @property
+    def unread(self) -> dict[str, str]:
+        """The keys that have no effect with the others, and why."""
+        return {"final_learning_rate": "a constant schedule"} if self.schedule == "constant" else {}
 
-    def _require_defaults(self, unused: Iterable[str], what: str) -> None:
-        """Raise `ValueError` where a key is set that is not read: it would name another run of the same numbers."""
-        for name in unused:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect with {what}; remove it")
+    @model_validator(mode="after")
+    def _has_effect(self) -> "Optimisation":
+        for name, why in self.unread.items():  # it would name another run of the same numbers
+            if getattr(self, name) != (default := type(self).model_fields[name].default):
+                raise ValueError(f"{name} has no effect with {why}; leave it at {default!r}")
+        return self
 
 
 class StageConfig(Optimisation):
@@ -218,18 +218,19 @@ class ContrastStage(StageConfig):
     temperature: Positive = 0.1
     denominator: Literal["all", "pair"] = "pair"
 
-    @model_validator(mode="after")
-    def _of_these_pairs(self) -> "ContrastStage":
+    @property
+    def unread(self) -> dict[str, str]:
         keys = {"partition": ["partitions"], "position": ["threshold"]}
         keys["cluster"] = ["clusters", "cluster_distance", "linkage", "positives"]
-        unused = [name for pairs, names in keys.items() if pairs != self.pairs for name in names]
-        self._require_defaults(unused, f"pairs {self.pairs}")
-        self._require_defaults(["clusters"] * (self.cluster_distance is not None), "a cluster_distance")
-        if self.answer != "gd":
-            self._require_defaults(["set_of"], f"pairs {self.pairs} and strategy {self.strategy}")
-        if self.pairs != "partition" and self.strategy == "gd-":
-            raise ValueError(f"strategy gd- has no effect with pairs {self.pairs}; remove it")
-        return self
+        pairs = f"pairs {self.pairs}"
+        found = {name: pairs for other, names in keys.items() if other != self.pairs for name in names}
+        if self.pairs != "partition":
+            found |= {"set_of": pairs} | ({"strategy": pairs} if self.strategy == "gd-" else {})  # gcl is shared
+        elif self.strategy != "gd":
+            found["set_of"] = f"strategy {self.strategy}"
+        if self.cluster_distance is not None:
+            found["clusters"] = "a cluster_distance"
+        return super().unread | found
 
     @property
     def answer(self) -> str:  # who is alike, in a word; in the names of runs
@@ -253,10 +254,9 @@ class LocalStage(StageConfig):
     partitions: Several = 4
     temperature: Positive = 0.1
 
-    @model_validator(mode="after")
-    def _of_this_strategy(self) -> "LocalStage":
-        self._require_defaults(["partitions"] * (self.strategy == "lr"), "strategy lr")
-        return self
+    @property
+    def unread(self) -> dict[str, str]:
+        return super().unread | ({"partitions": "strategy lr"} if self.strategy == "lr" else {})
 
     @property
     def answer(self) -> str:  # in the names of runs
@@ -303,18 +303,17 @@ class SupervisedRecipe(Optimisation):
     average: Decay = 0.0  # the segmenter is a running average of the weights with this decay; 0 is off
 
 
-def _no_average(recipe: AnyStrict) -> AnyStrict:
-    recipe._require_defaults(["average"], f"recipe {recipe.recipe}")
-    return recipe
+class OwnWeightsRecipe(SupervisedRecipe):  # is scored with the weights of its last step
+    @property
+    def unread(self) -> dict[str, str]:
+        return super().unread | {"average": f"recipe {self.recipe}"}
 
 
-class SelfTrainingRecipe(SupervisedRecipe):
+class SelfTrainingRecipe(OwnWeightsRecipe):
     recipe: Literal["self_training"] = "self_training"  # slices without labels get those of a frozen copy
     rounds: Count = 3  # the copy is renewed so often
     warm_up: Share = 0.4  # of the steps, before the first copy
     weight: Positive = 1.0
-
-    _never = model_validator(mode="after")(_no_average)
 
 
 class MeanTeacherRecipe(SupervisedRecipe):
@@ -324,20 +323,16 @@ class MeanTeacherRecipe(SupervisedRecipe):
     ramp: Share = 0.4  # of the steps, over which the weight of its lesson grows
 
 
-class AdversarialRecipe(SupervisedRecipe):
+class AdversarialRecipe(OwnWeightsRecipe):
     recipe: Literal["adversarial"] = "adversarial"  # predictions with and without labels are to look alike
     weight: Positive = 0.1
 
-    _never = model_validator(mode="after")(_no_average)
 
-
-class GanAugmentationRecipe(SupervisedRecipe):
+class GanAugmentationRecipe(OwnWeightsRecipe):
     recipe: Literal["gan_augmentation"] = "gan_augmentation"  # deformations and intensity changes are learned too
     adversarial_weight: Positive = 1.0
     size_weight: Positive = 1e-3
     warm_up: Share = 0.04
-
-    _never = model_validator(mode="after")(_no_average)
 
 
 class WeakToStrongRecipe(SupervisedRecipe):

@@ -32,8 +32,8 @@ that are just as large as matters, any was called "no difference that matters" i
 said of 13.4 % of those with all labels: three seeds seldom prove that two methods are alike.
 
 Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
-empty carry NaN (`metrics.score`): they are counted, and in no mean. Missed structures count with Dice 0 and the image
-diagonal.
+empty carry NaN (`metrics.score`): they are counted, and in no mean (but see `contrasts`). Missed structures count with
+Dice 0 and the image diagonal.
 """
 
 import re
@@ -135,6 +135,19 @@ def whole_seeds(runs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
 
 def _indexed(rows: pd.DataFrame) -> pd.Series:
     return rows.set_index(["subject", "draw", "seed"])["dice"]
+
+
+def _difference(own: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
+    """Of every subject, draw and seed of both: mean Dice over structures and phases of the one minus that of the other.
+
+    Where one of the two has no Dice, as it rightly finds nothing, and the other finds something, the first has 1.
+    """
+    subject = ["subject", *RUN]
+    one, other = (rows.groupby([*subject, "phase", "class_name"])["dice"].mean() for rows in (own, base))
+    one, other = one.align(other, join="inner")
+    one, other = one.where(one.notna() | other.isna(), 1.0), other.where(other.notna() | one.isna(), 1.0)
+    means = [some.groupby(subject).mean() for some in (one, other)]
+    return (means[0] - means[1]).dropna()
 
 
 def _runs(rows: pd.DataFrame) -> list[tuple[int, int]]:
@@ -247,8 +260,8 @@ def contrasts(
     `declared`: pairs (method, baseline) that a protocol named before there were numbers; over all numbers of labels of
     a study they are one family of `tests` (those without runs have no row, and count). Without any, every method is
     compared with `random`, an ablated value with the method's own: `family` "exploratory", an interval, p as it is, and
-    nothing more. No row under `smoke`. A subject without any structure has Dice 1 for a method that finds none where
-    the other finds some, and is left out where both find none. Columns (`CONTRAST_COLUMNS`):
+    nothing more. No row under `smoke`. Where a subject lacks a structure, a method that finds none has Dice 1 for it if
+    the other finds some (Dice 0), and it counts for neither if both find none. Columns (`CONTRAST_COLUMNS`):
     * `difference`, `low`, `high`, `p`: method minus baseline and its `crossed_interval` over what `interval_over`
       names; `runs_left_out`: pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
     * Of a declared family `p_holm`: is there a difference? `p_margin_holm`: is it on the side of `margin` where it
@@ -258,7 +271,7 @@ def contrasts(
       more, and there is no adjusted p.
     """
     rows, family = [], "declared" if declared else "exploratory"
-    for group, members in per_subject(table[~table["profile"].isin(NO_TESTS)]).groupby(GROUP):
+    for group, members in table[~table["profile"].isin(NO_TESTS)].groupby(GROUP):
         methods, draws_of_group = sorted(set(members["method"])), members["draw"].nunique()
         for method, baseline in declared or _of_interest(methods):
             if not {method, baseline} <= {*methods}:
@@ -266,8 +279,7 @@ def contrasts(
             own, base = (members[members["method"] == name] for name in (method, baseline))
             common, either = {*_runs(own)} & {*_runs(base)}, {*_runs(own)} | {*_runs(base)}
             common = whole_seeds(common)
-            one, other = _indexed(own).align(_indexed(base), join="inner")
-            difference = (one.fillna(1.0) - other.fillna(1.0))[one.notna() | other.notna()]
+            difference = _difference(own, base)
             difference = difference[[index[1:] in common for index in difference.index]]
             if difference.empty:
                 continue

@@ -633,7 +633,7 @@ BAD_DATASETS = {
     "wrong type": (called("describe", channels="one"), ["mine.yaml", "channels", "integer"]),
     "number that YAML takes for a word": (
         write("dataset", lambda data: data + b"threshold: 2e-1\n"),
-        ["threshold", "valid number", "in YAML write 2.0e-1"],
+        ["threshold", "valid number", "in YAML write 0.2"],
     ),
     "out of range": (called("describe", channels=0), ["mine.yaml", "channels", "greater than"]),
     "list for a mapping": (called("describe", geometry=[32, 32]), ["mine.yaml", "geometry"]),

@@ -342,7 +342,7 @@ def test_what_is_wrong_with_all_masks_is_told_once(change, words, tmp_path, caps
 
 def test_a_threshold_does_not_merge_classes(tmp_path):
     report = check(few(tmp_path / "scans"), options={"threshold": 0.5})
-    assert "p0.nii.gz: holds 3 classes, which options.threshold would merge; remove it" in report.problems[0]
+    assert "p0.nii.gz: holds classes 0 to 2, and options.threshold merges them; remove it" in report.problems[0]
 
 
 def test_soft_masks_are_read_with_a_threshold(tmp_path, capsys):
@@ -406,11 +406,14 @@ def test_classes_of_a_palette_are_its_indices(colours, found, tmp_path):
 def test_colours_that_are_numbered_by_their_frequency_are_no_classes(tmp_path):
     def black_is_1(path, disc):
         picture = Image.fromarray(1 - disc)
-        picture.putpalette([255, 0, 0, 0, 0, 0])
+        picture.putpalette([*colour, 0, 0, 0])
         picture.save(path)
 
+    colour = [255, 0, 0]
     (problem,) = check(pictures(tmp_path / "skin", black_is_1)).problems
     assert "class 0 of its palette is a colour and 1 is black" in problem
+    colour = [255, 255, 255]  # black on white
+    assert check(pictures(tmp_path / "white", black_is_1)).problems == []
 
 
 def blurred(path, disc):

@@ -114,11 +114,12 @@ def test_the_console_command_is_the_module():
     assert entry_points(group="console_scripts")["clseg"].value == "clseg.tools.cli:main"
 
 
-def test_results_of_a_study_without_rows_say_so(monkeypatch, capsys):
+def test_results_of_a_study_without_rows_say_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(paths, "COMMITTED", tmp_path)
     with pytest.raises(RequestError, match=r"mine.yaml: .* put it there"):
         cli._results(SimpleNamespace(studies=["mine.yaml"]))
     assert cli.main(["results", "hippocampus"]) == 0
-    assert "hippocampus" in capsys.readouterr().out
+    assert capsys.readouterr().out == "hippocampus: no rows of its data sets (hippocampus) are there\n"
 
 
 def test_the_draws_of_a_study_are_written_for_nnunet(tmp_path, monkeypatch):

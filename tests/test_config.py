@@ -70,7 +70,8 @@ INSTANCE, PARTITION, CLUSTER = (CONTRAST | {"pairs": name} for name in ("instanc
         ),
         ([LOCAL | {"partitions": 3}], "partitions has no effect with strategy lr"),
         ([INSTANCE | {"strategy": "gd-"}], "strategy gd- has no effect with pairs instance"),
-        ([PARTITION | {"strategy": "gcl", "set_of": 3}], "set_of has no effect with pairs partition and strategy gcl"),
+        ([PARTITION | {"strategy": "gcl", "set_of": 3}], "set_of has no effect with strategy gcl"),
+        ([INSTANCE | {"set_of": 3}], "set_of has no effect with pairs instance; leave it at 2"),
         ([INSTANCE | {"final_learning_rate": 0.01}], "final_learning_rate has no effect with a constant schedule"),
         ([AUTOENCODER], "an autoencoder leaves the network as it was"),
         ([LOCAL, INSTANCE], "let 'local' be the last"),
@@ -96,6 +97,20 @@ def test_overrides_that_would_have_no_effect_are_refused(override, message):
         resolve("phantom", "smoke", "gd", overrides=[override])
 
 
+def test_an_override_concerns_the_methods_that_read_it():
+    methods = read_methods()
+    told = ["stages.0.partitions=3", "stages.0.threshold=0.2", "recipe.average=0.9"]
+    assert applicable(told, methods["gr"]) == told[2:]
+    assert applicable(told, methods["gd"]) == [told[0], told[2]]
+    assert applicable(told, methods["pcl"]) == told[1:]
+    assert applicable(told, methods["self_training"]) == []
+    changed = ["stages.0.pairs=position", *told]
+    assert applicable(changed, methods["gr"]) == changed
+    assert len(expand(read_study("quickstart"), "phantom", "smoke", told[:1]).finetune) > 3
+    with pytest.raises(RequestError, match="no method of study quickstart has this stage, or reads this key"):
+        expand(read_study("quickstart"), "phantom", "smoke", told[1:2])
+
+
 def test_an_override_of_a_data_set_reaches_the_run():
     assert resolve("phantom", "smoke", "pcl", overrides=["dataset.threshold=0.05"]).stages[0].threshold == 0.05
     unknown = ["dataset.positions=unknown"]
@@ -103,6 +118,9 @@ def test_an_override_of_a_data_set_reaches_the_run():
         with pytest.raises(RequestError, match="no known positions; choose a method with other pairs"):
             resolve("phantom", "smoke", method, overrides=unknown)
     assert resolve("phantom", "smoke", "gr+lr", overrides=unknown).dataset.positions == "unknown"
+    steps = ["pretrain.steps=7", "pretrain.steps_of.local=5", "finetune.steps_of.4=9"]
+    budget = resolve("phantom", "smoke", "gd+lr", overrides=steps)
+    assert (budget.pretrain.steps_of, budget.finetune.steps_of[4]) == ({"local": 5}, 9)
     budget = resolve("phantom", "laptop", "gd+lr", overrides=["pretrain.steps=7"]).pretrain
     assert (budget.steps, budget.steps_of) == (7, {})
     assert resolve("phantom", "smoke", "gd", overrides=["protocol=folds"]).cross_validated

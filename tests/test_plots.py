@@ -178,7 +178,7 @@ def test_published_numbers_stand_only_beside_cells_of_ours():
     assert crosses.shape == (1, 2)
     assert crosses[0, 1] == 0.725
     assert round(np.log2(crosses[0, 0])) == 0
-    assert [text for text in legend(figure) if "protocol" in text] == ["gd+lr (× other protocol, V2)"]
+    assert [text for text in legend(figure) if "published" in text] == ["gd+lr (× published, other protocol, V2)"]
 
 
 @pytest.mark.parametrize("tag", ["U", "I", "v", ""])
@@ -200,8 +200,9 @@ def test_of_many_methods_each_has_a_panel_with_random():
     rows = published(("gd+lr", 1, 0.725, "V2"), ("random", 2, 0.6, "V"))
     figure = drawn(plots.label_curve(stats.summary(table), table, rows))
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["gd+lr\n(× other protocol, V2)" if m == "gd+lr" else m for m in methods if m != "random"]
-    assert legend(figure) == ["random (× other protocol, V)", "benchmark (77 labelled)", "one draw"]
+    of_lr = "gd+lr\n(× published, other protocol, V2)"
+    assert titles == [of_lr if m == "gd+lr" else m for m in methods if m != "random"]
+    assert legend(figure) == ["random (× published, other protocol, V)", "benchmark (77 labelled)", "one draw"]
     summary = stats.summary(table).set_index(["method", "labelled"])["dice_mean"]
     for axes, method in zip(figure.axes, methods[1:], strict=True):
         random, own = means(axes)

@@ -166,17 +166,10 @@ def test_the_mask_of_a_scan_that_was_replaced_is_made_again(weights, tmp_path):
     assert predict(weights(), tmp_path / "in", out) == (2, 2)
 
 
-def test_lengths_are_read_in_the_unit_of_the_header(weights, tmp_path, capsys):
-    for name, (unit, scale) in {"mm": ("mm", 1), "micron": ("micron", 1e3), "metre": ("meter", 1e-3)}.items():
-        affine = OBLIQUE.copy()
-        affine[:3] *= scale
-        image = save(tmp_path / "in" / f"{name}.nii.gz", noise(), affine, (unit, "sec"))
-        assert predict(weights(), image, tmp_path / "out") == (1, 0)
-    masks = [np.asarray(nib.load(tmp_path / "out" / f"{name}.nii.gz").dataobj) for name in ("mm", "micron", "metre")]
-    np.testing.assert_array_equal(masks[0], masks[1])
-    np.testing.assert_array_equal(masks[0], masks[2])
-    assert "micron, that is 0.001 times as much in mm" in capsys.readouterr().err
-    assert nib.load(tmp_path / "out" / "micron.nii.gz").header.get_xyzt_units() == ("micron", "sec")
+def test_lengths_that_are_no_millimetres_are_refused(weights, tmp_path):
+    image = save(tmp_path / "in" / "a.nii.gz", noise(), units=("micron", "sec"))
+    with pytest.raises(RequestError, match=r"a.nii.gz: its header gives lengths in micron; .* set_xyzt_units"):
+        predict(weights(), image, tmp_path / "out")
 
 
 def test_a_nifti_2_file_gets_a_mask(weights, tmp_path):
@@ -191,9 +184,17 @@ def test_the_mask_of_another_folder_is_not_replaced(weights, tmp_path):
         save(tmp_path / site / "scan.nii.gz", noise(seed=seed))
     assert predict(weights(), tmp_path / "A", tmp_path / "out") == (1, 0)
     before = files_of(tmp_path / "out")
-    with pytest.raises(RequestError, match=r"has the mask of another scan, of .*A; choose another"):
+    refused = pytest.raises(RequestError, match=r"has the mask of another scan, of .*A; choose another")
+    with refused:
         predict(weights(), tmp_path / "B", tmp_path / "out")
     assert files_of(tmp_path / "out") == before
+    (tmp_path / "B" / "scan.nii.gz").rename(tmp_path / "B" / "other.nii.gz")
+    assert predict(weights(), tmp_path / "B", tmp_path / "out") == (1, 0)
+    save(tmp_path / "A" / "scan.nii.gz", noise(seed=3))  # each is of its own folder
+    assert predict(weights(), tmp_path / "A", tmp_path / "out") == (1, 0)
+    save(tmp_path / "B" / "scan.nii.gz", noise(seed=4))
+    with refused:
+        predict(weights(), tmp_path / "B", tmp_path / "out")
 
 
 def test_a_run_is_found_by_its_whole_name_without_the_hash(tmp_path):
@@ -372,7 +373,7 @@ def test_a_wrong_image_ends_in_one_sentence_and_the_others_stay(weights, tmp_pat
     assert set(files_of(tmp_path / "out")) == {"a.nii.gz", "c.nii.gz", "prediction.json"}
     (tmp_path / "in" / "b.nii.gz").unlink()
     assert cli.main(words) == 0
-    assert "2 of them before" in capsys.readouterr().out
+    assert "2 segmented, 2 of them before, by " in capsys.readouterr().out
 
 
 @pytest.mark.real_data

@@ -337,5 +337,9 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_rows():
     assert (contrasts.loc["weak_to_strong"]["difference"] > alone["difference"].max().loc[[1, 2, 8]]).all()
     done, planned = rows.progress("acdc", "acdc", "laptop")
     assert f"{done} of {planned} planned runs are done" in text
-    counted = {1: "one seed of three is complete", 2: "two seeds of three are complete"}
+    counted = {
+        1: "one seed of three is complete",
+        2: "two seeds of three are complete",
+        3: "all three seeds are complete",
+    }
     assert counted[len(shown.provenance["seeds"]["counted"])] in sentences

@@ -326,6 +326,14 @@ def test_a_false_structure_where_there_is_none_counts_in_a_contrast():
     assert found.difference == pytest.approx(3 / 11)
 
 
+def test_a_false_structure_counts_beside_others_too():
+    """Two structures, the second absent: who finds it has 0 for it, who does not has 1."""
+    wary, bold = {"p": [0.8, NAN], "q": [0.8, NAN]}, {"p": [0.8, 0.0], "q": [0.8, NAN]}
+    table = pd.DataFrame(rows("wary", 1, 1, wary) + rows("bold", 1, 1, bold))
+    (found,) = stats.contrasts(table, [("wary", "bold")]).itertuples()
+    assert found.difference == pytest.approx((0.9 - 0.4 + 0.8 - 0.8) / 2)
+
+
 def test_declared_contrasts_are_one_family_over_all_numbers_of_labels():
     table = three_seeds(gain={"random": 0, "gd": 0.2, "gr": 0.0})
     pairs = [("gd", "random"), ("gr", "random"), ("absent", "random")]

@@ -52,9 +52,10 @@ def whole_numbers(label: np.ndarray, source: Path, options: Options) -> tuple[np
     if label.dtype.kind == "f" and (unknown := np.count_nonzero(~np.isfinite(label))):
         raise RequestError(f"{source}: the mask holds NaN in {unknown} voxels; write the value of a class there, or 0")
     if "threshold" in options:
-        values = np.unique(label) if is_volume(source) else ()
-        if 2 < len(values) <= MOST_VALUES and (values == np.rint(values)).all():
-            raise RequestError(f"{source}: holds {len(values)} classes, which options.threshold would merge; remove it")
+        values = np.unique(label)
+        if options["threshold"] <= 1 and len(values) > 2 and np.array_equal(values, np.arange(len(values))):
+            held = f"holds classes 0 to {values[-1]:g}"
+            raise RequestError(f"{source}: {held}, and options.threshold merges them; remove it")
         return (label >= options["threshold"]).astype(np.uint8), []
     if label.dtype.kind != "f":
         return label, []
@@ -107,21 +108,21 @@ def _volume_file(path: Path) -> nib.spatialimages.SpatialImage:
         data = _unzipped(data) if name.endswith(("gz", ".mgz")) else data
         if name.endswith((".mgz", ".mgh")):
             return nib.MGHImage.from_bytes(data)
-        return (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
+        file = (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
+    if (unit := file.header.get_xyzt_units()[0]) in ("meter", "micron"):
+        remedy = "write them in mm, or correct the unit (nibabel: header.set_xyzt_units('mm'))"
+        raise RequestError(f"{path}: its header gives lengths in {unit}; {remedy}")
+    return file
 
 
 def _spacing_mm(file: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, list[str]]:
     """Size of a voxel along x, y, z as stored, and a note where header and affine do not agree.
 
-    It is that of `pixdim`, as ITK has it, in the unit of the header: some tools write an affine (sform) without scale.
-    The affine's columns stand in for a `pixdim` that is no length.
+    It is that of `pixdim`, as ITK has it: some tools write an affine (sform) without scale. The affine's columns stand
+    in for a `pixdim` that is no length.
     """
     columns, zooms = nib.affines.voxel_sizes(file.affine), np.abs(np.array(file.header.get_zooms()[:3], float))
     spacing = np.where(np.isfinite(zooms) & (zooms > 0), zooms, columns)
-    unit = file.header.get_xyzt_units()[0] if hasattr(file.header, "get_xyzt_units") else "mm"
-    if scale := {"meter": 1e3, "micron": 1e-3}.get(unit):
-        told = " x ".join(f"{size:.5g}" for size in spacing)
-        return spacing * scale, [f"its header gives voxels of {told} {unit}, that is {scale:g} times as much in mm"]
     if np.allclose(spacing, columns, rtol=0.01, atol=0):
         return columns, []
     pixdim, scale = (" x ".join(f"{mm:.5g}" for mm in three) for three in (spacing, columns))
@@ -461,7 +462,7 @@ def photograph(path: Path, channels: int) -> np.ndarray:
     return np.repeat(data, channels, axis=0) if deep else data
 
 
-def mask_picture(path: Path, options: Options) -> np.ndarray:
+def mask_picture(path: Path, options: Options, classes: Iterable[int] = ()) -> np.ndarray:
     """The label values [1, Y, X] of a picture: those of its palette, of grey, or of its transparency.
 
     With `threshold` among the options they are 1 from there on, else 0. `RequestError` where values are not classes:
@@ -482,16 +483,14 @@ def mask_picture(path: Path, options: Options) -> np.ndarray:
         raise RequestError(f"{path}: the mask is in colour; {remedy}")
     palette = np.reshape((file.getpalette() or []) if file.mode == "P" else [], (-1, 3))
     black = np.flatnonzero(~palette.any(axis=1))
-    if len(black) and 0 not in black and np.isin(data, black).any():
-        wrong = (
-            f"class 0 of its palette is a colour and {black[0]} is black, as where colours are numbered by how often"
-        )
-        raise RequestError(f"{path}: {wrong} they are there; save classes as grey values")
+    if len(black) and palette[0].any() and not (palette[0] == 255).all() and np.isin(data, black).any():
+        wrong = f"class 0 of its palette is a colour and {black[0]} is black, as if numbered by their frequency"
+        raise RequestError(f"{path}: {wrong}; save classes as grey values")
     data, _ = whole_numbers(data[:1], path, options)
     values = np.unique(data)
     inner = values[(values != 0) & (values != values[-1])]
     blurred = len(inner) >= BLURRED and (values[-2] > 2 * len(inner) or len(inner) > MOST_VALUES)
-    if blurred or (inner.size and kind in ("JPEG", "MPO")):
+    if not {*inner.tolist()} <= {*classes} and (blurred or (inner.size and kind in ("JPEG", "MPO"))):
         why = "JPEG, which is lossy" if kind in ("JPEG", "MPO") else "blurred or interpolated"
         remedy = f"save plain classes as PNG, or set options.threshold, such as {values[-1] // 2 + 1}"
         raise RequestError(f"{path}: the mask is {why}: it holds {len(values)} values; {remedy}")
@@ -519,7 +518,7 @@ def _read_files(ref: VolumeRef, dataset: DatasetConfig, classes: Classes, slice_
     undeclared, channel = options.get("undeclared", "error"), options.get("channel")
     if not is_volume(ref.images[0]):
         image = photograph(ref.images[0], dataset.channels).astype(np.float32)
-        label = mask_picture(ref.label, options) if ref.label else None
+        label = mask_picture(ref.label, options, classes) if ref.label else None
         label = class_indices(label, classes, ref.label, undeclared) if ref.label else None
         notes = ("is turned upright, as its camera's orientation (EXIF) says; its mask must lie so, too",)
         notes = notes if turned(ref.images[0]) else ()
@@ -583,7 +582,10 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
         raise RequestError(f"{told}; declare plain ones instead: {about[1:-1]}")
     if len(classes) > 255:
         raise RequestError(f"{path}: declares {len(classes)} classes, at most 255 are supported; merge or remove some")
-    return {value: name for value, name in sorted(classes.items()) if value != 0}
+    classes = {value: name for value, name in sorted(classes.items()) if value != 0}
+    if twice := [name for name in classes.values() if [*classes.values()].count(name) > 1]:
+        raise RequestError(f"{path}: gives {twice[0]!r} to two label values; give each a name of its own")
+    return classes
 
 
 def how_to_get(dataset: DatasetConfig) -> str:

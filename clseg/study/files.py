@@ -60,8 +60,8 @@ def validated(schema: Any, data: Any, where: str) -> Any:
                 here = here[part]
         key = f"{'.'.join(keys)}: " if keys else ""
         given = "" if isinstance(first["input"], Mapping) else f" (given: {reprlib.repr(first['input'])})"
-        if first["type"] == "float_type" and re.fullmatch(r"\d+e-?\d+", str(first["input"])):
-            given += f"; in YAML write {first['input'].replace('e', '.0e')}"
+        if first["type"] == "float_type" and re.fullmatch(r"-?\d+(\.\d*)?[eE][+-]?\d+", str(first["input"])):
+            given += f"; in YAML write {float(first['input'])!r}"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise RequestError(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
@@ -92,10 +92,11 @@ def _named(schema: type[AnyStrict], kind: str, name: str) -> AnyStrict:
             raise RequestError(f"{what} {name}: there is no such file; correct the path")
         raise RequestError(f"{what} {name!r} is not known, {nearest(name, known_names(kind))}")
     found = read_as(schema, path)
-    if is_path and found.name in known_names(kind) and path.resolve().parent != paths.PARAMS / kind:
-        raise RequestError(
-            f"{path}: name {found.name!r} is taken in params/{kind}, and results would mix; choose another"
-        )
+    if is_path and found.name in known_names(kind):
+        twin = paths.PARAMS / kind / f"{found.name}.yaml"
+        if read_as(schema, twin) != found:
+            wrong = f"name {found.name!r} is taken in params/{kind} by another one"
+            raise RequestError(f"{path}: {wrong}, and results would mix; choose another name")
     return found
 
 

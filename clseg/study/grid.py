@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -74,8 +75,8 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
     common = [*study.set.get(budget.name, []), *overrides]
     _require_names(study, budget, methods)
     for text in common:
-        if not any(text in applicable([text], methods[name]) for name in study.methods):
-            raise RequestError(f"--set {text}: no method of study {study.name} has this stage")
+        if not any(text in applicable(common, methods[name]) for name in study.methods):
+            raise RequestError(f"--set {text}: no method of study {study.name} has this stage, or reads this key")
     cells = [(method, "") for method in study.methods]
     for axis in study.axes:
         cells += [(m, f"{axis.key}={json.dumps(value)}") for value in axis.values for m in axis.methods]
@@ -110,16 +111,18 @@ def expand(study: StudyConfig, dataset: str, profile: str, overrides: Iterable[s
 def _require_names(study: StudyConfig, budget: ProfileConfig, methods: Mapping[str, MethodConfig]) -> None:
     """Raise `RequestError` where a study or profile names what is not there, which would be passed over in silence."""
     named = [*study.methods, *study.all_labels, *(m for axis in study.axes for m in axis.methods)]
-    named += [name.partition(" [")[0] for pair in study.contrasts for name in pair]  # without an ablated value
-    profiles = [*known_names("profiles"), budget.name]
+    named += [re.sub(r" [\[(].*", "", name) for pair in study.contrasts for name in pair]  # without an ablated value
     who = ["*", *methods, *(RECIPE + recipe for recipe in RECIPES)]
-    for owner, what, names, valid in (
-        (f"study {study.name}", "method", named, methods),
-        (f"study {study.name}: set", "profile", study.set, profiles),
-        (f"profile {budget.name}: set", "method", budget.set, who),
+    for owner, names, valid in (
+        (f"study {study.name}", named, methods),
+        (f"profile {budget.name}: set", budget.set, who),
     ):
         if unknown := [name for name in names if name not in valid]:
-            raise RequestError(f"{owner}: {what} {unknown[0]!r} is not known, {nearest(unknown[0], valid)}")
+            raise RequestError(f"{owner}: method {unknown[0]!r} is not known, {nearest(unknown[0], valid)}")
+    profiles = known_names("profiles")  # and there may be others, in files
+    for name in study.set:
+        if name not in (*profiles, budget.name) and "did you mean" in (hint := nearest(name, profiles)):
+            raise RequestError(f"study {study.name}: set: profile {name!r} is not known, {hint}")
     for first, second in study.contrasts:
         if first == second:
             raise RequestError(f"study {study.name}: contrasts: {first} minus itself is no contrast; name two methods")
@@ -127,12 +130,13 @@ def _require_names(study: StudyConfig, budget: ProfileConfig, methods: Mapping[s
 
 def _passed_over(study: StudyConfig) -> Iterator[str]:
     """What a study says of methods that are not among its own, as when `--set study.methods=...` names fewer."""
-    there = {*study.methods, *(f"{m} [" for axis in study.axes for m in axis.methods)}
+    there = {*study.methods}
     for name in study.all_labels:
         if name not in there:
             yield f"all_labels of {name}: not among the methods"
+    there |= {f"{m} [{axis.key}={json.dumps(v)}]" for axis in study.axes for m in axis.methods for v in axis.values}
     for pair in study.contrasts:
-        if absent := [name for name in pair if name not in there and f"{name.partition(' [')[0]} [" not in there]:
+        if absent := [name for name in pair if name.removesuffix(runs.SEEN) not in there]:
             yield f"contrast {pair[0]} minus {pair[1]}: {absent[0]} is not among the methods"
 
 

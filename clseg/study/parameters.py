@@ -181,10 +181,13 @@ def _resolve(
             full = _full_keys(key[0]) if len(key) == 1 else []
             hint = f"its full name is {' or '.join(full)}" if full else nearest(key[0], OVERRIDABLE)
             raise RequestError(f"--set {text}: unknown key {key[0]!r}, {hint}")
-        if key[:2] == ["dataset", "geometry"] or key[:2] == ["dataset", "geometry_3d"]:
-            raise RequestError(f"--set {text}: would have no effect; use geometry.{key[-1]}, which is of this profile")
+        if key[0] == "dataset" and key[1:2] in (["geometry"], ["geometry_3d"]):
+            own = ".".join(["geometry", *(key[3:] or ["KEY"])])
+            raise RequestError(f"--set {text}: would have no effect; use {own}, which is of this profile")
         if key[:2] == ["dataset", "protocols"] and key[3:] == ["file"]:
             raise RequestError(f"--set {text}: would have no effect; change it in the file of the data set")
+        if len(key) == 3 and key[0] in ("pretrain", "finetune") and key[1] == "steps_of":  # one that need not be there
+            key, value = key[:2], tree[key[0]]["steps_of"] | {int(key[2]) if key[2].isdigit() else key[2]: value}
         tree = override(tree, key, value)
         if key in (["finetune", "steps"], ["pretrain", "steps"]):  # for all numbers of labels, or stages
             tree = override(tree, [key[0], "steps_of"], {})  # unless the next one says more
@@ -197,7 +200,7 @@ def _resolve(
         if getattr(stage, "pairs", "") == "position" and stage.threshold is None:
             if source.threshold is None:
                 wrong = f"method {method} contrasts positions, and data set {source.name} has no `threshold`"
-                raise RequestError(f"{wrong}; choose a method with other pairs, or set stages.0.threshold")
+                raise RequestError(f"{wrong}; choose a method with other pairs, or set dataset.threshold")
             stage = stage.model_copy(update={"threshold": source.threshold})
         stages.append(stage)
     return experiment.model_copy(update={"stages": stages})
@@ -239,8 +242,22 @@ def override_study(study: StudyConfig, overrides: Iterable[str]) -> tuple[StudyC
     return validated(StudyConfig, tree, f"study {study.name}"), others
 
 
+DECIDING = {"pairs", "strategy", "schedule", "cluster_distance", "recipe"}  # which other keys are read
+
+
 def applicable(overrides: Iterable[str], method: MethodConfig) -> list[str]:
-    """The overrides that concern a method: those of stages it does not have are left out."""
-    absent = [str(number) for number in range(len(method.stages), 10)]
-    keys = [(text, [*parse_override(text)[0], ""]) for text in overrides]
-    return [text for text, key in keys if key[0] != "stages" or key[1] not in absent]
+    """The overrides that concern a method: those of stages it does not have are left out, and of keys that its pairs,
+    its strategy or its recipe do not read."""
+    keys = [(text, parse_override(text)[0]) for text in overrides]
+    decided = {tuple(key[:-1]) for _, key in keys if key[-1] in DECIDING}
+
+    def concerns(key: list[str]) -> bool:
+        if key[0] == "stages" and len(key) > 1 and key[1].isdigit() and int(key[1]) >= len(method.stages):
+            return False
+        if tuple(key[:-1]) in decided or key[-1] == "final_learning_rate":  # a profile may set the schedule
+            return True
+        if key[0] == "stages" and len(key) == 3 and key[1].isdigit():
+            return key[2] not in method.stages[int(key[1])].unread
+        return key[0] != "recipe" or key[-1] not in method.recipe.unread
+
+    return [text for text, key in keys if concerns(key)]

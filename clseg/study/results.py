@@ -24,6 +24,7 @@ from clseg.study.files import read_dataset, read_profile, read_study
 from clseg.study.grid import Grid, execute_notebook
 from clseg.study.rows import Rows, missing
 from clseg.study.runs import Run
+from clseg.study.schema import Axis
 
 SCORED = {
     "last": "the last step, on the grid of the files",
@@ -39,10 +40,10 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = found.table(grid.study.name, grid.place, grid.profile)
-    of_all = table["run"].isin({run.name for run in grid.finetune if run.labelled == "all"})
-    for _, own in table[of_all].groupby("method"):  # folds may differ by a subject
-        table.loc[own.index, "labelled"] = int(own.groupby("run")["labelled"].first().median())
     archive.write_table(folder / "table.csv", table)
+    of_all = table["run"].isin({run.name for run in grid.finetune if run.labelled == "all"})
+    for _, own in table[of_all].groupby("method"):  # one cell, though folds may differ by a subject
+        table.loc[own.index, "labelled"] = int(own.groupby("run")["labelled"].first().median())
     seeds = _seeds(grid, found)
     counted = table[table["seed"].isin(seeds["counted"])]
     archive.write_table(folder / "summary.csv", stats.summary(counted))
@@ -63,7 +64,7 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
         "settings": {run.method: run.experiment.model_dump(exclude={"dataset"}) for run in grid.finetune},
         "dataset": grid.finetune[0].experiment.dataset.model_dump(exclude={"protocols", "geometry", "geometry_3d"}),
         "subjects": _subjects(grid, table),
-        "axes": [axis.model_dump() for axis in grid.study.axes],
+        "axes": [axis.model_dump() | {"base": _bases(grid, axis)} for axis in grid.study.axes],
         "missing": [_cell(run) for run in missing(grid, found)],
     }
     archive.write_json(folder / "provenance.json", about)
@@ -96,6 +97,18 @@ def _stages(runs: pd.DataFrame) -> dict[str, str]:
     return named
 
 
+def _bases(grid: Grid, axis: Axis) -> dict[str, Any]:
+    """The value that each method of an axis has elsewhere."""
+    found = {}
+    for run in grid.finetune:
+        if (method := run.parameters.method) in axis.methods and method not in found:
+            value: Any = run.parameters.model_copy(update={"variant": ""}).experiment().model_dump(mode="json")
+            for part in axis.key.split("."):
+                value = value[int(part)] if isinstance(value, list) else value[part]
+            found[method] = value
+    return found
+
+
 def _cell(run: Run) -> str:
     """A fine-tuning in words."""
     return f"{run.method}, {run.labelled} labelled, draw {run.key['draw']}, seed {run.parameters.seed}"
@@ -104,7 +117,7 @@ def _cell(run: Run) -> str:
 def _pairs(grid: Grid) -> list[list[str]]:
     """The contrasts that the study declares, of methods as results name them."""
     shown = {run.method.removesuffix(runs.SEEN): run.method for run in grid.finetune}
-    return [[shown.get(name, name) for name in pair] for pair in grid.study.contrasts]
+    return [[shown.get(name.removesuffix(runs.SEEN), name) for name in pair] for pair in grid.study.contrasts]
 
 
 def _declared(grid: Grid) -> int:
@@ -273,15 +286,13 @@ def read_results(study: str, dataset: str, profile: str) -> Results:
 def ablation_axes(results: Results) -> pd.DataFrame:
     """The summary rows of an ablation, one per axis and value: columns axis, value, base (the value that the method has
     elsewhere), and those of the summary. No row of a study without axes."""
-    summary, settings = results.summary, results.provenance["settings"]
-    rows, named = [], summary["method"].str.removesuffix(runs.SEEN)
+    summary, rows = results.summary, []
+    named = summary["method"].str.removesuffix(runs.SEEN)
     for axis in results.provenance["axes"]:
         name, key = axis["name"], axis["key"]
         for method in axis["methods"]:
-            own: Any = settings.get(method) or settings[method + runs.SEEN]
-            for part in key.split("."):
-                own = own[int(part) if part.isdigit() else part]
-            values = {method: own} | {f"{method} [{key}={json.dumps(value)}]": value for value in axis["values"]}
+            values = {f"{method} [{key}={json.dumps(value)}]": value for value in axis["values"]}
+            values[method] = axis["base"].get(method)
             found = summary.assign(axis=name, base=named == method, value=named.map(values), method=method)
             rows.append(found[named.isin(values)])
     first = ["axis", "value", "base"]

@@ -189,7 +189,8 @@ def finetune_run(parameters: FinetuneParameters) -> Run:
         ours, theirs = (getattr(one.network, key) for one in (experiment, parent.experiment))
         if ours != theirs:
             wrong = f"network.{key} is {theirs} in the pre-training on {parent.experiment.dataset.name}, here {ours}"
-            raise RequestError(f"method {parameters.method}: {wrong}; choose another --set study.pretrain_dataset")
+            remedy = "name one with --set study.pretrain_dataset=NAME that has the same"
+            raise RequestError(f"method {parameters.method}: {wrong}; {remedy}")
     return Run(parameters, parent)
 
 
@@ -268,6 +269,7 @@ def do(run: Run) -> Run:
         if ranks.agreed(run.is_done()):
             require_same_data(run, store)
         elif first or shared:
+            require_positions(run, store)
             split = split_of(run, store)
             if first:
                 write_json(run.folder / "parameters.json", {"key": run.key, "parameters": run.parameters.model_dump()})
@@ -280,6 +282,14 @@ def do(run: Run) -> Run:
     return run
 
 
+def require_positions(run: Run, store: Store) -> None:
+    """Raise `RequestError` where a pre-training needs parts or positions of volumes, and their slices have none."""
+    needed = run.kind == "pretrain" and (run.stage.of_parts or getattr(run.stage, "pairs", "") == "position")
+    if needed and not store.positions_known:
+        wrong = f"contrasts parts of volumes, and slices of {run.experiment.dataset.name} run along several axes"
+        raise RequestError(f"method {run.parameters.method} {wrong}; choose a method with other pairs")
+
+
 def require_same_data(run: Run, store: Store) -> None:
     """Raise `RequestError` where a finished run saw other images or masks of its data set than there are now."""
     record = json.loads((run.folder / "record.json").read_bytes())
@@ -289,9 +299,6 @@ def require_same_data(run: Run, store: Store) -> None:
 
 
 def _pretrain(run: Run, store: Store, split: Split) -> None:
-    if run.stage.of_parts and not store.positions_known:
-        wrong = f"contrasts parts of volumes, and slices of {run.experiment.dataset.name} run along several axes"
-        raise RequestError(f"method {run.parameters.method} {wrong}; choose a method with other pairs")
     about = _start(run) | {"number": run.parameters.stage, "precision": run.experiment.precision}
     result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run, store), **about)
     tables = result.tables | ({"probe": _probed(run, store, split, result)} if run.stage.stage == "contrast" else {})

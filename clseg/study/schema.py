@@ -103,7 +103,7 @@ class Experiment(Budget):
             raise ValueError("stages: pairs 'cluster' need an autoencoder stage before them")
         if "autoencoder" in kinds and "cluster" not in kinds:
             raise ValueError("stages: an autoencoder leaves the network as it was; add pairs 'cluster' after it")
-        if "local" in kinds[:-1]:
+        if "local" in kinds and set(kinds[kinds.index("local") :]) != {"local"}:
             raise ValueError("stages: what comes after 'local' changes the encoder below it; let 'local' be the last")
         if self.finetune.checkpoint == "best" and not getattr(self.division, "validation", True):
             raise ValueError(f"finetune.checkpoint: 'best' needs validation subjects; {self.protocol} has none: last")

@@ -43,10 +43,8 @@ def _here(dataset: DatasetConfig) -> bool:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from clseg import paths  # torch is imported only where it is needed
-    from clseg.data.splits import write_splits
+    from clseg.data.splits import write_splits  # torch is imported only where it is needed
     from clseg.study import archive, estimate, grid, rows, runs
-    from clseg.study.results import draw_figures, write_results
 
     _set_roots(arguments)
     study = read_study(arguments.study).within(read_profile(arguments.profile))
@@ -73,7 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
         plan, unchecked = grid.distinct(plan, splits), ""
         untested = [run for run in plan.finetune if not splits[run.name].test]
         if 0 < len(untested) < len(plan.finetune):
-            raise RequestError(f"{title}: draw {untested[0].parameters.draw} tests nobody; lower the number of folds")
+            empty = f"fold {untested[0].parameters.draw} of protocol {untested[0].experiment.protocol} tests nobody"
+            raise RequestError(f"{title}: {empty}; leave out that draw, or make fewer folds")
         if arguments.extend and untested:
             raise RequestError(f"--extend: {title} tests nobody, and rows are of scores; leave --extend away")
     flaws = {run.name: archive.flaw(run.folder) for run in plan.all}
@@ -84,8 +83,10 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{title}: {counts}")
     for note in [*(f"left out: {note}" for note in plan.notes), *filter(None, [unchecked])]:
         print(note)
-    for name in sorted({*study.methods} & {*(own := read_profile(named["profile"]).set)}):
-        print(f"set by profile {profile} for {name} alone: {', '.join(own[name])}")
+    for name in study.methods:
+        own, common = read_profile(named["profile"]).set.get(name, []), study.set.get(profile, [])
+        if said := ", ".join(text for text in own if text not in common):
+            print(f"set by profile {profile} for {name}: {said}")
     here = max((os.cpu_count() or 1) // plan.finetune[0].experiment.threads, 1)
     if len(plan.all) > len(done) and not arguments.scheduler:
         jobs = arguments.jobs or (1 if arguments.extend else here)
@@ -100,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # prepared here, once, so that workers only open them and wrong data end the command
     stores = {data: runs.open_store(experiment) for data, experiment in experiments.items()}
     for run in plan.all:
+        runs.require_positions(run, stores[run.data])
         runs.split_of(run, stores[run.data])  # again: labels inside of files are known only now
         if run.name in finished:
             runs.require_same_data(run, stores[run.data])
@@ -113,22 +115,32 @@ def _run(arguments: argparse.Namespace) -> int:
         grid.execute(plan, arguments.jobs or (0 if arguments.scheduler else here), arguments.scheduler)
     except grid.RunFailed as error:
         failure = error
-    repeat = ["clseg", "run", named["study"], "--dataset", dataset, "--profile", named["profile"]]
-    repeat += [word for text in arguments.set for word in ("--set", text)]
-    if ended := [run for run in plan.finetune if run.is_done()]:
-        if not untested:
-            with archive.locked(paths.runs_root() / plan.place / profile / f".{study.name}.lock"):
-                folder = paths.results_dir(profile, plan.place, study.name)
-                write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(repeat))
-                notebook = draw_figures(plan, named)
-            print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
-        else:
-            print("no tables and figures: nobody was tested")
-        weights = ended[-1].folder.with_name(ended[-1].name.rpartition("-")[0])
-        print(f"masks of new scans: clseg predict --weights {shlex.quote(str(weights))} --input SCANS --output MASKS")
+    _report(plan, named, arguments.set, tested=not untested)
     if failure:
         print(f"clseg: {failure}", file=sys.stderr)
     return 1 if failure else 0
+
+
+def _report(plan: Any, named: Mapping[str, str], overrides: Sequence[str], tested: bool) -> None:
+    """Tables and figures of the fine-tunings that have ended, and the next command."""
+    from clseg import paths
+    from clseg.study import archive, rows
+    from clseg.study.results import draw_figures, write_results
+
+    if not (ended := [run for run in plan.finetune if run.is_done()]):
+        return
+    if tested:
+        command = ["clseg", "run", named["study"], "--dataset", named["dataset"], "--profile", named["profile"]]
+        command += [word for text in overrides for word in ("--set", text)]
+        with archive.locked(paths.runs_root() / plan.place / plan.profile / f".{plan.study.name}.lock"):
+            folder = paths.results_dir(plan.profile, plan.place, plan.study.name)
+            write_results(plan, rows.collect(run for run in plan.all if run.is_done()), folder, shlex.join(command))
+            notebook = draw_figures(plan, named)
+        print(f"tables and figures: {folder}\nfigure notebook: {notebook}")
+    else:
+        print("no tables and figures: nobody was tested")
+    weights = ended[-1].folder.with_name(ended[-1].name.rpartition("-")[0])
+    print(f"masks of new scans: clseg predict --weights {shlex.quote(str(weights))} --input SCANS --output MASKS")
 
 
 def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace) -> int:
@@ -148,7 +160,8 @@ def _extend(plan: Any, stores: Mapping[str, Any], arguments: argparse.Namespace)
             wrong = f"was made from other images or masks than data set {run.experiment.dataset.name} has now"
             raise RequestError(f"{rows.place(plan.profile, plan.place)}: {run.name} {wrong}; use the same data")
     try:
-        rows.extend(plan, arguments.jobs or 1, arguments.minutes)
+        if needed:
+            rows.extend(plan, arguments.jobs or 1, arguments.minutes)
     except grid.RunFailed as error:
         print(f"clseg: {error}", file=sys.stderr)
         status = 1
@@ -222,7 +235,7 @@ def _table(arguments: argparse.Namespace) -> int:
     table = archive.table(path.parent for path in root.rglob("status.json"))
     if table.empty:
         example = "run a study first, for example clseg run quickstart"
-        raise RequestError(f"{root}: holds no finished fine-tuning; {example}")
+        raise RequestError(f"{root}: holds no finished fine-tuning that was tested; {example}")
     if arguments.out:
         with writing(arguments.out, "choose another --out"):
             archive.write_table(Path(arguments.out), table)
@@ -260,12 +273,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from clseg.study.archive import adaptation
     from clseg.tools.predict import predict, weights_of
 
     where = [Path(folder) for folder in (arguments.input, arguments.output)]
     weights = weights_of(Path(arguments.weights))
     images, before = predict(weights, *where, arguments.probabilities)
-    print(f"{images} segmented by {weights.parent.name}, {before} of them before: {arguments.output}")
+    print(f"{images} segmented, {before} of them before, by {adaptation(weights)['run']}: {arguments.output}")
     return 0
 
 

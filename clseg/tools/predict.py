@@ -173,16 +173,16 @@ def _stamp(files: list[Path], known: list[Any]) -> list[list[Any]]:
     return stamps
 
 
-def _known(record: Path, about: dict[str, str]) -> tuple[dict[str, list[Any]], str]:
-    """The images that results in a folder are of, as `_stamp` has them, and the folder that they lay in; raises
+def _known(record: Path, about: dict[str, str]) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """The images that results in a folder are of, as `_stamp` has them, and the folders in which they lay; raises
     `RequestError` if of other weights."""
     if not record.exists():
-        return {}, ""
+        return {}, {}
     with suppress(OSError, ValueError, KeyError, AttributeError):
         known = json.loads(record.read_bytes())
-        images, folder = known.pop("images"), known.pop("input", "")
-        if isinstance(images, dict) and known == about:
-            return images, folder
+        images, folders = known.pop("images"), known.pop("folders", {})
+        if isinstance(images, dict) and isinstance(folders, dict) and known == about:
+            return images, folders
     raise RequestError(f"{record.parent}: holds files that are not of these weights; choose another --output")
 
 
@@ -218,7 +218,7 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
     results = {case: [output / f"{case}{ending}" for ending in endings] for case in images}
     with open(weights, "rb") as file:
         about = {"run": adaptation.run, "weights_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    known, before = _known(output / "prediction.json", about)
+    known, lay = _known(output / "prediction.json", about)
     record, here = {}, str(folder.resolve())
     if any(path.exists() for case in images if case not in known for path in results[case]):
         raise RequestError(f"{output}: holds files that are not of these weights and images; choose another --output")
@@ -231,8 +231,8 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
             continue
         same = [entry[3] for entry in record[case]] == [entry[3] for entry in known.get(case, [])]
         done += [case] if same and all(path.is_file() for path in results[case]) else []
-        if case in known and not same and before not in ("", here):
-            raise RequestError(f"{output}: has the mask of another {case}, of {before}; choose another --output")
+        if not same and lay.get(case, here) != here:
+            raise RequestError(f"{output}: has the mask of another {case}, of {lay[case]}; choose another --output")
     network = adaptation.build()
     network.load_state_dict(tensors)
     network.placed(device())
@@ -251,7 +251,8 @@ def predict(weights: Path, source: Path, output: Path, keep: bool = False) -> tu
                 for ending in (".png", ".nii.gz", ".npz"):  # of another image
                     (output / f"{case}{ending}").unlink(missing_ok=True)
             known[case] = record[case]
-            write_json(output / "prediction.json", about | {"input": here, "images": known})
+            lay[case] = here
+            write_json(output / "prediction.json", about | {"images": known, "folders": lay})
             if probability is not None:
                 write_atomically(results[case][1], partial(_save_probability, probability=probability))
             write_atomically(results[case][0], partial(_save_label, label=label, like=files[0]))

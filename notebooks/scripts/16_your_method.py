@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Your own answer to "who is alike?"
-# **A method is an answer to one question. If it recombines answers that exist, it is ten lines of YAML; if it is new, it is ten lines of Python. Both run
+# **A method is an answer to one question. If it recombines answers that exist, it is a few lines of YAML; if it is new, it is ten lines of Python. Both run
 # beside the others.**
 #
 # **Goals.** After this lesson you can (1) write a method as data, (2) write a new rule as `Pairs` and test it before you train, (3) compare it with the rule
@@ -32,7 +32,7 @@ store = prepare(phantom_dataset(subjects=24), Geometry(size=[32, 32], spacing_mm
 training_subjects, tested = store.subjects[:12], store.subjects[12:]
 
 # %% [markdown]
-# ## As data: ten lines of YAML
+# ## As data: a few lines of YAML
 # A method of the project looks like this. Put it into `params/methods.yaml`, and it can be named in a study. It changes one thing of `gd+lr`, the
 # number of partitions (three in place of four), so that a difference has one cause:
 #

@@ -151,6 +151,9 @@ def test_two_labels_of_one_number_are_refused(nnunet, describe):
     (nnunet / "dataset.json").write_text(json.dumps(info | {"labels": {"background": 0, "liver": 1, "tumour": 1}}))
     with pytest.raises(RequestError, match=r"gives labels 'liver' and 'tumour' one number \(1\)"):
         class_names(describe(channels=2), nnunet)
+    (nnunet / "dataset.json").write_text(json.dumps({"labels": {"1": "heart", "2": "heart"}}))
+    with pytest.raises(RequestError, match="gives 'heart' to two label values"):
+        class_names(describe(channels=2), nnunet)
     with pytest.raises(ValueError, match="'heart' is the name of two label values"):
         describe(classes={1: "heart", 2: "heart"})
 
