@@ -248,7 +248,7 @@ def label_curve(
         if counts:
             panel.set_xlim(counts[0] * 2.0 ** (-0.6 * gap), counts[-1] * 2.0 ** (0.6 * gap))
     if len(draws):
-        panel.scatter([], [], s=7, color=GREY, label="one draw")
+        panel.scatter([], [], s=14, color=GREY, label="one draw")
     if (curves["runs_missing"] > 0).any():
         panel.scatter([], [], s=30, facecolors="white", edgecolors=GREY, label="fewer runs than others")
     _lacking(panel, curves["note"])

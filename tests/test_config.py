@@ -69,7 +69,7 @@ INSTANCE, PARTITION, CLUSTER = (CONTRAST | {"pairs": name} for name in ("instanc
             "clusters has no effect with a cluster_dist",
         ),
         ([LOCAL | {"partitions": 3}], "partitions has no effect with strategy lr"),
-        ([INSTANCE | {"strategy": "gd-"}], "strategy gd- has no effect with pairs instance"),
+        ([INSTANCE | {"strategy": "gd-"}], "strategy has no effect with pairs instance; leave it at 'gd'"),
         ([PARTITION | {"strategy": "gcl", "set_of": 3}], "set_of has no effect with strategy gcl"),
         ([INSTANCE | {"set_of": 3}], "set_of has no effect with pairs instance; leave it at 2"),
         ([INSTANCE | {"final_learning_rate": 0.01}], "final_learning_rate has no effect with a constant schedule"),
@@ -158,7 +158,8 @@ def test_where_no_subject_validates_the_last_step_counts():
     for name in known_names("studies"):
         study = read_study(name).within(read_profile("paper"))
         for dataset in study.datasets:
-            for run in expand(study, dataset, "paper").finetune:
+            other = {"pretrain_dataset": "chd"} if (name, dataset) == ("pcl_transfer", "mmwhs_ct") else {}
+            for run in expand(study.model_copy(update=other), dataset, "paper").finetune:
                 assert run.finetune.checkpoint == "last" or getattr(run.experiment.division, "validation", True)
 
 
@@ -186,6 +187,11 @@ def test_zeng_et_al_have_their_own_published_setting():
     assert (chd.recipe.augmentation, chd.recipe.learning_rate, chd.recipe.final_learning_rate) == ("none", 5e-5, 1e-6)
     for run in expand(read_study("pcl_semi"), "acdc", "paper").finetune:
         assert (run.experiment.network, run.experiment.geometry) == (network, geometry), run.method
+
+
+def test_weights_of_another_network_are_refused_before_they_are_trained():
+    with pytest.raises(RequestError, match=r"network.filters is \[48, .* on acdc, here \[32, .*pretrain_dataset=NAME"):
+        expand(read_study("pcl_transfer"), "mmwhs_ct", "paper")
 
 
 def test_a_transfer_takes_the_setting_of_each_data_set():

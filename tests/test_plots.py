@@ -73,7 +73,7 @@ def test_label_curve_shows_every_mean_interval_and_draw():
     (axes,) = figure.axes
     assert legend(figure) == ["random", "gr", "gd", "gd+lr", "benchmark (77 labelled)", "one draw"]
     bars, middles = intervals(axes), means(axes)
-    draws = [scatter for scatter in points(axes, 7) if len(scatter)]  # the legend's is empty
+    draws = [scatter for scatter in points(axes, 14) if len(scatter)]  # the legend's is empty
     assert len(bars) == len(middles) == len(draws) == 4
     for method, bar, mean, draw in zip(["random", "gr", "gd", "gd+lr"], bars, middles, draws, strict=True):
         rows = summary[summary["method"] == method].sort_values("labelled")

@@ -168,7 +168,7 @@ def test_the_mask_of_a_scan_that_was_replaced_is_made_again(weights, tmp_path):
 
 def test_lengths_that_are_no_millimetres_are_refused(weights, tmp_path):
     image = save(tmp_path / "in" / "a.nii.gz", noise(), units=("micron", "sec"))
-    with pytest.raises(RequestError, match=r"a.nii.gz: its header gives lengths in micron; .* set_xyzt_units"):
+    with pytest.raises(RequestError, match=r"a.nii.gz: its header gives lengths in micron; .*set_xyzt_units"):
         predict(weights(), image, tmp_path / "out")
 
 
