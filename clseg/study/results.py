@@ -229,10 +229,10 @@ class Results:
         for (method, baseline), own in found.groupby(["method", "baseline"], sort=False):
             numbers = own[["difference", "low", "high", "labelled", "note"]].itertuples(index=False)
             cells = [
-                f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n}" + f" ({note})" * bool(note and not alike)
+                f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) with {n} labelled" + f" ({note})" * bool(note and not alike)
                 for mean, low, high, n, note in numbers
             ]
-            lines.append(f"  {method} minus {baseline}: {'; '.join(cells)} labelled")
+            lines.append(f"  {method} minus {baseline}: {'; '.join(cells)}")
         return lines
 
     def ladder(self, methods: Sequence[str]) -> pd.DataFrame:
