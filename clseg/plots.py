@@ -47,6 +47,7 @@ STYLES = {  # method -> colour, marker, line
 OWN = [("#882255", "<"), ("#44AA99", ">"), ("#999933", "d"), ("#661100", "H")]  # of methods that are in no family
 ON_ONE_AXIS = 9  # methods; of more, each has a panel
 STRUCTURES = [BLUE, ORANGE, SKY, PINK, YELLOW, GREEN, RED]  # contours of class 7, 1, 2, ... on grey
+OF_STRUCTURES = ListedColormap([*STRUCTURES[1:], STRUCTURES[0]])  # of classes 1 to 7
 GROUPS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK]  # subjects, partitions, clusters
 TAGS = ("V", "V2")  # read in the source; read where another work quotes it. Nothing else is ever printed or drawn
 PUBLISHED_COLUMNS = ["source", "study", "dataset", "method", "labelled", "metric", "value", "tag", "note"]
@@ -589,7 +590,7 @@ def unet(down: Any, up: Any, image: Any, label: Any) -> Figure:
         extent = left, left + 1, -0.5, 0.5
         panel.imshow(_array(image), cmap="gray", extent=extent)
         if classes is not None:
-            panel.imshow(np.ma.masked_equal(_array(classes), 0), cmap="viridis", extent=extent)
+            panel.imshow(np.ma.masked_equal(_array(classes), 0), cmap=OF_STRUCTURES, vmin=1, vmax=7, extent=extent)
         panel.text(left + 0.5, 0.6, title, ha="center")
     panel.text(0.4 * bottom, -bottom - 0.2, "encoder", color=BLUE, ha="center")
     panel.text(last - 0.4 * bottom, -bottom - 0.2, "decoder", color=RED, ha="center")

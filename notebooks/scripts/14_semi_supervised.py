@@ -113,8 +113,8 @@ print(f"slow {slow:.4f}, package {fast:.4f}, the same: {abs(slow - fast) < 1e-6}
 # %% [markdown]
 # ## What changes when the confidence changes?
 # A segmenter from two labelled subjects looks at slices that it has never seen. Which of its pixels become pseudo-labels, and how many of these are
-# right? (The masks are there to look it up; the network does not get them.) Colours: blue background, teal right ventricle, green
-# myocardium, yellow left ventricle; purple is *not sure*, no pseudo-label.
+# right? (The masks are there to look it up; the network does not get them.) Colours: black background, orange right ventricle,
+# light blue myocardium, pink left ventricle; grey is *not sure*, no pseudo-label.
 
 # %%
 supervised = finetune(store, labelled, SupervisedRecipe(), steps=120, network=config, seed=0).network.eval()
@@ -130,6 +130,9 @@ def believed(confidence=0.9):
     label, sure = pseudo_labels(every_logits, confidence)
     right = label == every.label
     number = 4
+    classes = plt.matplotlib.colors.ListedColormap(
+        [plots.GREY, "black", *plots.STRUCTURES[1:4]]
+    )  # not sure, 0, 1, 2, 3
     _, axes = plt.subplots(1, 4, figsize=(11, 3.4))
     pictures = {
         "slice": every.image[number, 0],
@@ -138,7 +141,7 @@ def believed(confidence=0.9):
         "sure and wrong": (sure & ~right)[number],
     }
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        look = {"cmap": "gray"} if title in ("slice", "sure and wrong") else {"cmap": "viridis", "vmin": -1, "vmax": 3}
+        look = {"cmap": "gray"} if title in ("slice", "sure and wrong") else {"cmap": classes, "vmin": -1, "vmax": 3}
         axis.imshow(picture, **look)
         axis.set_title(title)
         axis.set_axis_off()
@@ -168,7 +171,7 @@ _ = interact(believed, confidence=FloatSlider(value=0.9, min=0.3, max=0.99, step
 # %% [markdown]
 # A higher confidence leaves fewer pixels, and a larger share of them is right. But not all: a network can be sure and wrong, and training on
 # these labels makes it surer. This segmenter is unsure in about two thirds of the heart, inside as well as at borders; where it is sure and wrong, it
-# is mostly at borders, and mostly heart that it calls background. The thin myocardium (green) gets hardly a pseudo-label.
+# is mostly at borders, and mostly heart that it calls background. The thin myocardium (light blue) gets hardly a pseudo-label.
 #
 # ## Does it help?
 # Three recipes from the same first weights, the same two labelled subjects and as many steps: `supervised`; `supervised, averaged`, whose segmenter is the
