@@ -230,7 +230,8 @@ def label_curve(
         for number, method in enumerate(members):
             shift, colour = 2.0 ** (step * (number - (len(members) - 1) / 2)), look_of[method][0]
             rows = curves[curves["method"] == method].sort_values("labelled")
-            beside = published[(published["method"] == method) & published["labelled"].isin(rows["labelled"])]
+            plain = method.partition(" (")[0]  # without a remark
+            beside = published[(published["method"] == plain) & published["labelled"].isin(rows["labelled"])]
             tags = f"(× published, other protocol, {', '.join(sorted(beside['tag'].unique()))})" if len(beside) else ""
             if named := several and method == members[-1]:
                 panel.set_title(f"{names.get(method, method)}\n{tags}".strip(), fontweight="bold", color=colour)

@@ -115,8 +115,9 @@ def probe(
 
     seen, unseen: batches of training slices and of those of `held_out` subjects; there may be none of the second.
     `learned`: the part of the way from the floor to the bound, on training slices. `rank`, `cosine`: effective rank and
-    mean cosine of the embeddings of the first held-out batch. `position_r2`, `size_r2`: linear probes of the frozen
-    encoder for the position of a slice and for the share of its pixels that each structure has, on held-out subjects.
+    mean cosine of the embeddings of the first held-out batch, of the first training batch where there is none.
+    `position_r2`, `size_r2`: linear probes of the frozen encoder for the position of a slice and for the share of its
+    pixels that each structure has, on held-out subjects.
     """
     frozen, encoder, head = deepcopy(encoder), deepcopy(encoder).train(), deepcopy(head).train()
 

@@ -95,7 +95,7 @@ class Check:
             return Verdict(False, "the function returns nothing; end it with `return ...`.")
         tolerance, right = EXACT if self.cases else CLOSE, self._measured(self.right)
         if _same(found, right, tolerance):
-            if self.cases and getattr(right[0], "dtype", None) == torch.bool != getattr(found[0], "dtype", None):
+            if self.cases and _kinds(right[0]) != _kinds(found[0]):
                 return Verdict(False, "the values are right; return them as a tensor of bool.")
             return Verdict(True, self.why)
         known = (hint for hint, example in self.wrong.items() if _same(found, self._measured(example), tolerance))
@@ -107,12 +107,18 @@ class Check:
         return self.measure(answer) if self.measure else answer
 
 
+def _kinds(value: Any) -> list[bool]:
+    """Whether a tensor, or each of several, is of bool."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [part.dtype == torch.bool for part in parts if isinstance(part, Tensor)]
+
+
 def _same(one: Any, other: Any, tolerance: float) -> bool:
     """Whether two answers are equal: numbers, tensors and arrays within the tolerance, lists item by item."""
     one, other = (value.detach().cpu() if isinstance(value, Tensor) else value for value in (one, other))
     try:
         one, other = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last: of tensors with a gradient inside of lists
         if all(isinstance(value, list | tuple) for value in (one, other)):
             return len(one) == len(other) and all(_same(*pair, tolerance) for pair in zip(one, other, strict=True))
         return type(one) is type(other) and one == other

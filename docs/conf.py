@@ -49,6 +49,8 @@ def api() -> str:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 about = ast.get_docstring(node) or ""
                 shown = node.name + (f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else "")
+                if any(ast.unparse(one) == "exercise" for one in node.decorator_list):
+                    shown = f"{node.name}(answer)"
                 if name == "settings" and isinstance(node, ast.ClassDef):  # its keys, and what they mean
                     about, shown = "", ast.get_source_segment(text, node)
                 parts.append(f"### {node.name}\n\n```python\n{shown}\n```\n\n{about}\n")

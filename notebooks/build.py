@@ -233,7 +233,10 @@ def problems(stem: str, folder: Path = FOLDER) -> list[str]:
             return [f"{stem}: {place.relative_to(folder)} is missing; build it"]
     found = _source_problems(stem, source)
     for place, book in wanted.items():
-        found += _drift(stem, book, place.read_text(encoding="utf-8"))
+        found += _drift(stem, book, text := place.read_text(encoding="utf-8"))
+        shown = (cell.get("outputs") or cell.get("execution_count") for cell in json.loads(text)["cells"])
+        if place != path and any(shown):
+            found.append(f"{stem}: the exercise shows outputs, which may hold answers; build it")
     return found + _output_problems(stem, path.read_text(encoding="utf-8"))
 
 

@@ -187,6 +187,14 @@ def test_other_tags_are_never_drawn(tag):
         plots.label_curve(stats.summary(tidy()), None, published(("gd", 1, 0.7, tag)))
 
 
+def test_published_numbers_stand_beside_a_method_with_a_remark():
+    table = tidy({"random": 0.0, "pcl (transductive)": 0.1}, (1, 2), benchmark=0)
+    figure = drawn(
+        plots.label_curve(stats.summary(table), None, published(("pcl", 1, 0.7, "V"), ("random", 2, 0.6, "V")))
+    )
+    assert [len(crosses) for crosses in points(figure.axes[0], 30)] == [1, 1]
+
+
 def test_label_curve_refuses_to_mix_profiles():
     table = tidy()
     both = stats.summary(pd.concat([table, table.assign(profile="paper")]))

@@ -12,7 +12,7 @@ import pytest
 
 from clseg import paths, stats
 from clseg.study import archive, estimate, grid, results, rows
-from clseg.study.files import known_names, read_profile, read_study
+from clseg.study.files import known_names, read_dataset, read_profile, read_study
 from clseg.study.parameters import override_study
 from clseg.study.results import committed_figures, read_results, write_results
 
@@ -335,6 +335,10 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_rows():
     assert len(signs) > 15
     assert ((signs > 0).all(axis=1) | (signs < 0).all(axis=1)).all()  # the same in all seeds wherever it matters
     assert (contrasts.loc["weak_to_strong"]["difference"] > alone["difference"].max().loc[[1, 2, 8]]).all()
+    lists = read_dataset("acdc").protocols["chaitanya"].labelled
+    few, eight = ([{*ids} for count in counts for ids in lists[count].values()] for counts in ((1, 2), (8,)))
+    assert (len(set.union(*few)), set.union(*few)) == (5, set.intersection(*eight))  # also in 42 and in PROTOCOL
+    assert "All draws of 1 and 2 labelled patients come from five patients" in sentences
     done, planned = rows.progress("acdc", "acdc", "laptop")
     assert f"{done} of {planned} planned runs are done" in text
     counted = {

@@ -69,6 +69,7 @@ def test_an_exercise_holds_no_answer(stem):
     solution = build.convert(build.script_of(stem))
     exercise = nbformat.read(build.FOLDER / f"{stem}.ipynb", as_version=4)
     text = "\n".join(cell.source for cell in exercise.cells)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in exercise.cells)
     cut = [cell.source for cell in solution.cells if "solution" in cell.metadata.get("tags", [])]
     assert len(cut) >= 4
     for source in cut:
@@ -116,6 +117,10 @@ def test_values_that_are_no_functions_and_stubs():
     assert teach.dice_by_hand(torch.tensor(0.75, requires_grad=True)).right
     as_int = teach.gd_positives(lambda p: (p[:, None] == p[None, :]).int().fill_diagonal_(0))
     assert "tensor of bool" in as_int.text
+    as_float = teach.believe(lambda z, c: (z.argmax(dim=1), (z.softmax(dim=1).amax(dim=1) >= c).float()))
+    assert "tensor of bool" in as_float.text
+    with_gradient = tuple(torch.tensor(float(n), requires_grad=True) for n in teach.CHECKS["pairs_of_gd_minus"]().right)
+    assert teach.pairs_of_gd_minus(with_gradient).right
     with pytest.raises(teach.NotYet, match="count the pixels"):
         teach.dice(lambda prediction, reference: teach.todo("count the pixels"))
 

@@ -49,9 +49,7 @@ work = runs.stage_work(run, store, runs.split_of(run, store))
 features = cluster.features(work)
 linkage = cluster.linkage_matrix(features, stage.linkage)
 clusters = found["cluster"].nunique()
-figure = plots.dendrogram(
-    linkage, linkage[-clusters : len(linkage) + 1 - clusters or None, 2].mean(), "features of a beta-VAE"
-)
+figure = plots.dendrogram(linkage, linkage[-clusters:][:2, 2].mean(), "features of a beta-VAE")
 results.save(figure, "dendrogram")
 figure
 

@@ -79,7 +79,7 @@ print(results.ladder(["random", "weak_to_strong", "matched-ufc+weak_to_strong"])
 # narrow by chance. Of both seeds the differences have the same sign wherever they matter (seed by seed, below). With 1 labelled patient much depends on which
 # patient that is (small points).
 #
-# **What it costs.** `weak_to_strong` takes about twice the time of plain fine-tuning, on a GPU 2.6 times. Pre-training is 3,000 steps, once, whatever the
+# **What it costs.** `weak_to_strong` takes about twice the time of plain fine-tuning, on a GPU 2.6 times. Pre-training is 3,000 steps (for pseudo-classes as many more, cheap ones, of an auto-encoder), once, whatever the
 # number of labels or scans (*What it costs*, below).
 
 # %% [markdown]
@@ -170,7 +170,7 @@ print(between.pivot(index=["method", "baseline"], columns="labelled", values="in
 # that what lowered the loss does not carry over to new patients (that is so for `gcl`; no loss of Dice is seen above): learned by heart, or sure and wrong
 # at the borders of partitions; which was not looked into. `position_r2`, `size_r2`: what a linear probe
 # reads from the frozen encoder (0 or less: nothing). `rank`, `cosine`: how many directions the embeddings fill, and how alike two of them are on
-# average. The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
+# average, in a batch of patients that were not pre-trained on (of `cluster` in one of training slices: do not compare it with the others). The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
 
 # %%
 probes = have.probes.merge(have.runs[["run", "parent"]], on="run")
@@ -278,8 +278,8 @@ plots.published_for(dataset, "acdc")
 # * Whether one of the four answers is better than another: no contrast of the protocol compares two of them, and the exploratory table cannot
 #   exclude differences as large as its intervals reach.
 # * Differences smaller than the intervals reach to each side (the table above). The test
-#   patients are of one hospital. The three draws of 8 patients share five of them, and all draws of 1 and 2 come from ten: other patients may
-#   differ by more than the draws say.
+#   patients are of one hospital. All draws of 1 and 2 labelled come from five patients, who are in each of the three draws of 8, too: other patients
+#   may differ by more than the draws say.
 # * What is the method and what the machine. In seed 0 some methods ran on a GPU and some on a CPU (the table of devices above): where the two methods of a contrast
 #   differ in that, it contains the difference of the machines.
 # * The matched arm shares settings that were tuned for `matched-gr` and `matched-gd` together, in four trials. A method may do better with its own:

@@ -118,7 +118,8 @@ def absolute(case: str, values: Sequence[float], goal: float | None, unit: str) 
 def _row(case: str, values: Sequence[float], goal: float | None, unit: str, peer: str | None) -> Row:
     value = statistics.median(values)
     row = {"case": case, "value": value, "low": min(values), "high": max(values), "n": len(values), "unit": unit}
-    return row | {"peer": peer, "goal": goal, "met": None if goal is None else round(value / goal, 2) <= 1}
+    met = None if goal is None else 0 < round(value / goal, 2) <= 1  # below 0 is noise of a difference
+    return row | {"peer": peer, "goal": goal, "met": met}
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -147,7 +148,8 @@ def versions(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def code_of(name: str) -> str:
     """Changes with the package's code and with that of the benchmark."""
-    texts = [Path(__file__).with_name(f"{part}.py").read_bytes() for part in (name, "common")]
+    shared = {"growth": ["scanning"]}.get(name, [])
+    texts = [Path(__file__).with_name(f"{part}.py").read_bytes() for part in (name, "common", *shared)]
     return hashlib.sha256(b"".join([CODE.encode(), *texts])).hexdigest()[:16]
 
 
