@@ -124,10 +124,10 @@ class ListProtocol(Strict):
         draws = {f"labelled.{n}.{c}": (n, own) for n, some in self.labelled.items() for c, own in some.items()}
         for name, own in [*lists.items(), *((name, own) for name, (_, own) in draws.items())]:
             if twice := sorted({subject for subject in own if own.count(subject) > 1}):
-                raise ValueError(f"{name}: names {twice[0]} twice")
+                raise ValueError(f"{name}: names {twice[0]} twice; remove one")
         for name, (count, own) in draws.items():
             if len(own) != count:
-                raise ValueError(f"{name}: names {len(own)} subjects, and {count} are to be labelled")
+                raise ValueError(f"{name}: names {len(own)} subjects, and {count} are to be labelled; correct it")
         return self
 
 

@@ -731,7 +731,10 @@ BAD_STUDIES = {
         ["geometry", "plane", "enlarge or remove"],
     ),
     "set to no stages": (asked("--set", "recipe=5"), ["recipe"]),
-    "set to an unknown protocol": (asked("--set", "protocol=folds"), ["protocol 'folds'", "valid are seeded"]),
+    "set to an unknown protocol": (
+        asked("--set", "protocol=folds"),
+        ["protocol of data set mine 'folds'", "valid are seeded"],
+    ),
     "set to a key given twice": (asked("--set", "recipe={recipe: supervised, recipe: mixup}"), ["--set", "twice"]),
     "output a file": (lambda world: world.out.touch(), ["out/runs/prepared", "set CLSEG_OUT or --out to a folder"]),
 }

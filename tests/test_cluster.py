@@ -81,7 +81,8 @@ def trained(store, rows):
 
 
 def stage(**fields):
-    return ContrastStage(**{"stage": "contrast", "pairs": "cluster", "denominator": "all", "clusters": 4, **fields})
+    number = {} if "cluster_distance" in fields else {"clusters": 4}
+    return ContrastStage(**{"stage": "contrast", "pairs": "cluster", "denominator": "all", **number, **fields})
 
 
 # -------------------------------------------------------------------------------------------------------- auto-encoder

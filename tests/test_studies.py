@@ -31,6 +31,12 @@ def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
     assert (paths.NOTEBOOKS / "scripts" / f"{about.notebook}.py").is_file()
     for dataset in about.datasets:
         for profile in ("smoke", "laptop", "paper"):
+            paper_ct = (study, dataset, profile) == (
+                "pcl_transfer",
+                "mmwhs_ct",
+                "paper",
+            )  # whose network is that of CHD
+            about = read_study(study).model_copy(update={"pretrain_dataset": "chd"} if paper_ct else {})
             plan = grid.expand(about, dataset, profile)
             assert {run.parameters.method for run in plan.finetune} >= set(about.methods)
             assert all(run.experiment.dataset.name == dataset for run in plan.finetune)
