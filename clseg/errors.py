@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,11 @@ def once(sentences: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
             kind = kind.replace(name, "*")
         kinds.setdefault(re.sub(r"[-+.\de]*\d+", "#", kind), []).append(sentence)
     return [some[0] + f" ({len(some)} such files, this is the first)" * (len(some) > 1) for some in kinds.values()]
+
+
+def repeated(values: Iterable[str]) -> list[str]:
+    """The values that are there more than once, sorted."""
+    return sorted(value for value, count in Counter(values).items() if count > 1)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from clseg.errors import nearest
+from clseg.errors import nearest, repeated
 
 
 class Strict(BaseModel):
@@ -120,13 +120,12 @@ class ListProtocol(Strict):
 
     @model_validator(mode="after")
     def _as_long_as_they_say(self) -> "ListProtocol":
-        lists = {"pretrain": self.pretrain, "test": self.test, "validation": self.validation}
-        draws = {f"labelled.{n}.{c}": (n, own) for n, some in self.labelled.items() for c, own in some.items()}
-        for name, own in [*lists.items(), *((name, own) for name, (_, own) in draws.items())]:
-            if twice := sorted({subject for subject in own if own.count(subject) > 1}):
+        lists = [(name, None, getattr(self, name)) for name in ("pretrain", "test", "validation")]
+        lists += [(f"labelled.{n}.{c}", n, own) for n, some in self.labelled.items() for c, own in some.items()]
+        for name, count, own in lists:
+            if twice := repeated(own):
                 raise ValueError(f"{name}: names {twice[0]} twice; remove one")
-        for name, (count, own) in draws.items():
-            if len(own) != count:
+            if count not in (None, len(own)):
                 raise ValueError(f"{name}: names {len(own)} subjects, and {count} are to be labelled; correct it")
         return self
 
@@ -159,8 +158,7 @@ class DatasetConfig(Strict):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DatasetConfig":
-        names = [*self.classes.values()]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if twice := repeated(self.classes.values()):
             raise ValueError(f"classes: {twice[0]!r} is the name of two label values; give each its own")
         return self
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from clseg import paths
 from clseg.data import phantom
 from clseg.data.volume import Volume, VolumeRef, checked
-from clseg.errors import UNPRINTABLE, RequestError, nearest, reading
+from clseg.errors import UNPRINTABLE, RequestError, nearest, reading, repeated
 from clseg.settings import DatasetConfig
 
 Classes = Mapping[int, str]  # label value -> name
@@ -52,8 +52,8 @@ def whole_numbers(label: np.ndarray, source: Path, options: Options) -> tuple[np
     if label.dtype.kind == "f" and (unknown := np.count_nonzero(~np.isfinite(label))):
         raise RequestError(f"{source}: the mask holds NaN in {unknown} voxels; write the value of a class there, or 0")
     if "threshold" in options:
-        values = np.unique(label)
-        if options["threshold"] <= 1 and len(values) > 2 and np.array_equal(values, np.arange(len(values))):
+        values = np.unique(label) if options["threshold"] <= 1 else ()  # more is of grey values
+        if len(values) > 2 and np.array_equal(values, np.arange(len(values))):
             held = f"holds classes 0 to {values[-1]:g}"
             raise RequestError(f"{source}: {held}, and options.threshold merges them; remove it")
         return (label >= options["threshold"]).astype(np.uint8), []
@@ -583,7 +583,7 @@ def class_names(dataset: DatasetConfig, folder: Path) -> dict[int, str]:
     if len(classes) > 255:
         raise RequestError(f"{path}: declares {len(classes)} classes, at most 255 are supported; merge or remove some")
     classes = {value: name for value, name in sorted(classes.items()) if value != 0}
-    if twice := [name for name in classes.values() if [*classes.values()].count(name) > 1]:
+    if twice := repeated(classes.values()):
         raise RequestError(f"{path}: gives {twice[0]!r} to two label values; give each a name of its own")
     return classes
 

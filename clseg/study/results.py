@@ -271,8 +271,7 @@ class Results:
 def read_results(study: str, dataset: str, profile: str) -> Results:
     """The tables of a study: of this output root, else those that come with the project. Raises `RequestError`."""
     command = f"clseg run {study} --dataset {dataset} --profile {profile}"
-    about, of = read_study(study).within(read_profile(profile)), read_dataset(dataset).name
-    own = paths.results_dir(read_profile(profile).name, of, about.name)
+    own = paths.results_dir(read_profile(profile).name, read_dataset(dataset).name, read_study(study).name)
     places = own, paths.COMMITTED / own.relative_to(paths.out_root() / "paper_figures")
     if not (folder := next((place for place in places if (place / "table.csv").is_file()), None)):
         raise RequestError(f"study {study} has no results for {dataset}, profile {profile}; make them with: {command}")

@@ -360,7 +360,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()}
     names = ("run", "pretrain", "results", "table", "check", "predict", "export", "studies")
-    run, pretrain, results, table, check, predict, export, studies = map(parsers.get, names)
+    run, pretrain, results, table, check, predict, export, studies = (parsers[name] for name in names)
 
     for command in (run, pretrain):
         command.add_argument("--profile", default="smoke", help="how much is computed (default: smoke)")

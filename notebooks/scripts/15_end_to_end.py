@@ -112,12 +112,11 @@ def browse(subject=0, place=3):
     shown = store.batch([slices[min(place, len(slices) - 1)]])
     _, axes = plt.subplots(1, 2, figsize=(8, 4.6))
     colours = [plots.STRUCTURES[index % 7] for index in store.class_names]
-    fill = plt.matplotlib.colors.ListedColormap(colours)
     for axis, (name, network) in zip(axes, segmenters.items(), strict=True):
         with torch.no_grad():
             found = network.eval()(shown.image).argmax(dim=1)[0]
         axis.imshow(shown.image[0, 0], cmap="gray", vmin=0, vmax=1.5)
-        axis.imshow(np.ma.masked_equal(shown.label[0], 0), cmap=fill, vmin=1, vmax=len(colours), alpha=0.45)
+        axis.imshow(np.ma.masked_equal(shown.label[0], 0), cmap=plots.OF_STRUCTURES, vmin=1, vmax=7, alpha=0.45)
         for index, colour in zip(store.class_names, colours, strict=True):
             if (found == index).any():
                 axis.contour(found == index, levels=[0.5], colors=colour, linewidths=2)
