@@ -137,6 +137,18 @@ def test_a_grid_starts_no_more_runs_than_the_memory_takes(tmp_path, monkeypatch)
     assert seen == [1, 1, 2]
 
 
+def test_the_bar_counts_the_steps_of_runs_that_are_not_done(tmp_path, monkeypatch, capsys):
+    """Of two runs of one price, one done and one half done: 75 %; a run that was done before costs nothing."""
+    monkeypatch.setattr(grid, "LOG_SECONDS", 0.0)
+    first, second = (SimpleNamespace(name=name, cost=100, steps=10, folder=tmp_path / name) for name in "ab")
+    with grid.bar_of([first, second], 3) as show:
+        assert "1/3 runs" in capsys.readouterr().err
+        second.folder.mkdir()
+        (second.folder / "progress.json").write_text('{"step": 5, "steps": 10}')
+        show({"before", "a"}, [second])
+        assert "2/3 runs  75%" in capsys.readouterr().err
+
+
 def test_dry_run_prints_the_grid_and_trains_nothing(small_grid, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
     assert cli.main([*small_grid.words, "--dry-run"]) == 0

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -37,6 +38,7 @@ from clseg.study.schema import MethodConfig, ProfileConfig, StudyConfig
 NOTEBOOK = {"pretrain": "20_pretrain.ipynb", "finetune": "21_finetune.ipynb"}
 TRIES = 3  # of a run whose kernel died
 POLL_SECONDS = 1.0
+LOG_SECONDS = 30.0  # between two lines of progress in a file
 CONNECT_SECONDS = 10
 CODE = package_digest()
 
@@ -300,6 +302,28 @@ def _step_now(run: Run) -> int:
         return 0
 
 
+@contextmanager
+def bar_of(todo: Iterable[Run], every: int) -> Iterator[Callable[[set[str], Iterable[Run]], None]]:
+    """A bar of what `todo` costs, of `every` run in all; call what it gives with the names of done runs and those that
+    run."""
+    cost = {run.name: run.cost for run in todo}
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    often = POLL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+    with tqdm(total=sum(cost.values()), bar_format=layout, desc=f"{every - len(cost)}/{every} runs") as bar:
+        shown = time.monotonic()
+
+        def show(done: set[str], running: Iterable[Run]) -> None:
+            nonlocal shown
+            finished = sum(cost[name] for name in done & cost.keys())
+            active = sum(run.cost * _step_now(run) / run.steps for run in running)
+            bar.n = min(finished + active, bar.total)
+            due = time.monotonic() - shown >= often
+            shown = time.monotonic() if due else shown
+            bar.set_description_str(f"{len(done)}/{every} runs", refresh=due)
+
+        yield show
+
+
 def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     """Do all runs of a grid that are not done, `jobs` at a time, parents first.
 
@@ -317,9 +341,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
     if not todo:
         return
     memory = _Memory((every[name] for name in done), scheduler)
-    total, finished = sum(run.cost for run in todo), 0.0
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    with _executor(jobs, scheduler) as (submit, room), tqdm(total=total, bar_format=layout, mininterval=1) as bar:
+    with _executor(jobs, scheduler) as (submit, room), bar_of(todo, len(every)) as show:
         while todo or running:
             for run in list(todo):
                 parent = run.parent.name if run.parent else None
@@ -342,7 +364,6 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
                 if outcome == "done":
                     done.add(run.name)
                     memory.learn(run)
-                    finished += run.cost
                 elif outcome == "busy" or (outcome == "died" and tries[run.name] < TRIES):
                     todo.append(run)
                     time.sleep(POLL_SECONDS)
@@ -351,9 +372,7 @@ def execute(grid: Grid, jobs: int, scheduler: str = "") -> None:
                 else:
                     failed[run.name] = message
                     tqdm.write(f"{run.name} failed: {message}")
-            active = sum(run.cost * _step_now(run) / run.steps for run in running.values())
-            bar.n = min(finished + active, total)
-            bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=True)
+            show(done, running.values())
     if wrong is not None:
         raise wrong
     if failed:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from clseg import paths, probe
 from clseg.study import archive, runs
 from clseg.study.files import read_profile, read_study
-from clseg.study.grid import Grid, RunFailed, expand
+from clseg.study.grid import Grid, RunFailed, bar_of, expand
 from clseg.study.processes import end_with_parent
 from clseg.study.runs import Run
 
@@ -207,9 +207,7 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
     failed: dict[str, str] = {}
     running: dict[Future, Run] = {}
     found: list[Run] = []
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    total = sum(run.cost for run in waiting)
-    with _processes(jobs, running) as submit, tqdm(total=total, bar_format=layout, mininterval=5) as bar:
+    with _processes(jobs, running) as submit, bar_of(waiting, len(every)) as show:
         while waiting or running:
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 break
@@ -233,10 +231,9 @@ def extend(grid: Grid, jobs: int = 1, minutes: float | None = None) -> Rows:
                     continue
                 done.add(run.name)
                 found.append(run)
-                bar.update(run.cost)
             if found and (time.monotonic() - written > WRITE_SECONDS or not (waiting or running)):
                 rows, found, written = add(collect(found), grid.profile, grid.place), [], time.monotonic()
-            bar.set_description_str(f"{len(done)}/{len(every)} runs", refresh=False)
+            show(done, running.values())
     if found:
         rows = add(collect(found), grid.profile, grid.place)
     if failed:
