@@ -5,7 +5,7 @@ logarithm of the number of rows that an anchor is compared with. What a pre-trai
 there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -98,6 +98,15 @@ def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> t
     same = subject[:, None] == subject[None, :]
     other = np.where(same, -2, similarity).argmax(axis=1)
     return np.abs(position - position[other]).mean(), (subject == subject[similarity.argmax(axis=1)]).mean()
+
+
+def fault(found: Mapping[str, float]) -> str:
+    """What a row of `COLUMNS` says against a pre-training; empty if nothing."""
+    if found["learned"] < 0.1:
+        return "learned little: the loss came less than a tenth of the way from its floor to its bound"
+    if found["loss_held_out"] >= found["floor"]:
+        return "does not carry over: on subjects that it never saw the loss is not below the floor"
+    return ""
 
 
 @torch.no_grad()

@@ -255,6 +255,86 @@ def test_the_committed_rows_are_whole():
         assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
 
 
+def test_every_committed_row_is_of_a_study():
+    """What no study plans is never found by `clseg results` and `--extend`; rows of earlier code lie apart."""
+    for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
+        profile, dataset = folder.parts[-2:]
+        studies = [read_study(name) for name in known_names("studies")]
+        plans = [
+            grid.expand(study.within(read_profile(profile)), dataset, profile)
+            for study in studies
+            if dataset in study.datasets
+        ]
+        planned = {run.name for plan in plans for run in plan.all}
+        assert not set(rows.read(profile, dataset).runs["run"]) - planned, folder
+
+
+def _trials():
+    """Mean Dice of the trials that set steps and precision, by method, labels, precision, steps and draw."""
+    table = archive.read_table(rows.place("laptop", "acdc") / "earlier_code.csv")
+    table["method"] = table["method"].str.partition(" ")[0]
+    return table.groupby(["method", "labelled", "precision", "steps", "draw"])["dice"].mean()
+
+
+def test_the_fine_tuning_steps_follow_from_their_rule():
+    """The least of 500, 1,000, 2,000 after which no method was seen to gain .005 by doubling, at most 2,000."""
+    dice = _trials().xs("float32", level="precision").groupby(["method", "labelled", "steps"]).mean()
+    chosen = read_profile("laptop").finetune
+    for labelled in (1, 8):
+        own = dice.xs(labelled, level="labelled").unstack()
+        gains = {steps: (own[2 * steps] - own[steps]).max() for steps in (500, 1000)}
+        rule = next((steps for steps, gain in gains.items() if gain < 0.005), 2000)
+        assert rule == chosen.steps_of.get(str(labelled), chosen.steps_of.get(labelled, chosen.steps))
+
+
+def test_what_was_chosen_is_what_the_rows_say():
+    text = " ".join((paths.PROJECT / "PROTOCOL.md").read_text(encoding="utf-8").split())
+    chosen = text[text.index("## What was chosen") : text.index("## Deviations")]
+
+    def told(values):
+        return ", ".join(f"{value:.3f}".removeprefix("0") for value in values)
+
+    dice = _trials()
+    mean = dice.xs("float32", level="precision").groupby(["method", "labelled", "steps"]).mean()
+    random, gradual = mean["random"], mean["weak_to_strong"]
+    few, many = [250, 500, 1000], [250, 500, 1000, 2000]
+    assert f"with 8 labelled {told(random[8][many])} after 250, 500, 1,000, 2,000 steps" in chosen
+    assert f"with 1 labelled {told(random[1][many])}." in chosen
+    assert f"{told(gradual[8][few])} after 250, 500, 1,000 with 8; {told(gradual[1][few])} with 1" in chosen
+    assert f"from 1,000 to 2,000 still gave {told([random[8, 2000] - random[8, 1000]])}" in chosen
+
+    def found(study):
+        return read_results(study, "acdc", "laptop").table.groupby("method")["dice"].mean()
+
+    tried = found("acdc_consistency").rename(lambda name: name.partition("[")[2].rstrip("]"))
+    order = [tried[key] for key in ("", 'recipe.statistics="batch"', "recipe.weight=0.3", "recipe.ramp=0.4")]
+    was, batch, weight, ramp = (told([value]) for value in order)
+    words = f"{was} as it was, {batch} with batch statistics, {weight} with weight 0.3, {ramp} with a ramp"
+    assert words in chosen
+    assert max(order) == tried['recipe.statistics="batch"']
+    arm = found("acdc_matched")
+    arm = arm.groupby(arm.index.str.partition("[").get_level_values(2).str.rstrip("]")).mean()
+    keys = ("", "stages.0.temperature=0.5", 'stages.0.views="pcl"', 'stages.0.head="flatten"')
+    default, cool, views, head = (told([arm[key]]) for key in keys)
+    words = f"{default} default, {cool} temperature 0.5, {views} views of Zeng et al., {head} flattened head"
+    assert words in chosen
+    assert arm.idxmax() == ""
+    starts = found("acdc_start").sort_values(ascending=False)
+    assert ", ".join(f"{told([value])} `{name}`" for name, value in starts.items()) in chosen
+
+    trials = grid.expand(read_study("acdc_consistency").within(read_profile("laptop")), "acdc", "laptop")
+    kept = rows.read("laptop", "acdc").of(run.name for run in trials.finetune)
+    own = kept.table("acdc_consistency", "acdc", "laptop").query("method == 'weak_to_strong'")
+    own = own.merge(kept.runs[["run", "steps"]], on="run")
+    own = own.groupby(["method", "labelled", "steps", "draw"])["dice"].mean()
+    low = pd.concat([dice.xs("bf16", level="precision"), own])
+    pairs = (low - dice.xs("float32", level="precision")).dropna()
+    assert len(pairs) == 10
+    assert "ten pairs of runs (`random` with 1,000 steps, `weak_to_strong` with 500 and 1,000; 1 and 8" in chosen
+    assert f"mean {pairs.mean():.3f}, SD {pairs.std():.3f}".replace("0.", ".") in chosen
+    assert abs(pairs.mean()) < 0.005
+
+
 @pytest.mark.slow
 def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, monkeypatch):
     """Half of it, at `smoke`: on the kind of processor that made them the same to the last digit that is kept, but for

@@ -19,7 +19,7 @@ import torch
 import yaml
 from IPython.display import display
 
-from clseg import plots
+from clseg import plots, probe
 from clseg.cluster import pseudo_classes
 from clseg.stages.contrast import draw_batch
 from clseg.study import archive, runs
@@ -94,12 +94,9 @@ print(f"loss: first step {log['loss'].iloc[0]:.2f}, {len(log)} steps")
 
 # %%
 if stage_config.stage == "contrast":
-    probe = run.read("probe").iloc[0]
-    print(probe.round(2).to_string())
-    if probe["learned"] < 0.1:
-        print("It learned little: the loss came less than a tenth of the way from its floor to its bound.")
-    elif probe["loss_held_out"] >= probe["floor"]:
-        print("What it learned does not carry over: on subjects that it never saw the loss is not below the floor.")
+    found = run.read("probe").iloc[0]
+    print(found.round(2).to_string())
+    print(f"fault: {probe.fault(found) or 'none found'}")
 
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"

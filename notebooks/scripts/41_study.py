@@ -5,24 +5,28 @@
 # notebooks of their own (30 to 39).
 #
 # You will see: what is missing and the command that adds it, Dice against the number of labelled subjects, each ablated value where the
-# study has axes, contrasts with intervals, surface distances. Seconds on a CPU. What is committed here is the `quickstart` under `smoke`: it
-# shows the pages, and its numbers mean nothing.
+# study has axes, contrasts with intervals, surface distances, published numbers of another protocol. Seconds on a CPU. What is shown here is a study of
+# settings: the four trials of the matched arm (`PROTOCOL.md`), on patients who are never tested.
 
 # %%
+import pandas as pd
 from IPython.display import display
 
 from clseg import plots
 from clseg.study.parameters import FigureParameters, read_parameters
 from clseg.study.results import ablation_axes, read_results
 
+pd.set_option("display.max_colwidth", None)  # notes are shown whole
+
 # %% tags=["parameters"]
-study: str = "quickstart"  # a name under params/studies, or a YAML file
-dataset: str = "phantom"  # a name under params/datasets, or a YAML file
-profile: str = "smoke"  # smoke, laptop or paper, which of the results of the study
+study: str = "acdc_matched"  # a name under params/studies, or a YAML file
+dataset: str = "acdc"  # a name under params/datasets, or a YAML file
+profile: str = "laptop"  # smoke, laptop or paper, which of the results of the study
 
 # %%
 parameters = read_parameters(globals(), FigureParameters)
 results = read_results(study, dataset, profile)
+published = plots.published_for(dataset, results.folder.name)
 print(results.about)
 
 # %% [markdown]
@@ -35,10 +39,10 @@ print(results.gaps)
 # ## Dice against labelled subjects
 # Each line is a method, each bar a 95 % interval over test subjects, draws and seeds (none under `smoke`), each small point one draw of
 # labelled subjects. A hollow marker lacks runs that others have. A dotted bar is of too few draws or seeds to say how much others would
-# differ.
+# differ. A cross is a published number of another protocol.
 
 # %%
-figure = plots.label_curve(results.summary, results.table)
+figure = plots.label_curve(results.summary, results.table, published)
 results.save(figure, "dice_against_labelled")
 figure
 
@@ -82,6 +86,17 @@ print(results.findings)
 
 # %% tags=["nbval-check-output"]
 results.distances
+
+# %% [markdown]
+# ## Published numbers, other protocol
+# They say where the field stands, not how far a study is: patients, images, training and scoring are others. V: read in the source that is
+# named; V2: the authors' number, as another paper quotes it.
+
+# %%
+if published.empty:
+    print("none is quoted beside this study")
+else:
+    display(published)
 
 # %% [markdown]
 # ## What this does not show
