@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from clseg.data.prepare import prepare
 from clseg.errors import RequestError
@@ -197,6 +198,35 @@ def test_local_contrast_learns_and_leaves_the_encoder_alone(store, strategy):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert all(p.grad is None for p in [*network.encoder.parameters(), *network.decoder.blocks[3:].parameters()])
     assert all(p.grad is not None for module in training.learning.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("stage", "views"),
+    [
+        (ContrastStage(pairs="instance"), 2),
+        (ContrastStage(pairs="partition", strategy="gd-"), 3),
+        (ContrastStage(pairs="position", threshold=0.2, head="pool", views="pcl"), 2),
+        (LocalStage(), 2),
+        (LocalStage(strategy="ld"), 2),
+    ],
+)
+def test_every_view_is_a_batch_of_its_own(store, stage, views):
+    """Each passes encoder and head alone, or their batch norm could tell views by being together."""
+    network = UNet(1, 4, SMALL)
+    training = STAGES[stage.stage](Work(network, store, store.rows(store.subjects), 12, 0), stage)
+    seen, sizes = [], {}
+    network.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for part in (network, training.learning["head"]):
+        for module in part.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda norm, given: sizes.setdefault(norm, []).append(len(given[0])))
+    batch = training.draw(0)
+    training.loss(*batch)
+    drawn = [part for part in batch if part.ndim == 4]
+    assert len(seen) == len(drawn) == views
+    assert all(map(torch.equal, seen, drawn))
+    assert all(found == [12] * views for found in sizes.values())
+    assert len(sizes) > len(SMALL.filters)
 
 
 @pytest.mark.parametrize("stage", [ContrastStage(pairs="instance"), LocalStage(), RotationStage(), PirlStage()])
