@@ -10,6 +10,7 @@ from torch import nn
 
 from clseg.augment import blur, cutmix_boxes, strong_view
 from clseg.loop import Work
+from clseg.losses import dice_loss
 from clseg.models import UNet
 from clseg.recipes.average import follow, ramp_up
 from clseg.recipes.weak_to_strong import consistency_loss, pseudo_labels, weak_to_strong
@@ -20,6 +21,15 @@ SMALL = NetworkConfig(filters=[4, 8, 8])
 
 def seeded(number=0):
     return torch.Generator().manual_seed(number)
+
+
+def started(store, batch=4, **fields):
+    """A network and its training: one subject has labels, three have none."""
+    torch.manual_seed(0)
+    network = UNet(store.channels, store.num_classes, SMALL)
+    few, others = store.subjects[:1], store.subjects[1:4]
+    work = Work(network, store.only(few, others), store.rows(few), batch, 0, steps=10, unlabelled=store.rows(others))
+    return network, weak_to_strong(work, WeakToStrongRecipe(**fields))
 
 
 def test_a_pseudo_label_counts_from_its_probability_on():
@@ -93,13 +103,7 @@ def test_an_average_follows_by_hand():
 
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 def test_only_the_student_learns_and_the_teacher_sees_no_label(store, statistics):
-    torch.manual_seed(0)
-    network = UNet(store.channels, store.num_classes, SMALL)
-    few, others = store.rows(store.subjects[:1]), store.rows(store.subjects[1:4])
-    seen = store.only(store.subjects[:1], store.subjects[1:4])
-    work = Work(network, seen, few, 4, 0, steps=10, unlabelled=others)
-    recipe = WeakToStrongRecipe(confidence=0.3, statistics=statistics)
-    training = weak_to_strong(work, recipe)
+    network, training = started(store, confidence=0.3, statistics=statistics)
     student = training.learning["student"]
     before = copy.deepcopy(network.state_dict())
     training.step_loss(0).backward()
@@ -109,10 +113,32 @@ def test_only_the_student_learns_and_the_teacher_sees_no_label(store, statistics
     assert moved is (statistics == "batch")  # of the batches that the teacher sees itself
 
 
+def test_the_teacher_sees_the_weak_view_and_the_student_the_strong_one_with_boxes_of_others(store):
+    """Pseudo-labels, and whether they count, come along with the pixels of a box."""
+    network, training = started(store, 12, augmentation="none", confidence=0.6, weight=2.0)
+    student, calls = training.learning["student"], {"teacher": [], "student": []}
+    nn.init.normal_(student.output[-1].weight)  # or nothing would be sure; the teacher takes the student's weights
+    for name, module in (("teacher", network), ("student", student)):
+        module.register_forward_hook(lambda _, given, made, name=name: calls[name].append((given[0], made)))
+    batch = image, label, weak, strong, box, other, _ = training.draw(0)
+    slices = {store.images[row].tobytes() for row in store.rows(store.subjects[1:4])}
+    kept = [[one.half().numpy().tobytes() in slices for one in view] for view in (weak, strong)]
+    assert all(kept[0])
+    assert sum(kept[1]) < 6
+    found = training.loss(*batch)
+    ((taught, opinion),), ((own, first), (lesson, second)) = calls["teacher"], calls["student"]
+    assert torch.equal(taught, weak)
+    assert torch.equal(own, image)
+    guess, sure = pseudo_labels(opinion, 0.6)
+    mixed = strong.clone(), guess.clone(), sure.clone()
+    for row, (inside, donor) in enumerate(zip(box, other, strict=True)):
+        for after, before in zip(mixed, (strong, guess, sure), strict=True):
+            after[row][..., inside] = before[donor][..., inside]
+    assert not any(map(torch.equal, mixed, (strong, guess, sure)))
+    assert torch.equal(lesson, mixed[0])
+    torch.testing.assert_close(found, dice_loss(first, label) + 2 * consistency_loss(second, *mixed[1:]))
+
+
 def test_the_weight_of_the_lesson_grows(store):
-    seen = store.only(store.subjects[:1], store.subjects[1:3])
-    network = UNet(store.channels, store.num_classes, SMALL)
-    rows = seen.rows(store.subjects[:1]), seen.rows(store.subjects[1:3])
-    work = Work(network, seen, rows[0], 2, 0, steps=10, unlabelled=rows[1])
-    training = weak_to_strong(work, WeakToStrongRecipe(weight=2.0, ramp=0.5))
+    _, training = started(store, weight=2.0, ramp=0.5)
     assert [training.draw(step)[-1].item() for step in (0, 5, 9)] == pytest.approx([2 * math.exp(-5), 2, 2])
