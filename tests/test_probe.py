@@ -11,6 +11,8 @@ from clseg.losses import contrastive_loss
 from clseg.models import Encoder, GlobalHead
 from clseg.pairs import cluster_pairs, instance_pairs
 from clseg.settings import ContrastStage, NetworkConfig
+from clseg.study import runs
+from clseg.study.parameters import PretrainParameters
 
 VIEWS = instance_pairs(torch.arange(4).repeat(2))  # one positive and six negatives of each row
 
@@ -67,6 +69,42 @@ def test_a_probe_changes_nothing_and_knows_a_collapsed_network(store):
     assert dead["learned"] == pytest.approx(0, abs=1e-6)
     assert dead["cosine"] == pytest.approx(1)
     assert np.isnan([dead["loss_held_out"], dead["position_r2"]]).all()
+
+
+def test_held_out_are_those_who_are_neither_pre_trained_on_nor_tested(tmp_path, monkeypatch):
+    """Their slices alone give the held-out loss and the linear probes."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    given, features = {}, probe.features
+
+    def probed(encoder, head, seen, unseen, *others):
+        given.update(seen=list(seen), unseen=unseen)
+        return probe.probe(encoder, head, given["seen"], unseen, *others)
+
+    def watched(encoder, store, rows):
+        given["rows"] = rows
+        return features(encoder, store, rows)
+
+    monkeypatch.setattr(runs, "probe", probed)
+    monkeypatch.setattr(probe, "features", watched)
+    sets = ["dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=2", "unlabelled=4"]
+    overrides = ["dataset.options.subjects=9", *sets, "pretrain.steps=2"]
+    fields = {"dataset": "phantom", "profile": "smoke", "method": "gd", "overrides": overrides}
+    run = runs.pretrain_run(PretrainParameters(**fields))
+    found = runs.do(run).read("probe")
+    store = runs.open_store(run.experiment, progress=False)
+    split = runs.split_of(run, store)
+    held_out = {*store.subjects} - {*split.pretrain} - {*split.test}
+    assert (len(split.pretrain), len(split.test), len(held_out)) == (4, 2, 3)
+    subject = store.volumes["subject"].to_numpy()[store.slices["volume"]]
+    of_slice = {image.tobytes(): name for image, name in zip(store.images, subject, strict=True)}
+
+    def subjects(batches):  # the first view of gd is the slice itself
+        return {of_slice[image.half().numpy().tobytes()] for _, _, first, _ in batches for image in first}
+
+    assert subjects(given["seen"]) <= {*split.pretrain}
+    assert subjects(given["unseen"]) == held_out
+    assert {*subject[given["rows"]]} == held_out
+    assert found["held_out_subjects"].tolist() == [3]
 
 
 def test_the_nearest_slice_by_hand():
