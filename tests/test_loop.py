@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clseg.loop import Training, fit, learning_rate, seed_of, step_generator
+from clseg.loop import Training, fit, learning_rate, optimiser_for, seed_of, step_generator
 from clseg.settings import Optimisation
 from clseg.study.archive import Checkpoints, write_atomically
 
@@ -83,6 +83,21 @@ def test_what_else_learns_and_what_only_has_state_survives_a_kill(tmp_path):
     with pytest.raises(Killed):
         go(tmp_path / "killed", 5)
     assert go(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "first", "second"),
+    [("adam", 3 - 0.1, 2.8001), ("adamw", 3 * 0.95, 3 * 0.95**2), ("sgd", 3 * 0.95, 2.85 - 0.1 * (0.9 * 1.5 + 1.425))],
+)
+def test_weight_decay_by_hand(optimiser, first, second):
+    """Without a gradient adamw shrinks a weight by a share, adam goes by the sign of the decay, sgd has momentum."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 3.0)
+    taking = optimiser_for([module], Optimisation(optimiser=optimiser, learning_rate=0.1, weight_decay=0.5))
+    for expected in (first, second):
+        module.weight.grad = torch.zeros(1, 1)
+        taking.step()
+        assert module.weight.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_learning_rate_follows_half_a_cosine():

@@ -295,10 +295,13 @@ def test_test_and_validation_subjects_are_never_seen(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- mean teacher
 
 
-def test_the_teacher_is_the_running_average_of_the_student_and_has_no_gradient(store):
-    network, training = start(store, "mean_teacher", average=0.6)
-    student = training.learning["student"]
-    assert list(training.learning) == ["student"]
+@pytest.mark.parametrize(
+    ("name", "learns"), [("mean_teacher", "student"), ("weak_to_strong", "student"), ("supervised", "network")]
+)
+def test_the_network_is_the_running_average_of_what_learns_and_has_no_gradient(store, name, learns):
+    network, training = start(store, name, average=0.6)
+    student = training.learning[learns]
+    assert list(training.learning) == [learns]
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), student.parameters(), strict=True))
     optimiser = torch.optim.SGD(student.parameters(), lr=0.5)
     expected = [weight.detach().clone() for weight in student.parameters()]
@@ -313,6 +316,11 @@ def test_the_teacher_is_the_running_average_of_the_student_and_has_no_gradient(s
             torch.testing.assert_close(found.detach(), mine)
     assert all(weight.grad is None for weight in network.parameters())
     assert not torch.equal(next(network.parameters()), next(student.parameters()))
+
+
+def test_without_an_average_the_network_itself_learns(store):
+    network, training = start(store, "supervised")
+    assert training.learning == {"network": network}
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, math.exp(-5)), (2, math.exp(-5 / 4)), (4, 1.0), (9, 1.0)])
