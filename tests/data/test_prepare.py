@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -318,6 +319,33 @@ def test_second_time_opens_without_reading(dataset, monkeypatch):
     retitled = dataset.model_copy(update={"title": "another", "description": "another"})
     assert prepare(retitled, NATIVE, progress=False).folder == first.folder
     assert Store(first.folder).subjects == first.subjects
+
+
+def test_where_the_files_are_absent_a_store_that_was_made_of_them_will_do(dataset, msd):
+    """But no store of another description, of another grid, or one of several that differ."""
+    made = prepare(dataset, NATIVE, progress=False)
+    msd.rename(msd.with_name("away"))
+    again = prepare(dataset, NATIVE, progress=False)
+    assert (again.folder, again.content, again.subjects) == (made.folder, made.content, made.subjects)
+    assert np.array_equal(again.images, made.images)
+    assert np.array_equal(again.labels, made.labels)
+    for other, geometry in (
+        (dataset.model_copy(update={"normalisation": Normalisation(low=2)}), NATIVE),
+        (dataset.model_copy(update={"name": "another"}), NATIVE),
+        (dataset, Geometry(size=[32, 32])),
+    ):
+        with pytest.raises(RequestError, match=rf"Task: data set '{other.name}' is not there; "):
+            prepare(other, geometry, progress=False)
+    shutil.copytree(made.folder, made.folder.with_name("example-copy"))
+    assert prepare(dataset, NATIVE, progress=False).content == made.content
+    index = made.folder.with_name("example-copy") / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"content": "other"}))
+    with pytest.raises(RequestError, match="are made of unlike files of data set example; remove one"):
+        prepare(dataset, NATIVE, progress=False)
+    shutil.rmtree(made.folder)
+    shutil.rmtree(index.parent)
+    with pytest.raises(RequestError, match="Task: data set 'example' is not there; "):
+        prepare(dataset, NATIVE, progress=False)
 
 
 def test_key_follows_everything_that_decides(dataset, msd):
