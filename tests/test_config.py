@@ -136,6 +136,21 @@ def test_methods_with_the_same_recipe_are_fine_tuned_in_the_same_way(profile):
     assert all(recipe == some[0] for some in found.values() for recipe in some)
 
 
+@pytest.mark.parametrize("profile", known_names("profiles"))
+def test_methods_of_the_matched_arm_differ_in_who_is_alike_alone(profile):
+    """And in the threshold, which positions alone have; before weak-to-strong consistency they are the same."""
+    kinds = {"gr": "instance", "gd": "partition", "pcl": "position", "ufc": "cluster"}
+    found = {name: resolve("acdc", profile, f"matched-{name}") for name in kinds}
+    shared = found["gr"].stages[0].model_dump(exclude={"pairs"})
+    for name, experiment in found.items():
+        *before, own = experiment.stages
+        assert [stage.stage for stage in before] == ["autoencoder"] * (name == "ufc")
+        expected = {"pairs": kinds[name], "threshold": 0.35 if name == "pcl" else None}
+        assert own.model_dump() == shared | expected, name
+        assert experiment.model_copy(update={"method": "matched-gr", "stages": found["gr"].stages}) == found["gr"], name
+        assert resolve("acdc", profile, f"matched-{name}+weak_to_strong").stages == experiment.stages
+
+
 def test_published_settings_are_the_paper_profile_s():
     experiment = resolve("acdc", "paper", "gd+lr")
     assert experiment.network.filters == [16, 32, 64, 128, 128, 128]
