@@ -426,14 +426,16 @@ def test_published_lists(name, protocol):
             assert (len(set(split.pretrain)), len(set(split.test))) == (pretrain, test)
 
 
+SEMI_VALIDATION = ids(2, 19, 28, 30, 39, 45, 78, 82, 85, 87)  # of the literature, used by nobody here
+
+
 def test_the_split_of_the_semi_supervised_literature():
     """Its lists as published; our further draws label nobody who chose a setting, and are nested."""
     protocols = read_dataset("acdc").protocols
     semi, development = protocols["semi"], protocols["development"]
     assert (len(semi.pretrain), len(semi.test), semi.validation) == (70, 20, [])
-    validation = {f"patient{n:03d}" for n in (2, 19, 28, 30, 39, 45, 78, 82, 85, 87)}  # theirs, used by nobody here
     everyone = {f"patient{n:03d}" for n in range(1, 101)}
-    assert {*semi.pretrain} == everyone - {*semi.test} - validation
+    assert {*semi.pretrain} == everyone - {*semi.test} - {*SEMI_VALIDATION}
     assert semi.labelled[7][1] == [f"patient{n:03d}" for n in (99, 38, 50, 100, 58, 21, 49)]
     chose = {
         *development.test,
@@ -444,4 +446,20 @@ def test_the_split_of_the_semi_supervised_literature():
         assert (semi.labelled[1][draw], semi.labelled[3][draw]) == (seven[:1], seven[:3])
         assert {*seven} <= {*semi.pretrain}
         assert draw == 1 or not chose & {*seven}
-    assert not {*development.test} & ({*semi.test} | validation | {*semi.labelled[7][1]})
+
+
+def test_nobody_who_chose_a_setting_is_in_a_list_that_is_reported():
+    """Labelled or scored in `development`. What folds test is not asked: it is everyone."""
+    protocols = read_dataset("acdc").protocols
+    development, published, semi = (protocols[name] for name in ("development", "chaitanya", "semi"))
+
+    def named(draws):
+        return {one for some in draws.values() for own in some.values() for one in own}
+
+    chose = {*development.test, *named(development.labelled)}
+    assert not chose & {*published.test, *published.validation, *named(published.validation_of)}
+    assert not chose & named(published.labelled)
+    assert not chose & {*make_split(protocols["folds"], ALL, ALL, 10, 1).labelled}  # fold 0, of most labels
+    assert not chose & {*semi.test, *SEMI_VALIDATION, *semi.labelled[7][1]}
+    assert named(development.labelled) <= {*development.pretrain} == {*published.pretrain} - {*development.test}
+    assert (len(development.test), len(chose)) == (20, 33)
