@@ -244,6 +244,18 @@ def test_a_ladder_says_what_each_method_adds_to_the_one_before():
     assert (some.ladder(["random", "weak_to_strong"])["weak_to_strong"] == "-").all()  # no runs yet
 
 
+@pytest.mark.parametrize("kinds", [["last"], ["best"], ["best", "last"]])
+def test_readers_are_told_which_checkpoint_was_scored(kinds):
+    """Where the best one was kept, on which grid it was chosen."""
+    shown = read_results("quickstart", "phantom", "laptop")
+    settings = {f"method {kind}": {"finetune": {"checkpoint": kind}} for kind in kinds}
+    about = replace(shown, provenance=shown.provenance | {"settings": settings}).about
+    [line] = [line for line in about.splitlines() if line.startswith("scores of ")]
+    assert ("the best step on validation subjects, chosen on the network's grid" in line) == ("best" in kinds)
+    assert ("the last step" in line) == ("last" in kinds)
+    assert line.count("on the grid of the files") == len(kinds)
+
+
 def test_the_committed_rows_are_whole():
     for folder in sorted(path.parent for path in paths.COMMITTED.glob("*/*/runs.csv")):
         have = rows.read(*folder.parts[-2:])
@@ -362,11 +374,15 @@ def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, mon
         pd.testing.assert_frame_equal(ours[0], theirs[0], rtol=0, atol=1.01e-4)
 
 
-@pytest.mark.parametrize(
-    ("profile", "dataset", "name"), [("laptop", "acdc", "acdc"), ("laptop", "phantom", "quickstart")]
-)
-def test_the_charts_that_readers_see_first_are_those_of_the_code(profile, dataset, name, tmp_path):
-    """The chart of the README, and that of `make study`."""
+CHARTS = [
+    *(("laptop", "acdc", name) for name in ("acdc", "acdc_matched", "acdc_consistency", "acdc_start")),
+    ("laptop", "phantom", "quickstart"),
+]
+
+
+@pytest.mark.parametrize(("profile", "dataset", "name"), CHARTS)
+def test_committed_charts_are_those_of_the_code_and_the_rows(profile, dataset, name, tmp_path):
+    """The chart of the README, that of `make study`, and those of the studies that chose its settings."""
     whole = grid.expand(read_study(name).within(read_profile(profile)), dataset, profile)
     there = rows.place(profile, dataset) / name
     folder = tmp_path / profile / dataset / name
