@@ -86,6 +86,27 @@ figure
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Chaitanya et al.:
+#
+# * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
+#   image has 36 negatives, zero images among them. Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
+#   of a real image are of another volume.
+# * `gr`: the released code has it as comments only, so it cannot be run there.
+# * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
+#   pass together, in `gd` with the zero images.
+# * The running averages of batch norm go along to the next stage and into fine-tuning. There they restart.
+# * Brightness and contrast are drawn for each image, there once for the whole batch. Lengths in pixels are kept as shares of the image side: a crop
+#   has 100/192 of it, there 100 pixels in every data set.
+# * The global loss is a plain mean over pairs. There the sum over pairs is divided by the number of images.
+# * `gd+ld`: the two views of a slice are compared in both directions, there only from the first to the second. The loss is the mean over all terms;
+#   there the sum is divided by regions and maps.
+# * Fine-tuning: no change of brightness and contrast. The released code computes such changes and drops them, so the effect is the same.
+# * Profiles `smoke` and `laptop` (`params/profiles`): smaller images, fewer steps, another momentum of batch norm, the last step in place of the best on
+#   validation. `smoke` has smaller networks, too, and fewer slices in a batch; `laptop` fine-tunes with another loss, rate, schedule and batch.
+# * On ACDC: no bias field correction (N4). `benchmark` uses 77 patients, as the published list of 78 holds a validation patient.
+
+# %% [markdown]
 # ## What this does not show
 # * Whether this initialisation is worth its time where fine-tuning uses the unlabelled scans itself: `42_which_method` asks that.
 # * Which answer to "who is alike?" is best: here each method has its own batch and steps. The matched arm of `42_which_method` has one for all.

@@ -62,8 +62,26 @@ print(results.dice)
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Chaitanya et al., beside the choice that an axis changes:
+#
+# * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
+#   image has 36 negatives, zero images among them. Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
+#   of a real image are of another volume.
+# * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
+#   pass together, in `gd` with the zero images.
+# * The running averages of batch norm go along to the next stage and into fine-tuning. There they restart.
+# * Brightness and contrast are drawn for each image, there once for the whole batch. Lengths in pixels are kept as shares of the image side: a crop
+#   has 100/192 of it, there 100 pixels in every data set.
+# * The global loss is a plain mean over pairs. There the sum over pairs is divided by the number of images.
+# * Fine-tuning: no change of brightness and contrast. The released code computes such changes and drops them, so the effect is the same.
+# * Profiles `smoke` and `laptop` (`params/profiles`): smaller images, fewer steps, another momentum of batch norm, the last step in place of the best on
+#   validation. `smoke` has smaller networks, too, and fewer slices in a batch; `laptop` fine-tunes with another loss, rate, schedule and batch.
+
+# %% [markdown]
 # ## What this does not show
 # * What two changed choices do together: one is changed at a time.
 # * The best value of a choice: the values are scored on test subjects, so none may be chosen here. Settings of the study on ACDC were chosen on
 #   development patients (`PROTOCOL.md`).
+# * The size of a batch alone: with 4 slices a batch of `gd` is one volume, so no positive is of another volume.
 # * That a choice without effect here has none elsewhere: with 2 labelled subjects and 3 draws only large effects can be seen.

@@ -81,6 +81,41 @@ results.distances
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Chaitanya et al., in `gr` and `gd+lr`:
+#
+# * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
+#   image has 36 negatives, zero images among them. Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
+#   of a real image are of another volume.
+# * `gr`: the released code has it as comments only, so it cannot be run there.
+# * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
+#   pass together, in `gd` with the zero images.
+# * The running averages of batch norm go along to the next stage and into fine-tuning. There they restart.
+# * Brightness and contrast are drawn for each image, there once for the whole batch. Lengths in pixels are kept as shares of the image side: a crop
+#   has 100/192 of it, there 100 pixels in every data set.
+# * The global loss is a plain mean over pairs. There the sum over pairs is divided by the number of images.
+# * Fine-tuning: no change of brightness and contrast. The released code computes such changes and drops them, so the effect is the same.
+# * Profiles `smoke` and `laptop` (`params/profiles`): smaller images, fewer steps, another momentum of batch norm, the last step in place of the best on
+#   validation. `smoke` has smaller networks, too, and fewer slices in a batch; `laptop` fine-tunes with another loss, rate, schedule and batch.
+# * On ACDC: no bias field correction (N4). `benchmark` uses 77 patients, as the published list of 78 holds a validation patient.
+#
+# *Deviation* from the sources of the others. Of `rotation`, `inpainting` and `context_restoration` the code of Chaitanya et al. has helpers that make
+# the inputs, but no loss and no script:
+#
+# * `rotation` (Gidaris et al.): slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
+# * `inpainting` (Pathak et al.): no adversarial loss, no tenfold weight along the seam of the box.
+# * `context_restoration` (Chen et al.): all patches are disjoint, not only the two of a pair. They are scaled with the image, and have 4 pixels a side
+#   or more.
+# * `self_training` (Bai et al.): predicted labels are not refined by a conditional random field.
+# * `gan_augmentation` (Chaitanya et al., 2019): both generators and the segmenter are trained together, not one after the other; one discriminator;
+#   smaller networks.
+# * `adversarial` (Zhang et al., MICCAI 2017): both networks learn in one step through gradient reversal, there in turns; a smaller discriminator.
+# * `pcl` (Zeng et al.): elastic fields come from a coarse grid of nodes; bilinear sampling, not cubic; no random crop; the loss is not multiplied by
+#   temperature / 0.07; a difference of positions that equals t but for rounding counts as t.
+# * `ufc`: no code of Zhang et al. is public, so what deviates from it cannot be listed. Auto-encoder, clustering, loss and settings are ours.
+# * Ramps and warm-ups are shares of the steps. Neither they nor patches were tuned.
+
+# %% [markdown]
 # ## What this does not show
 # * What each rival could do with settings of its own: ramps and patches are scaled with steps and image side, and not tuned for this data set.
 # * A comparison at equal cost: consistency and self-training see more slices in each step of fine-tuning, pre-trainings before it.

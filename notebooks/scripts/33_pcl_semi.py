@@ -81,6 +81,20 @@ results.distances
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Zeng et al., beside the choice of the epoch (at the top):
+#
+# * Views: the smooth noise of elastic fields comes from a coarse grid of nodes, of the strength that smoothing would leave; bilinear sampling, not
+#   cubic; no random crop.
+# * Loss: a plain mean. There it is multiplied by temperature / 0.07, which is 1.43 at a temperature of 0.1.
+# * `pcl`: a difference of positions that equals t but for rounding counts as t. There the rounding decides.
+#
+# *Deviation* of the two that are not in their code:
+#
+# * `rotation` (Gidaris et al.): slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
+# * `pirl` (Misra & van der Maaten): InfoNCE, without the published sum of log(1 - h) over negatives; at most 1,024 negatives, not 32,000; no random crops.
+
+# %% [markdown]
 # ## What this does not show
 # * The published numbers: Zeng et al. pool all slices of a fold into one Dice for each structure, take the best epoch on that fold, and pre-train on
 #   every frame of the heart cycle. Here Dice is of each volume, then the mean: a small heart counts as much as a large one.

@@ -78,6 +78,15 @@ print(results.dice)
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Zeng et al.:
+#
+# * Views: the smooth noise of elastic fields comes from a coarse grid of nodes, of the strength that smoothing would leave; bilinear sampling, not
+#   cubic; no random crop.
+# * Loss: a plain mean. There it is multiplied by temperature / 0.07, which is 1.43 at a temperature of 0.1.
+# * `pcl`: a difference of positions that equals t but for rounding counts as t. There the rounding decides.
+
+# %% [markdown]
 # ## What this does not show
 # * The best threshold: the values are scored on test subjects, so none may be chosen here.
 # * What a threshold does on volumes of hundreds of slices: on a heart of ten slices a step of .1 is one slice.

@@ -80,6 +80,18 @@ results.distances
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation*: no code of Zhang et al. is public, so what deviates from it cannot be listed: auto-encoder, clustering, loss and settings
+# of `ufc` and `ufc-negatives` are ours. Of the others:
+#
+# * `gr` (Chaitanya et al.): views pass the network one after the other; brightness and contrast are drawn for each image; crops are a share of the image
+#   side. The released code has it as comments only.
+# * `rotation` (Gidaris et al.): slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
+# * `weak_to_strong` (UniMatch): one strong view, not two; no dropped features; pixel-wise cross-entropy on the pseudo-labels, not Dice; the teacher is
+#   a running average of the weights; no change of hue or saturation, though these images have colour; brightness is added, not multiplied; blur of up
+#   to 1.5 pixels of the network's image, there 2 of 256.
+
+# %% [markdown]
 # ## What this does not show
 # * The paper's result: its network, clustering and loss are our reading, and PH2 has 200 images where ISIC 2018 has 2,594.
 # * What pseudo-classes mean on photographs: a cluster may be a camera or a colour of skin. `39_ufc_clusters` looks into clusters of volumes.

@@ -83,6 +83,16 @@ results.distances
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation*: no code of Zhang et al. is public, so what deviates from it cannot be listed: auto-encoder, clustering, loss and settings
+# of `ufc` and `ufc-negatives` are ours. The methods `gr`, `gd` (Chaitanya et al.) and `pcl` (Zeng et al.) were published for slices: networks and views in
+# 3-D are ours. Besides:
+#
+# * `gr`, `gd`: no zero images in a batch, views pass the network apart, brightness and contrast are drawn for each image; all in `30_glcl_strategies`.
+# * `pcl`: elastic fields come from a coarse grid of nodes; linear sampling, not cubic; no random crop; the loss is not multiplied by
+#   temperature / 0.07; a difference of positions that equals t but for rounding counts as t.
+
+# %% [markdown]
 # ## What this does not show
 # * The paper's result: its network, clustering and loss are our reading, and the whole-heart CT is not here.
 # * Full volumes: blocks of slices at low resolution are what a CPU can do.

@@ -112,6 +112,12 @@ print(results.summary[columns].round(2).dropna(axis="columns", how="all").to_str
 print(results.findings)
 
 # %% [markdown]
+# ## Deviations
+# *Deviation*: no code of Zhang et al. is public, so what deviates from it cannot be listed. The auto-encoder has the layers of Higgins et al.
+# (ICLR 2017, those for CelebA without their hidden linear one); slices are clustered once, before the contrast; loss and settings are ours. `gr`
+# deviates from the code of Chaitanya et al. as `30_glcl_strategies` says.
+
+# %% [markdown]
 # ## What this does not show
 # * The best number of clusters: the values are scored on test subjects, so none may be chosen here.
 # * Clusters of real scans: the phantom's subjects differ in intensity and shape by design, and the auto-encoder finds that first.
