@@ -4,6 +4,10 @@
 # them, or does the patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
 # takes seconds under `smoke`.
 #
+# With profile `smoke` (that is what is committed here) these are encoders that were trained for seconds: they show that the notebook works, and
+# nothing about the methods. For numbers, run `clseg run pcl_embedding --dataset acdc --profile laptop`: about 70 minutes on one core (`--dry-run`
+# estimates it for yours).
+#
 # You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
 # partitions and positions, and two numbers that do not depend on a t-SNE: whether the nearest slice of another patient has a near
 # position, and whether the nearest slice at all is of the same patient. Whether they published such a figure is not known here.
@@ -13,7 +17,7 @@ import numpy as np
 import pandas as pd
 from sklearn.manifold import TSNE
 
-from clseg import plots, probe
+from clseg import plots, probe, stats
 from clseg.study import grid, runs
 from clseg.study.files import read_study
 from clseg.study.parameters import FigureParameters, read_parameters
@@ -73,9 +77,35 @@ print(f"a random slice of another subject is off by {by_chance:.2f}")
 
 # %% [markdown]
 # "position off by" is the mean distance in position (0 to 1) to the nearest slice of another subject: small where position
-# orders the slices. The other column says how much the subject itself decides. Compare with the random weights: what `smoke` trains, 20 steps, is
-# too little to say anything.
+# orders the slices. The other column says how much the subject itself decides. Compare with the random weights, and with a random slice.
 #
+# With profile `smoke` these are encoders that were trained for 20 steps: where their numbers are worse than those of random weights, or near those of a
+# random slice, this says nothing about the methods.
+#
+# ## What we see
+# Exploratory, of one seed and one fold, so without intervals. Under `smoke` there is nothing to see.
+
+# %%
+if why := stats.why_no_tests(pd.DataFrame({"profile": [plan.profile]})):
+    print(why)
+else:
+    off, same = table.loc["random"]
+    print(f"position off by: {by_chance:.2f} for a random slice")
+    print(f"random weights: position off by {off:.2f}, nearest is same subject {same:.2f}")
+    for name, row in table.drop(index="random").iterrows():
+        change, of_subject = row - table.loc["random"]
+        print(f"{name}, minus random weights: position off by {change:+.2f}, nearest is same subject {of_subject:+.2f}")
+
+# %% [markdown]
+# ## Deviations
+# *Deviation* from the released code of Zeng et al.:
+#
+# * Views: the smooth noise of elastic fields comes from a coarse grid of nodes, of the strength that smoothing would leave; bilinear sampling, not
+#   cubic; no random crop.
+# * Loss: a plain mean. There it is multiplied by temperature / 0.07, which is 1.43 at a temperature of 0.1.
+# * `pcl`: a difference of positions that equals t but for rounding counts as t. There the rounding decides.
+
+# %% [markdown]
 # ## What this does not show
 # * That an embedding that is ordered by position segments better: these are features, not Dice. `33_pcl_semi` has the Dice.
 # * Distances: a t-SNE keeps neighbours, not how far groups lie apart. Compare the two numbers of the table, not the pictures.
