@@ -329,6 +329,7 @@ def test_a_notebook_as_html_is_readable(stem):
 
 
 LESSONS = [stem for stem in build.stems() if re.match(r"0[24]_|1\d_", stem)]
+RESULTS = [stem for stem in build.stems() if re.match(r"3\d_|4[0-2]_", stem)]
 PAGES = [*PROJECT.glob("*.md"), *build.FOLDER.glob("*.ipynb"), *build.FOLDER.glob("solutions/*.ipynb")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -392,3 +393,17 @@ def test_a_lesson_is_made_to_the_pattern(stem):
             line for line in prose(PROJECT / page).splitlines() if line.startswith("|") and f"{stem}.ipynb" in line
         )
         assert minutes in map(str.strip, row.split("|")), f"{page} has other minutes"
+
+
+@pytest.mark.parametrize("stem", RESULTS)
+def test_results_say_what_they_show_and_what_they_do_not(stem):
+    script = build.script_of(stem).read_text(encoding="utf-8")
+    places = [script.find(f"\n# ## {heading}\n") for heading in ("What we see", "What this does not show")]
+    assert -1 not in places
+    assert places == sorted(places)
+    if stem.startswith("3"):  # a paper's own figures
+        assert "*Deviation*" in script
+
+
+def test_results_are_numbers_30_to_42():
+    assert [stem[:2] for stem in RESULTS] == [str(number) for number in range(30, 43)]
