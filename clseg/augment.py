@@ -198,7 +198,7 @@ def strong_view(image: Tensor, generator: Generator) -> Tensor:
     x + U(-0.3, 0.3) and contrast (x - mean) U(0.5, 1.5) + mean, with 0.5 a Gaussian blur of U(0.1, 1.5) pixels.
 
     image: float, about 0..1. Source: UniMatch (Yang et al., CVPR 2023), its medical scenario.
-    *Deviation*: no hue or saturation, which these images lack; brightness is added, there it is a factor U(0.5, 1.5),
+    *Deviation*: no hue or saturation, which grey images lack; brightness is added, there it is a factor U(0.5, 1.5),
     and the result is clipped; blur in pixels of the network's image, not of 256, and up to 1.5, not 2.
     """
     batch, each = len(image), (len(image), *[1] * (image.ndim - 1))

@@ -45,7 +45,7 @@ def test_studies_are_listed_with_their_grid_and_what_it_costs(capsys):
     about, cost = lines[start + 1 : start + 3]
     assert about == "    notebook 00_start_here; data sets phantom; 4 methods x 3 numbers of labels x 1 draws x 1 seeds"
     assert cost.startswith("    smoke on phantom: 2 pre-trainings shared by 10 fine-tunings; about ")
-    assert all(re.search(r"; about \d+ (s|min|h) \(.+\) and [\d,]+ MB$", line) for line in lines[2::3])
+    assert all(re.search(r"; about \d+ (s|min|h), \d[^(]+ a run \(.+\), and [\d,]+ MB$", line) for line in lines[2::3])
     assert "params/studies/_template.yaml" in last
 
 

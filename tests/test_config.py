@@ -189,7 +189,9 @@ def test_zeng_et_al_have_their_own_published_setting():
     assert (stage.pairs, stage.threshold, stage.temperature, stage.denominator) == ("position", 0.35, 0.1, "all")
     assert (stage.head, stage.views, stage.slices) == ("pool", "pcl", 32)
     assert (stage.optimiser, stage.learning_rate, stage.schedule, stage.weight_decay) == ("sgd", 0.1, "cosine", 1e-5)
-    assert experiment.pretrain.steps == 1902 // 32 * 300 + 100  # 300 epochs of the slices of both phases, rounded
+    assert (
+        experiment.pretrain.steps == 1902 // 32 * 300
+    )  # 300 epochs of the slices of both phases; the last batch is dropped
     recipe, finetune = experiment.recipe, experiment.finetune
     assert (recipe.loss, recipe.augmentation, recipe.optimiser) == ("cross_entropy", "pcl", "adam")
     assert (recipe.schedule, recipe.learning_rate, recipe.final_learning_rate) == ("cosine", 5e-4, 5e-6)
@@ -197,7 +199,7 @@ def test_zeng_et_al_have_their_own_published_setting():
     assert [finetune.steps_for(labelled) for labelled in (2, 6, 10)] == [400, 1100, 1900]  # 100 epochs
     chd = resolve("chd", "paper", "pcl")
     assert (chd.network.filters, chd.geometry.size) == ([32, 64, 128, 256, 512], [512, 512])
-    assert chd.stages[0].threshold == 0.1
+    assert (chd.stages[0].threshold, chd.pretrain.steps) == (0.1, 17525 // 32 * 300)
     assert (chd.dataset.normalisation.low, chd.dataset.normalisation.high) == (1.0, 99.0)
     assert (chd.recipe.augmentation, chd.recipe.learning_rate, chd.recipe.final_learning_rate) == ("none", 5e-5, 1e-6)
     for run in expand(read_study("pcl_semi"), "acdc", "paper").finetune:

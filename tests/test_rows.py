@@ -90,7 +90,9 @@ def test_runs_that_must_follow_each_other_are_not_estimated_as_if_side_by_side()
     assert cost.chain == pytest.approx(cost.seconds)
     assert cost.text(2).startswith(f"about {estimate.minutes(cost.seconds)}, 2 at a time")
     assert (
-        estimate.Cost(seconds=270.0, chain=50.0, megabytes=1.0, runs=9, of_earlier=0).text(3).startswith("about 90 s")
+        estimate.Cost(seconds=270.0, chain=50.0, one=(5.0, 20.0), megabytes=1.0, runs=9, of_earlier=0)
+        .text(3)
+        .startswith("about 90 s, 3 at a time, 5 s to 20 s a run (")
     )
 
 
@@ -251,7 +253,8 @@ def test_readers_are_told_which_checkpoint_was_scored(kinds):
     settings = {f"method {kind}": {"finetune": {"checkpoint": kind}} for kind in kinds}
     about = replace(shown, provenance=shown.provenance | {"settings": settings}).about
     [line] = [line for line in about.splitlines() if line.startswith("scores of ")]
-    assert ("the best step on validation subjects, chosen on the network's grid" in line) == ("best" in kinds)
+    words = "the best step on validation subjects (whose masks count as labels, too), chosen on the network's grid"
+    assert (words in line) == ("best" in kinds)
     assert ("the last step" in line) == ("last" in kinds)
     assert line.count("on the grid of the files") == len(kinds)
 

@@ -28,7 +28,8 @@ from clseg.study.schema import Axis
 
 SCORED = {
     "last": "the last step, on the grid of the files",
-    "best": "the best step on validation subjects, chosen on the network's grid; on the grid of the files",
+    "best": "the best step on validation subjects (whose masks count as labels, too), chosen on the network's grid;"
+    " on the grid of the files",
 }
 
 
