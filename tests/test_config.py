@@ -189,9 +189,7 @@ def test_zeng_et_al_have_their_own_published_setting():
     assert (stage.pairs, stage.threshold, stage.temperature, stage.denominator) == ("position", 0.35, 0.1, "all")
     assert (stage.head, stage.views, stage.slices) == ("pool", "pcl", 32)
     assert (stage.optimiser, stage.learning_rate, stage.schedule, stage.weight_decay) == ("sgd", 0.1, "cosine", 1e-5)
-    assert (
-        experiment.pretrain.steps == 1902 // 32 * 300
-    )  # 300 epochs of the slices of both phases; the last batch is dropped
+    assert experiment.pretrain.steps == 1902 // 32 * 300  # epochs of slices of both phases; of whole batches alone
     recipe, finetune = experiment.recipe, experiment.finetune
     assert (recipe.loss, recipe.augmentation, recipe.optimiser) == ("cross_entropy", "pcl", "adam")
     assert (recipe.schedule, recipe.learning_rate, recipe.final_learning_rate) == ("cosine", 5e-4, 5e-6)
