@@ -1,5 +1,6 @@
 """Rows that outlive a machine: what is missing is computed, what is there is not, and tables follow from rows alone."""
 
+import json
 import os
 import re
 import subprocess
@@ -438,6 +439,13 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_rows():
     few, eight = ([{*ids} for count in counts for ids in lists[count].values()] for counts in ((1, 2), (8,)))
     assert (len(set.union(*few)), set.union(*few)) == (5, set.intersection(*eight))  # also in 42 and in PROTOCOL
     assert "All draws of 1 and 2 labelled patients come from five patients" in sentences
+    simulated = pd.DataFrame(json.loads((paths.COMMITTED / "statistics" / "coverage.json").read_bytes())["rows"])
+    misses = simulated.groupby("kind")["crossed interval"].agg(["min", "max"])
+    three = misses.loc[["planned", "seeds differ as much as patients"]]
+    assert f"in {three['min'].min():.0f} to {three['max'].max():.0f} % of studies with" in sentences
+    for number in ("two seeds", "one seed"):
+        most = misses["max"][misses.index.str.startswith(number)].max()
+        assert f"in up to {most:.0f} % with {number.split()[0]}" in sentences
     done, planned = rows.progress("acdc", "acdc", "laptop")
     assert f"{done} of {planned} planned runs are done" in text
     counted = {

@@ -279,6 +279,13 @@ for place, studies in PLAN.items():
 plots.published_for(dataset, "acdc")
 
 # %% [markdown]
+# ## Deviations
+# From the protocol: the last section of `PROTOCOL.md`. *Deviation* of the matched arm from the papers: one head, batch, optimiser and denominator for all
+# four, and views that pass batch norm apart (the rest of `30_glcl_strategies` and `33_pcl_semi`). *Deviation* of `weak_to_strong` from UniMatch: one strong
+# view, not two; no dropped features; pixel-wise cross-entropy on the pseudo-labels, not Dice; the teacher is a running average of the weights;
+# brightness is added, not multiplied; a weaker blur.
+
+# %% [markdown]
 # ## What this does not show
 # * 64 x 64 pixels and end-diastole: at full resolution, and with both phases, the order may differ.
 # * Whether one of the four answers is better than another: no contrast of the protocol compares two of them, and the exploratory table cannot
