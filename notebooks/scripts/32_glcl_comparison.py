@@ -113,7 +113,7 @@ print(results.findings)
 # * `pcl` (Zeng et al.): elastic fields come from a coarse grid of nodes; bilinear sampling, not cubic; no random crop; the loss is not multiplied by
 #   temperature / 0.07; a difference of positions that equals t but for rounding counts as t.
 # * `ufc`: no code of Zhang et al. is public, so what deviates from it cannot be listed. Auto-encoder, clustering, loss and settings are ours.
-# * Ramps and warm-ups are shares of the steps. Neither they nor patches were tuned.
+# * Ramps and warm-ups are shares of the steps. Neither they nor patches were tuned yet; `acdc_rivals` is the study that tries six settings of each.
 
 # %% [markdown]
 # ## What this does not show

@@ -254,12 +254,12 @@ print(results.gaps)
 
 # %% [markdown]
 # Other parts of the plan, by data set: steps with today's settings (`acdc_budget`), the released batch of `gd` (`acdc_sets`), the tuning of the arm as
-# published (`acdc_published`), then that arm, the split of the semi-supervised literature, one ablation for each paper, embeddings, other data sets. Each command
+# published (`acdc_published`) and of its rivals (`acdc_rivals`), then that arm, the split of the semi-supervised literature, one ablation for each paper, embeddings, other data sets. Each command
 # adds what is missing, and goes on where it was stopped. The race against a plain MONAI script is a benchmark: [40_benchmarks](40_benchmarks.ipynb) names its command.
 
 # %%
 PLAN = {
-    "acdc": "acdc acdc_budget acdc_sets acdc_published glcl_comparison glcl_strategies acdc_semi"
+    "acdc": "acdc acdc_budget acdc_sets acdc_published acdc_rivals glcl_comparison glcl_strategies acdc_semi"
     " glcl_ablation pcl_threshold ufc_clusters pcl_embedding pcl_semi",
     "hippocampus": "hippocampus ufc_heart",
     "ph2": "ufc_skin",
