@@ -435,6 +435,15 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_rows():
     assert len(signs) > 15
     assert ((signs > 0).all(axis=1) | (signs < 0).all(axis=1)).all()  # the same in all seeds wherever it matters
     assert (contrasts.loc["weak_to_strong"]["difference"] > alone["difference"].max().loc[[1, 2, 8]]).all()
+    decided = shown.contrasts[shown.contrasts["verdict"] != "not known"]
+    found = {tuple(row) for row in decided[["verdict", "method", "labelled", "note"]].to_numpy()}
+    none = {("no difference that matters", f"matched-{name}", 77, "") for name in ("gd", "pcl", "gd+lr")}
+    helps = {("helps", "weak_to_strong", 2, "by more than 0.02")}
+    assert found == none | helps | {("helps", "matched-ufc+weak_to_strong", count, "") for count in (1, 2)}
+    assert f"Of the {len(shown.contrasts)} comparisons of the plan, corrected together, six are decided" in sentences
+    assert f"The other {len(shown.contrasts) - len(decided)} are *not known*" in sentences
+    gained = pd.concat(by_seed, axis=1)[(shown.contrasts["baseline"] == "random") & (shown.contrasts["labelled"] < 77)]
+    assert (gained > 0).all(axis=None)  # "although these gained in every seed"
     lists = read_dataset("acdc").protocols["chaitanya"].labelled
     few, eight = ([{*ids} for count in counts for ids in lists[count].values()] for counts in ((1, 2), (8,)))
     assert (len(set.union(*few)), set.union(*few)) == (5, set.intersection(*eight))  # also in 42 and in PROTOCOL
