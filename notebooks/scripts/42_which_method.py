@@ -100,10 +100,9 @@ print(results.dice)
 
 # %% [markdown]
 # ## The contrasts of the protocol
-# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. *Not known* means one of
-# two: the interval does not decide, or there are too few seeds or draws to say (fewer than three; dotted). `p_holm` is small if there surely is a
-# difference. `p_margin_holm` is small if the difference is surely on that side of .02 where it seems to be. Both are corrected by Holm over all 26
-# contrasts; where there are too few draws or seeds there is none (-).
+# The first method minus the second, on the same patients, draws and seeds. The grey band is ± .02 Dice: less does not matter. `p_holm` is small if there
+# surely is a difference. `p_margin_holm` is small if the difference is surely on that side of .02 where it seems to be. Both are corrected by Holm over
+# all 26 contrasts, and verdicts follow from them. Intervals are not corrected: so one that lies above 0 may still be *not known*.
 
 # %%
 figure = plots.forest(results.contrasts)
