@@ -6,7 +6,7 @@
 #
 # With profile `smoke` (that is what is committed here) these are encoders that were trained for seconds: they show that the notebook works, and
 # nothing about the methods. For numbers, run `clseg run pcl_embedding --dataset acdc --profile laptop`: about 70 minutes on one core (`--dry-run`
-# estimates it for yours).
+# estimates it for yours). How much of position the trained encoders of the study on ACDC hold is in `42_which_method` (`position_r2`).
 #
 # You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
 # partitions and positions, and two numbers that do not depend on a t-SNE: whether the nearest slice of another patient has a near
