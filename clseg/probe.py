@@ -101,11 +101,13 @@ def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> t
 
 
 def fault(found: Mapping[str, float]) -> str:
-    """What a row of `COLUMNS` says against a pre-training; empty if nothing."""
-    if found["learned"] < 0.1:
+    """What a row of `COLUMNS` says against a pre-training, or cannot say; empty if nothing."""
+    if not found["learned"] >= 0.1:
         return "learned little: the loss came less than a tenth of the way from its floor to its bound"
+    if np.isnan(found["loss_held_out"]):
+        return "not known on subjects that it never saw: there is no loss on them"
     if found["loss_held_out"] >= found["floor"]:
-        return "does not carry over: on subjects that it never saw the loss is not below the floor"
+        return "on subjects that it never saw, the contrastive loss is not below its floor"
     return ""
 
 

@@ -147,6 +147,11 @@ def test_the_bar_counts_the_steps_of_runs_that_are_not_done(tmp_path, monkeypatc
         (second.folder / "progress.json").write_text('{"step": 5, "steps": 10}')
         show({"before", "a"}, [second])
         assert "2/3 runs  75%" in capsys.readouterr().err
+    monkeypatch.setattr(grid, "LOG_SECONDS", 60.0)
+    with grid.bar_of([first, second], 3) as show:
+        capsys.readouterr()
+        show({"before", "a"}, [second])
+        assert capsys.readouterr().err == ""  # a log gets few lines
 
 
 def test_dry_run_prints_the_grid_and_trains_nothing(small_grid, tmp_path, monkeypatch, capsys):

@@ -101,6 +101,7 @@ def test_held_out_are_those_who_are_neither_pre_trained_on_nor_tested(tmp_path, 
     def subjects(batches):  # the first view of gd is the slice itself
         return {of_slice[image.half().numpy().tobytes()] for _, _, first, _ in batches for image in first}
 
+    assert given["seen"]
     assert subjects(given["seen"]) <= {*split.pretrain}
     assert subjects(given["unseen"]) == held_out
     assert {*subject[given["rows"]]} == held_out
@@ -134,3 +135,19 @@ def test_the_encoders_of_a_pre_training_work_as_they_were_trained(store):
 
     assert error(weights) < 0.3
     assert error(weights | {name: new[name] for name in weights if "running" in name}) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("learned", "unseen", "said"),
+    [
+        (0.5, 3.0, ""),
+        (0.05, 3.0, "learned little"),
+        (float("nan"), 3.0, "learned little"),
+        (0.5, 4.0, "on subjects that it never saw, the contrastive loss is not below its floor"),
+        (0.5, float("nan"), "not known on subjects that it never saw"),
+    ],
+)
+def test_what_speaks_against_a_pre_training_is_named(learned, unseen, said):
+    found = probe.fault({"learned": learned, "loss_held_out": unseen, "floor": 4.0})
+    assert found.startswith(said)
+    assert bool(found) == bool(said)

@@ -27,13 +27,12 @@ LOOKED_AT = 9  # finished runs of a kind
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the runs that are not done: seconds with one at a time, of those that must follow each other, and of one, the
-    shortest and the longest; megabytes they leave; and how that is known."""
+    """Of the runs that are not done."""
 
-    seconds: float
-    chain: float
-    one: tuple[float, float]
-    megabytes: float
+    seconds: float  # one run at a time
+    chain: float  # seconds of those that must follow each other
+    shortest_longest: tuple[float, float]  # seconds of one run
+    megabytes: float  # that they leave
     runs: int
     of_earlier: int  # runs whose time is that of earlier ones
 
@@ -43,7 +42,7 @@ class Cost:
         if 0 < self.of_earlier < self.runs:
             how = f"{self.of_earlier} as earlier ones took, the others from a few passes timed now"
         at_once = f", {jobs} at a time" if jobs > 1 else ""
-        each = " to ".join(dict.fromkeys(map(minutes, self.one)))
+        each = " to ".join(dict.fromkeys(map(minutes, self.shortest_longest)))
         whole = minutes(max(self.seconds / jobs, self.chain))
         return f"about {whole}{at_once}, {each} a run ({how}), and {self.megabytes:,.0f} MB"
 
@@ -72,11 +71,11 @@ def estimate(grid: Grid, done: Iterable[str] = ()) -> Cost:
         seconds += of_step * sum(run.steps for run in runs)
         chains |= {run.name: of_step * run.steps for run in runs}
         megabytes += _megabytes(runs[0]) * len(runs)
-    one = (min(chains.values(), default=0.0), max(chains.values(), default=0.0))
+    each = (min(chains.values(), default=0.0), max(chains.values(), default=0.0))
     for run in grid.all:  # parents come first
         if run.name in chains and run.parent:
             chains[run.name] += chains.get(run.parent.name, 0.0)
-    return Cost(seconds, max(chains.values(), default=0.0), one, megabytes, sum(map(len, todo.values())), int(known))
+    return Cost(seconds, max(chains.values(), default=0.0), each, megabytes, sum(map(len, todo.values())), int(known))
 
 
 def _kind(run: Run) -> str:

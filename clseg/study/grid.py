@@ -303,13 +303,13 @@ def _step_now(run: Run) -> int:
 
 
 @contextmanager
-def bar_of(todo: Iterable[Run], every: int) -> Iterator[Callable[[set[str], Iterable[Run]], None]]:
-    """A bar of what `todo` costs, of `every` run in all; call what it gives with the names of done runs and those that
-    run."""
+def bar_of(todo: Iterable[Run], total: int) -> Iterator[Callable[[set[str], Iterable[Run]], None]]:
+    """A bar of what the runs of `todo` cost; `total` counts those done before, too. Call what it gives with the names
+    of done runs and with those that run now."""
     cost = {run.name: run.cost for run in todo}
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
     often = POLL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-    with tqdm(total=sum(cost.values()), bar_format=layout, desc=f"{every - len(cost)}/{every} runs") as bar:
+    with tqdm(total=sum(cost.values()), bar_format=layout, desc=f"{total - len(cost)}/{total} runs") as bar:
         shown = time.monotonic()
 
         def show(done: set[str], running: Iterable[Run]) -> None:
@@ -319,7 +319,7 @@ def bar_of(todo: Iterable[Run], every: int) -> Iterator[Callable[[set[str], Iter
             bar.n = min(finished + active, bar.total)
             due = time.monotonic() - shown >= often
             shown = time.monotonic() if due else shown
-            bar.set_description_str(f"{len(done)}/{every} runs", refresh=due)
+            bar.set_description_str(f"{len(done)}/{total} runs", refresh=due)
 
         yield show
 

@@ -246,7 +246,7 @@ class Results:
             pair = (self.contrasts["method"] == method) & (self.contrasts["baseline"] == baseline)
             own = self.contrasts[pair].set_index("labelled")
             rows = own[["difference", "low", "high", "verdict", "note"]].itertuples(name=None)
-            told = {n: f": {d:+.2f} ({low:+.2f} to {high:+.2f}), {stats.in_words(*v)}" for n, d, low, high, *v in rows}
+            told = {n: f": {d:+.3f} ({low:+.3f} to {high:+.3f}), {stats.in_words(*v)}" for n, d, low, high, *v in rows}
             table = table.assign(**{method: dice.get(method) + pd.Series(told) if told else None})
         return table.fillna("-").rename_axis(columns=None)
 

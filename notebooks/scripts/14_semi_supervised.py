@@ -224,8 +224,8 @@ print(f"{len(dice)} test subjects; weak to strong is ahead: {gain > 0}")
 
 # %% [markdown]
 # One draw and one seed: enough to see *how* it is done, not to say how much it gives (lesson [02](02_few_labels.ipynb) says why). With another seed the
-# gain over `supervised` was 0.02 in place of 0.09. On real patients it is larger so far: [42_which_method](42_which_method.ipynb) has the numbers with
-# their intervals, and asks whether pre-training still helps then.
+# gain over `supervised` was 0.02 in place of 0.09. On real patients it was larger with 1 and 2 labelled: [42_which_method](42_which_method.ipynb) has the numbers with
+# their intervals and verdicts, and those of pre-training before it.
 #
 # ## What to notice
 # * Pre-training comes before the first mask, pseudo-labels act while masks are learned. They can be combined.

@@ -85,7 +85,7 @@ print(results.findings)
 # *Deviation* from the released code of Chaitanya et al., in `gr` and `gd+lr`:
 #
 # * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
-#   image has 36 negatives, zero images among them. Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
+#   image has 36 negatives, zero images among them (which are anchors, too). Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
 #   of a real image are of another volume.
 # * `gr`: the released code has it as comments only, so it cannot be run there.
 # * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
@@ -113,7 +113,8 @@ print(results.findings)
 # * `pcl` (Zeng et al.): elastic fields come from a coarse grid of nodes; bilinear sampling, not cubic; no random crop; the loss is not multiplied by
 #   temperature / 0.07; a difference of positions that equals t but for rounding counts as t.
 # * `ufc`: no code of Zhang et al. is public, so what deviates from it cannot be listed. Auto-encoder, clustering, loss and settings are ours.
-# * Ramps and warm-ups are shares of the steps. Neither they nor patches were tuned yet; `acdc_rivals` is the study that tries six settings of each.
+# * Ramps and warm-ups are shares of the steps. Nothing of all this was tuned yet: `acdc_rivals` is to try six settings of six of
+#   the rivals (not of `inpainting`, `adversarial`, `gan_augmentation`).
 
 # %% [markdown]
 # ## What this does not show

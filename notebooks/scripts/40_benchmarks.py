@@ -179,8 +179,9 @@ print(f"change of Dice in {len(change)} runs: mean {change.mean():+.3f}, standar
 # In the numbers that are committed here:
 #
 # * 28 of 29 goals are met. Missed: the cost of a run beyond its training is .21 of that with stock papermill, and the goal was a tenth.
-# * The contrastive loss takes .53 to .91 of the time of the fastest library, from 24 to 1,024 rows. A batch of views takes .07 to .14 of the time of
-#   the peer that the goal names.
+# * The contrastive loss takes .53 to .91 of the time of the fastest library, from 24 to 1,024 rows. With 4,096 rows and one
+#   positive each it is slower (1.30 times, from .98 to 1.68), and with one positive it takes more memory at every size (1.26 to 1.46 times). A batch of
+#   views takes .07 to .14 of the time of the peer that the goal names.
 # * A step of pre-training takes .91 to 1.12 of a forward and backward pass on a batch in memory. In the slowest round it was 1.29 (`gd`, laptop) and
 #   1.40 (`pcl`, laptop), above the goal of 1.15, which medians meet.
 # * On a processor without bf16, a step in our bf16 takes as long as one in float32 (1.01, from .955 to 1.06), and .056 of the time of torch's autocast.
