@@ -96,7 +96,7 @@ print(results.findings)
 # * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
 #   pass together, in `gd` with the zero images.
 # * The running averages of batch norm go along to the next stage and into fine-tuning. There they restart.
-# * Brightness and contrast are drawn for each image, there once for the whole batch. Lengths in pixels are kept as shares of the image side: a crop
+# * Brightness and contrast are drawn for each image, there once for the whole batch (as TensorFlow 1 runs that code). Lengths in pixels are kept as shares of the image side: a crop
 #   has 100/192 of it, there 100 pixels in every data set.
 # * The global loss is a plain mean over pairs. There the sum over pairs is divided by the number of images.
 # * `gd+ld`: the two views of a slice are compared in both directions, there only from the first to the second. The loss is the mean over all terms;
