@@ -351,6 +351,17 @@ def test_what_was_chosen_is_what_the_rows_say():
     assert abs(pairs.mean()) < 0.005
 
 
+def test_what_is_said_of_the_sets_of_volumes_is_what_the_rows_say():
+    text = (paths.PROJECT / "notebooks" / "scripts" / "30_glcl_strategies.py").read_text(encoding="utf-8")
+    said = " ".join(text.replace("\n#", " ").split())
+    found = read_results("acdc_sets", "acdc", "laptop").contrasts.set_index("labelled")
+    assert set(found["n_draws"]) == {3}
+    told = {
+        n: f"{row.difference:.3f} ({row.low:.3f} to {row.high:.3f})".replace("0.", ".") for n, row in found.iterrows()
+    }
+    assert f"Dice changed by {told[1]} with 1 labelled, by {told[8]} with 8." in said
+
+
 @pytest.mark.slow
 def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, monkeypatch):
     """Half of it, at `smoke`: on the kind of processor that made them the same to the last digit that is kept, but for
@@ -379,7 +390,7 @@ def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, mon
 
 
 CHARTS = [
-    *(("laptop", "acdc", name) for name in ("acdc", "acdc_matched", "acdc_consistency", "acdc_start")),
+    *(("laptop", "acdc", name) for name in ("acdc", "acdc_matched", "acdc_consistency", "acdc_start", "acdc_sets")),
     ("laptop", "phantom", "quickstart"),
 ]
 

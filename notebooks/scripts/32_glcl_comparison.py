@@ -85,8 +85,8 @@ print(results.findings)
 # *Deviation* from the released code of Chaitanya et al., in `gr` and `gd+lr`:
 #
 # * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
-#   image has 36 negatives, zero images among them (which are anchors, too). Here there are only the 32 real images, and each has 24 negatives. In both, half of the positives
-#   of a real image are of another volume.
+#   image has 36 negatives, zero images among them (which are anchors, too). Here there are only the 32 real images, and each has 24 negatives. In both,
+#   half of the positives of a real image are of another volume.
 # * `gr`: the released code has it as comments only, so it cannot be run there.
 # * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
 #   pass together, in `gd` with the zero images.
