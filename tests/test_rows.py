@@ -300,7 +300,7 @@ def test_the_fine_tuning_steps_follow_from_their_rule():
         own = dice.xs(labelled, level="labelled").unstack()
         gains = {steps: (own[2 * steps] - own[steps]).max() for steps in (500, 1000)}
         rule = next((steps for steps, gain in gains.items() if gain < 0.005), 2000)
-        assert rule == chosen.steps_of.get(str(labelled), chosen.steps_of.get(labelled, chosen.steps))
+        assert rule == chosen.steps_for(labelled)
 
 
 def test_what_was_chosen_is_what_the_rows_say():

@@ -82,22 +82,8 @@ print(results.findings)
 
 # %% [markdown]
 # ## Deviations
-# *Deviation* from the released code of Chaitanya et al., in `gr` and `gd+lr`:
-#
-# * `gd`: there a batch is 32 images of real slices (four volumes in two sets, four slices of each, every slice and one copy) and 16 zero images. Each
-#   image has 36 negatives, zero images among them (which are anchors, too). Here there are only the 32 real images, and each has 24 negatives. In both,
-#   half of the positives of a real image are of another volume.
-# * `gr`: the released code has it as comments only, so it cannot be run there.
-# * Views pass the network one after the other, in the global and in the local stage, so batch norm sees each view apart. There all views of a batch
-#   pass together, in `gd` with the zero images.
-# * The running averages of batch norm go along to the next stage and into fine-tuning. There they restart.
-# * Brightness and contrast are drawn for each image, there once for the whole batch (as TensorFlow 1 runs that code). Lengths in pixels are kept as shares of the image side: a crop
-#   has 100/192 of it, there 100 pixels in every data set.
-# * The global loss is a plain mean over pairs. There the sum over pairs is divided by the number of images.
-# * Fine-tuning: no change of brightness and contrast. The released code computes such changes and drops them, so the effect is the same.
-# * Profiles `smoke` and `laptop` (`params/profiles`): smaller images, fewer steps, another momentum of batch norm, the last step in place of the best on
-#   validation. `smoke` has smaller networks, too, and fewer slices in a batch; `laptop` fine-tunes with another loss, rate, schedule and batch.
-# * On ACDC: no bias field correction (N4). `benchmark` uses 77 patients, as the published list of 78 holds a validation patient.
+# *Deviation* from the released code of Chaitanya et al., in `gr` and `gd+lr`: those that [30_glcl_strategies](30_glcl_strategies.ipynb) lists (zero images and
+# negatives in a batch, views through batch norm, running averages, intensities, the mean of the loss, profiles).
 #
 # *Deviation* from the sources of the others. Of `rotation`, `inpainting` and `context_restoration` the code of Chaitanya et al. has helpers that make
 # the inputs, but no loss and no script:

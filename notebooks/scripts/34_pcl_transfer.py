@@ -81,14 +81,9 @@ print(results.findings)
 
 # %% [markdown]
 # ## Deviations
-# *Deviation* from the released code of Zeng et al. (`simclr`, `pcl-partition`, `pcl`), and from the sources of the others:
+# *Deviation* from the released code of Zeng et al. (`simclr`, `pcl-partition`, `pcl`): those that [33_pcl_semi](33_pcl_semi.ipynb) lists, of `rotation` and `pirl`, too.
+# From the sources of the others:
 #
-# * Views: the smooth noise of elastic fields comes from a coarse grid of nodes, of the strength that smoothing would leave; bilinear sampling, not
-#   cubic; no random crop.
-# * Loss: a plain mean. There it is multiplied by temperature / 0.07, which is 1.43 at a temperature of 0.1.
-# * `pcl`: a difference of positions that equals t but for rounding counts as t. There the rounding decides.
-# * `rotation` (Gidaris et al.): slices are changed in brightness and contrast before they are turned, not cropped and mirrored.
-# * `pirl` (Misra & van der Maaten): InfoNCE, without the published sum of log(1 - h) over negatives; at most 1,024 negatives, not 32,000; no random crops.
 # * `gr`, `gd` (Chaitanya et al.): no zero images in a batch, views pass the network apart, brightness and contrast are drawn for each image; all in
 #   `30_glcl_strategies`. Here they have the network of Zeng et al.
 # * `ufc`: no code of Zhang et al. is public, so what deviates from it cannot be listed.

@@ -98,12 +98,7 @@ else:
 
 # %% [markdown]
 # ## Deviations
-# *Deviation* from the released code of Zeng et al.:
-#
-# * Views: the smooth noise of elastic fields comes from a coarse grid of nodes, of the strength that smoothing would leave; bilinear sampling, not
-#   cubic; no random crop.
-# * Loss: a plain mean. There it is multiplied by temperature / 0.07, which is 1.43 at a temperature of 0.1.
-# * `pcl`: a difference of positions that equals t but for rounding counts as t. There the rounding decides.
+# *Deviation* from the released code of Zeng et al.: those that [33_pcl_semi](33_pcl_semi.ipynb) lists of views, loss and `pcl`.
 
 # %% [markdown]
 # ## What this does not show
