@@ -1,12 +1,12 @@
 """Did a pre-training learn, and what? Numbers beside its loss that say so; they find faults and never choose a winner.
 
-The loss alone says little: that of a collapsed network, whose embeddings are all the same, is its *floor*, about the
-logarithm of the number of rows that an anchor is compared with. What a pre-training learned is how far it came from
-there.
+The loss alone says little: beside it stands its *floor*, that of a network that gives every image the same answer. For
+a contrastive loss it is about the logarithm of the number of rows that an anchor is compared with. What a pre-training
+learned is how far it came from there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,11 +17,16 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor, nn
 
 from clseg.data.store import Store
+from clseg.errors import RequestError
+from clseg.loop import Training
 from clseg.losses import contrastive_terms
+from clseg.models import BetaVAE
 from clseg.pairs import Pairs
+from clseg.settings import NetworkConfig, Stage
+from clseg.stages import STAGES
+from clseg.train import Pretrained, stage_work
 
 BATCHES = 8  # drawn for every mean
-Batch = Sequence[Tensor]  # what the draw of `stages.contrast` gives: positives, negatives, views
 FOLDS = 5  # of subjects, of the linear probes
 COLUMNS = [
     *("loss", "loss_held_out", "floor", "bound", "learned", "rank", "cosine"),
@@ -30,8 +35,9 @@ COLUMNS = [
 
 
 def floor(pairs: Pairs, temperature: float, denominator: str) -> float:
-    """The loss of collapsed embeddings: every similarity is the same."""
-    return _loss(torch.ones(len(pairs.positive), 2), pairs, temperature, denominator)
+    """The contrastive loss of collapsed embeddings: every similarity is the same."""
+    same = torch.ones(len(pairs.positive), 2)
+    return float(contrastive_terms(same, pairs.positive, pairs.negative, temperature, denominator))
 
 
 def bound(pairs: Pairs, temperature: float, denominator: str) -> float:
@@ -47,6 +53,30 @@ def bound(pairs: Pairs, temperature: float, denominator: str) -> float:
     return float((positives + rivals).log()[positives > 0].mean())
 
 
+def limits(stage: Stage, batch: Sequence[Tensor]) -> tuple[float, float]:
+    """Floor and bound of the loss of a stage on a batch of its `draw`; NaN for a stage that this does not know.
+
+    The floor of a rotation is chance; of inpainting and context restoration, to leave the image as it was spoilt; of an
+    auto-encoder, the mean image of the batch. Their bound is 0, which not every task allows.
+    """
+    match stage.stage:
+        case "contrast":
+            pairs = Pairs(batch[0].cpu(), batch[1].cpu())
+            about = pairs, stage.temperature, stage.denominator
+            return floor(*about), bound(*about)
+        case "local" | "pirl":  # one positive
+            rivals = 2 * stage.negatives if stage.stage == "local" else batch[3].shape[1]
+            return float(np.log1p(rivals)), float(np.log1p(rivals * np.exp(-2 / stage.temperature)))
+        case "rotation":
+            return float(np.log(4)), 0.0
+        case "inpainting" | "context_restoration":
+            image, spoilt, counts = batch
+            return float((spoilt - image).square().mul(counts).sum() / counts.expand_as(image).sum()), 0.0
+        case "autoencoder":
+            return float((batch[0] - batch[0].mean(0)).square().mean() / 2), 0.0
+    return np.nan, np.nan
+
+
 def effective_rank(embedding: Tensor) -> float:
     """e to the entropy of the normalised singular values of centred embeddings [B, D]: from 1 to min(B, D).
 
@@ -57,47 +87,52 @@ def effective_rank(embedding: Tensor) -> float:
     return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
 
 
-def _loss(embedding: Tensor, pairs: Pairs, temperature: float, denominator: str) -> float:
-    masks = (mask.to(embedding.device) for mask in (pairs.positive, pairs.negative))
-    return float(contrastive_terms(embedding, *masks, temperature, denominator))
-
-
 @torch.no_grad()
 def features(encoder: nn.Module, store: Store, rows: np.ndarray) -> np.ndarray:
-    """The deepest feature map of slices as they are, averaged over its places [n, width] float64; running averages of
-    batch norm are used."""
+    """The deepest feature map of slices as they are, averaged over its places [n, width] float64, or the features of an
+    auto-encoder [n, latent]; running averages of batch norm are used."""
     encoder.eval()
     device, parts = next(encoder.parameters()).device, np.array_split(rows, max(len(rows) // 64, 1))
-    maps = (encoder(store.batch(part, device).image)[-1].float() for part in parts if len(part))
-    return np.concatenate([feature.flatten(2).mean(2).cpu().double().numpy() for feature in maps])
+
+    def feature(image: Tensor) -> Tensor:
+        if isinstance(encoder, BetaVAE):
+            return encoder.encode(image)[0]
+        return encoder(image)[-1].float().flatten(2).mean(2)
+
+    found = (feature(store.batch(part, device).image) for part in parts if len(part))
+    return np.concatenate([values.cpu().double().numpy() for values in found])
+
+
+def linear_prediction(feature: np.ndarray, target: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """`target` [n] or [n, k] as a ridge regression on features [n, d] predicts it, fitted without the row's group.
+
+    Over folds of groups (subjects). NaN for fewer than three groups or a target that never changes.
+    """
+    if len(set(group)) < 3 or np.ptp(target, axis=0).min() == 0:
+        return np.full_like(target, np.nan, dtype=float)
+    scaled = (feature - feature.mean(0)) / (feature.std(0) + 1e-9)
+    folds = GroupKFold(min(FOLDS, len(set(group))))
+    return cross_val_predict(RidgeCV(np.logspace(-2, 4, 13)), scaled, target, groups=group, cv=folds)
 
 
 def linear_probe(feature: np.ndarray, target: np.ndarray, group: np.ndarray) -> float:
-    """Share of the variance of `target` [n] or [n, k] that a ridge regression on features [n, d] explains.
-
-    Over folds of groups (subjects): 1 is all, 0 or less nothing. NaN for fewer than three groups or a target that never
-    changes.
-    """
-    if len(set(group)) < 3 or np.ptp(target, axis=0).min() == 0:
-        return float("nan")
-    scaled = (feature - feature.mean(0)) / (feature.std(0) + 1e-9)
-    folds = GroupKFold(min(FOLDS, len(set(group))))
-    found = cross_val_predict(RidgeCV(np.logspace(-2, 4, 13)), scaled, target, groups=group, cv=folds)
-    return float(r2_score(target, found))
+    """Share of the variance of `target` that `linear_prediction` explains: 1 is all, 0 or less nothing; or NaN."""
+    found = linear_prediction(feature, target, group)
+    return float("nan") if np.isnan(found).any() else float(r2_score(target, found))
 
 
-def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> tuple[float, float]:
-    """What the nearest slice, by cosine of features [n, d], has in common with a slice.
+def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the nearest slice, by cosine of features [n, d], has in common with each slice.
 
-    The mean distance in position [n] to the nearest slice of another subject, and the share of slices whose nearest of
-    all is of the same subject [n].
+    The distance in position [n] to the nearest slice of another subject, and whether the nearest of all is of the same
+    subject [n].
     """
     unit = feature / np.linalg.norm(feature, axis=1, keepdims=True).clip(1e-12)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -2)
     same = subject[:, None] == subject[None, :]
     other = np.where(same, -2, similarity).argmax(axis=1)
-    return np.abs(position - position[other]).mean(), (subject == subject[similarity.argmax(axis=1)]).mean()
+    return np.abs(position - position[other]), subject == subject[similarity.argmax(axis=1)]
 
 
 def fault(found: Mapping[str, float]) -> str:
@@ -107,51 +142,76 @@ def fault(found: Mapping[str, float]) -> str:
     if np.isnan(found["loss_held_out"]):
         return "not known on subjects that it never saw: there is no loss on them"
     if found["loss_held_out"] >= found["floor"]:
-        return "on subjects that it never saw, the contrastive loss is not below its floor"
+        return "on subjects that it never saw, the loss is not below its floor"
     return ""
 
 
 @torch.no_grad()
 def probe(
-    encoder: nn.Module,
-    head: nn.Module,
-    seen: Iterable[Batch],
-    unseen: Iterable[Batch],
+    done: Pretrained,
     store: Store,
+    subjects: Sequence[str],
     held_out: Iterable[str],
-    temperature: float,
-    denominator: str,
+    stage: Stage,
+    steps: int,
+    *,
+    network: NetworkConfig | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """What a contrastive pre-training learned (`COLUMNS`).
+    """What a pre-training learned (`COLUMNS`), given as to `train.pretrain`, on its `subjects` and on `held_out` ones.
 
-    seen, unseen: batches of training slices and of those of `held_out` subjects; there may be none of the second.
-    `learned`: the part of the way from the floor to the bound, on training slices. `rank`, `cosine`: effective rank and
-    mean cosine of the embeddings of the first held-out batch, of the first training batch where there is none.
-    `position_r2`, `size_r2`: linear probes of the frozen encoder for the position of a slice and for the share of its
-    pixels that each structure has, on held-out subjects.
+    `learned`: the part of the way from the floor to the bound, on training slices. `loss_held_out` is NaN for cluster
+    contrast and PIRL, whose pseudo-classes and memory are of training slices. `rank`, `cosine`: effective rank and mean
+    cosine of the embeddings of the first held-out batch, of the first training batch where there is none; of a
+    contrast alone. `position_r2`, `size_r2`: linear probes of the frozen encoder for the position of a slice and for
+    the share of its pixels that each structure has, on held-out subjects with labels, three or more.
     """
-    frozen, encoder, head = deepcopy(encoder), deepcopy(encoder).train(), deepcopy(head).train()
 
-    def embedded(batch: Batch) -> tuple[Tensor, Pairs]:
-        positive, negative, *views = batch
-        return torch.cat([head(encoder(view)[-1]).float() for view in views]), Pairs(positive.cpu(), negative.cpu())
+    def again(subjects: Sequence[str]) -> tuple[Training, nn.Module]:
+        """The stage with what was learned, on slices of these subjects, and the encoder."""
+        work = stage_work(store, subjects, stage, steps, network or NetworkConfig(), seed, done.weights)
+        training = STAGES[stage.stage](work, stage)
+        for prefix, module in training.learning.items():
+            own = {name: value for name, value in done.weights.items() if name.startswith(f"{prefix}.")}
+            module.load_state_dict({name.removeprefix(f"{prefix}."): value for name, value in own.items()})
+        for name, module in training.state.items():
+            if subjects is seen:
+                module.load_state_dict(done.training.state[name].state_dict())
+        return training, training.learning.get("autoencoder", work.network.encoder)
 
-    about, found = (temperature, denominator), {}
-    own, others = list(map(embedded, seen)), list(map(embedded, unseen))
-    found["loss"] = float(np.mean([_loss(z, pairs, *about) for z, pairs in own]))
-    found["floor"] = float(np.mean([floor(pairs, *about) for _, pairs in own]))
-    found["bound"] = float(np.mean([bound(pairs, *about) for _, pairs in own]))
-    found["learned"] = (found["floor"] - found["loss"]) / (found["floor"] - found["bound"])
-    found["loss_held_out"] = float(np.mean([_loss(z, pairs, *about) for z, pairs in others])) if others else np.nan
-    z = F.normalize((others or own)[0][0], dim=1)
-    found["rank"], found["cosine"] = effective_rank(z), float(((z.sum(0) ** 2).sum() - len(z)) / (len(z) ** 2 - len(z)))
-    labelled = sorted({*held_out} & {*store.labelled_subjects})
-    rows = store.rows(labelled, labelled=True)
-    found |= {"position_r2": np.nan, "size_r2": np.nan, "held_out_subjects": len(labelled)}
+    found: dict[str, float] = dict.fromkeys(COLUMNS, np.nan)
+    seen, held_out = [*subjects], sorted({*held_out})
+    own, encoder = again(seen)
+    labelled = [subject for subject in held_out if subject in {*store.labelled_subjects}]
+    found["held_out_subjects"] = len(labelled)
     if len(labelled) >= 3:
-        feature, subject = features(frozen, store, rows), store.batch(rows).subject.numpy()
+        rows = store.rows(labelled, labelled=True)
+        feature, subject = features(encoder, store, rows), store.batch(rows).subject.numpy()
         found["position_r2"] = linear_probe(feature, store.slices["position"].to_numpy()[rows], subject)
         labels = np.asarray(store.labels[rows])
         sizes = [(labels == k).reshape(len(rows), -1).mean(1) for k in store.class_names]
         found["size_r2"] = linear_probe(feature, np.stack(sizes, 1), subject)
-    return {name: found[name] for name in COLUMNS}
+    encoder.train()
+    others = None
+    if held_out and stage.stage != "pirl" and getattr(stage, "pairs", "") != "cluster":
+        with suppress(RequestError):  # volumes that are too short for partitions, say
+            others, _ = again(held_out)
+            others.draw(steps)
+    every, lowest = range(steps, steps + BATCHES), []
+    for name, training in {"loss": own, "loss_held_out": others}.items():
+        if training:
+            losses = []
+            for batch in map(training.draw, every):
+                losses.append(float(training.loss(*batch)))
+                lowest += [limits(stage, batch)] if training is own else []
+            found[name] = float(np.mean(losses))
+    found["floor"], found["bound"] = map(float, np.mean(lowest, axis=0))
+    found["learned"] = (found["floor"] - found["loss"]) / (found["floor"] - found["bound"])
+    if stage.stage == "contrast":
+        training = others or own
+        _, _, *views = training.draw(steps)
+        body, head = (training.learning[name] for name in ("encoder", "head"))
+        z = F.normalize(torch.cat([head(body(view)[-1]).float() for view in views]), dim=1)
+        found["rank"] = effective_rank(z)
+        found["cosine"] = float(((z.sum(0) ** 2).sum() - len(z)) / (len(z) ** 2 - len(z)))
+    return found

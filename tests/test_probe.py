@@ -1,6 +1,7 @@
 """What a pre-training learned: floors and bounds by hand, ranks and probes of what is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,19 @@ import torch
 
 from clseg import probe, train
 from clseg.losses import contrastive_loss
-from clseg.models import Encoder, GlobalHead
 from clseg.pairs import cluster_pairs, instance_pairs
-from clseg.settings import ContrastStage, NetworkConfig
+from clseg.settings import (
+    AutoencoderStage,
+    ContextRestorationStage,
+    ContrastStage,
+    InpaintingStage,
+    LocalStage,
+    NetworkConfig,
+    PirlStage,
+    RotationStage,
+)
+from clseg.stages import STAGES
+from clseg.stages.autoencoder import beta_vae_loss
 from clseg.study import runs
 from clseg.study.parameters import PretrainParameters
 
@@ -50,42 +61,127 @@ def test_a_linear_probe_reads_what_is_there():
     assert np.isnan(probe.linear_probe(feature[:10], feature[:10, 0], group[:10]))
 
 
-def test_a_probe_changes_nothing_and_knows_a_collapsed_network(store):
-    config = NetworkConfig(filters=[4, 8, 8])
-    torch.manual_seed(0)
-    encoder, head = Encoder(store.channels, config), GlobalHead(config, store.size, "pool")
-    views = [store.batch(store.rows(store.subjects[:1])[:4]).image] * 2
-    batch = [VIEWS.positive, VIEWS.negative, *views]
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    found = probe.probe(encoder, head, [batch], [batch], store, store.subjects[:4], 0.1, "pair")
+SMALL = NetworkConfig(filters=[4, 8, 8, 8], norm_momentum=0.1)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ContrastStage(pairs="instance", slices=4),
+        ContrastStage(pairs="position", threshold=0.3, denominator="all", slices=4),
+        LocalStage(slices=4, decoder_blocks=3, size=1, regions=9),
+        LocalStage(slices=4, decoder_blocks=3, size=1, regions=9, strategy="ld", negatives=2, temperature=0.5),
+        RotationStage(slices=4),
+        PirlStage(slices=4, temperature=0.5),
+    ],
+    ids=lambda stage: f"{stage.stage} {getattr(stage, 'strategy', '')}",
+)
+def test_the_floor_is_the_loss_of_a_network_that_says_the_same_of_all(store, stage):
+    training = STAGES[stage.stage](train.stage_work(store, store.subjects, stage, 1, SMALL), stage)
+    for value in training.learning["head"].parameters():
+        torch.nn.init.zeros_(value)  # embeddings of no length are equally near to all
+    batch = training.draw(0)
+    floor, bound = probe.limits(stage, batch)
+    assert training.loss(*batch).item() == pytest.approx(floor, abs=1e-5)
+    assert 0 <= bound < floor
+
+
+@pytest.mark.parametrize("stage", [InpaintingStage(slices=4), ContextRestorationStage(slices=4, swaps=3)])
+def test_the_floor_of_restoring_is_to_leave_the_image_spoilt(store, stage):
+    training = STAGES[stage.stage](train.stage_work(store, store.subjects, stage, 1, SMALL), stage)
+    image, spoilt, counts = training.draw(0)
+    inside = counts.expand_as(image)
+    by_hand = np.square(spoilt[inside].numpy() - image[inside].numpy()).mean()
+    assert by_hand > 0
+    assert probe.limits(stage, (image, spoilt, counts)) == (pytest.approx(by_hand, rel=1e-5), 0)
+
+
+def test_the_floor_of_an_auto_encoder_is_the_mean_image():
+    image, nothing = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.zeros(4, 32)
+    by_hand = beta_vae_loss(image, image.mean(0, keepdim=True).expand_as(image), nothing, nothing, 1.0)
+    assert probe.limits(AutoencoderStage(), [image, nothing]) == (pytest.approx(by_hand.item()), 0)
+
+
+def test_the_floor_of_a_stage_that_is_not_known_is_not_known():
+    assert np.isnan(probe.limits(type("Stage", (), {"stage": "another"})(), [])).all()
+
+
+def pre_trained(store, stage, start=None):
+    about = {"network": SMALL, "start": start}
+    return train.pretrain(store, store.subjects[:3], stage, 3, **about)
+
+
+STAGE_OF = {
+    "contrast": (ContrastStage(pairs="instance", slices=4), None),
+    "cluster": (ContrastStage(pairs="cluster", clusters=2, slices=4), AutoencoderStage(slices=4)),
+    "autoencoder": (AutoencoderStage(slices=4), None),
+    "local": (LocalStage(slices=4, decoder_blocks=3, size=1), ContrastStage(pairs="instance", slices=4)),
+    "rotation": (RotationStage(slices=4), None),
+    "inpainting": (InpaintingStage(slices=4), None),
+    "context_restoration": (ContextRestorationStage(slices=4, swaps=3), None),
+    "pirl": (PirlStage(slices=4), None),
+}
+
+
+@pytest.mark.parametrize("name", STAGE_OF)
+def test_every_stage_is_probed_and_nothing_changes(store, name):
+    stage, before = STAGE_OF[name]
+    start = pre_trained(store, before).weights if before else None
+    done = pre_trained(store, stage, start)
+    kept = {key: value.clone() for key, value in done.weights.items()}
+    memory = [value.clone() for module in done.training.state.values() for value in module.buffers()]
+    about = done, store, store.subjects[:3], store.subjects[3:7], stage, 3
+    found = probe.probe(*about, network=SMALL)
     assert list(found) == probe.COLUMNS
-    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
-    assert found["floor"] == pytest.approx(math.log(7))
+    assert all(torch.equal(kept[key], value) for key, value in done.weights.items())
+    buffers = [value for module in done.training.state.values() for value in module.buffers()]
+    assert all(torch.equal(one, other) for one, other in zip(memory, buffers, strict=True))
+    assert found["learned"] == pytest.approx((found["floor"] - found["loss"]) / (found["floor"] - found["bound"]))
+    assert np.isfinite([found[key] for key in ("loss", "floor", "bound", "position_r2", "size_r2")]).all()
+    assert np.isnan(found["loss_held_out"]) == (name in ("cluster", "pirl")), "what is of training slices alone"
+    assert np.isfinite(found["rank"]) == (stage.stage == "contrast")
     assert found["held_out_subjects"] == 4
-    assert found["loss"] == found["loss_held_out"]
-    torch.nn.init.zeros_(head.layers[-1].weight)
-    torch.nn.init.ones_(head.layers[-1].bias)
-    dead = probe.probe(encoder, head, [batch], [], store, [], 0.1, "pair")
-    assert dead["learned"] == pytest.approx(0, abs=1e-6)
-    assert dead["cosine"] == pytest.approx(1)
-    assert np.isnan([dead["loss_held_out"], dead["position_r2"]]).all()
+    assert probe.probe(*about, network=SMALL) == pytest.approx(found, nan_ok=True)  # the same again
+    alone = probe.probe(done, store, store.subjects[:3], [], stage, 3, network=SMALL)
+    assert alone["loss"] == found["loss"]
+    assert np.isnan([alone["loss_held_out"], alone["position_r2"]]).all()
+
+
+def test_the_loss_of_a_probe_is_that_of_the_weights_that_were_learned(store):
+    """The next steps of the training give it, and those of a network that starts anew do not."""
+    stage = ContrastStage(pairs="instance", slices=8)
+    done = train.pretrain(store, store.subjects[:3], stage, 60, network=SMALL)
+    found = probe.probe(done, store, store.subjects[:3], [], stage, 60, network=SMALL)
+    with torch.no_grad():
+        again = np.mean([done.training.step_loss(step).item() for step in range(60, 60 + probe.BATCHES)])
+    assert found["loss"] == pytest.approx(again, rel=1e-4)
+    assert found["learned"] > 0.05
+
+
+def test_a_probe_knows_a_collapsed_network(store):
+    stage = ContrastStage(pairs="instance", slices=4)
+    done = pre_trained(store, stage)
+    dead = {key: torch.zeros_like(value) if key.startswith("head.") else value for key, value in done.weights.items()}
+    found = probe.probe(replace(done, weights=dead), store, store.subjects[:3], [], stage, 3, network=SMALL)
+    assert found["learned"] == pytest.approx(0, abs=1e-6)
+    assert probe.fault(found).startswith("learned little")
 
 
 def test_held_out_are_those_who_are_neither_pre_trained_on_nor_tested(tmp_path, monkeypatch):
     """Their slices alone give the held-out loss and the linear probes."""
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    given, features = {}, probe.features
-
-    def probed(encoder, head, seen, unseen, *others):
-        given.update(seen=list(seen), unseen=unseen)
-        return probe.probe(encoder, head, given["seen"], unseen, *others)
+    given, features, work = {}, probe.features, probe.stage_work
 
     def watched(encoder, store, rows):
         given["rows"] = rows
         return features(encoder, store, rows)
 
-    monkeypatch.setattr(runs, "probe", probed)
+    def worked(store, subjects, *others):
+        given.setdefault("subjects", []).append({*subjects})
+        return work(store, subjects, *others)
+
     monkeypatch.setattr(probe, "features", watched)
+    monkeypatch.setattr(probe, "stage_work", worked)
     sets = ["dataset.protocols.seeded.test=2", "dataset.protocols.seeded.validation=2", "unlabelled=4"]
     overrides = ["dataset.options.subjects=9", *sets, "pretrain.steps=2"]
     fields = {"dataset": "phantom", "profile": "smoke", "method": "gd", "overrides": overrides}
@@ -95,15 +191,8 @@ def test_held_out_are_those_who_are_neither_pre_trained_on_nor_tested(tmp_path, 
     split = runs.split_of(run, store)
     held_out = {*store.subjects} - {*split.pretrain} - {*split.test}
     assert (len(split.pretrain), len(split.test), len(held_out)) == (4, 2, 3)
+    assert given["subjects"] == [{*split.pretrain}, held_out]
     subject = store.volumes["subject"].to_numpy()[store.slices["volume"]]
-    of_slice = {image.tobytes(): name for image, name in zip(store.images, subject, strict=True)}
-
-    def subjects(batches):  # the first view of gd is the slice itself
-        return {of_slice[image.half().numpy().tobytes()] for _, _, first, _ in batches for image in first}
-
-    assert given["seen"]
-    assert subjects(given["seen"]) <= {*split.pretrain}
-    assert subjects(given["unseen"]) == held_out
     assert {*subject[given["rows"]]} == held_out
     assert found["held_out_subjects"].tolist() == [3]
 
@@ -111,8 +200,8 @@ def test_held_out_are_those_who_are_neither_pre_trained_on_nor_tested(tmp_path, 
 def test_the_nearest_slice_by_hand():
     feature = np.array([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 1.0]])
     off, same = probe.nearest(feature, np.array([0.1, 0.3, 0.9, 0.5]), np.array(["a", "b", "a", "b"]))
-    assert off == pytest.approx((0.2 + 0.2 + 0.4 + 0.4) / 4)  # the nearest of another: 0-1, 1-0, 2-3, 3-2
-    assert same == 0
+    assert off == pytest.approx([0.2, 0.2, 0.4, 0.4])  # the nearest of another: 0-1, 1-0, 2-3, 3-2
+    assert not same.any()
 
 
 def test_the_encoders_of_a_pre_training_work_as_they_were_trained(store):
@@ -143,7 +232,7 @@ def test_the_encoders_of_a_pre_training_work_as_they_were_trained(store):
         (0.5, 3.0, ""),
         (0.05, 3.0, "learned little"),
         (float("nan"), 3.0, "learned little"),
-        (0.5, 4.0, "on subjects that it never saw, the contrastive loss is not below its floor"),
+        (0.5, 4.0, "on subjects that it never saw, the loss is not below its floor"),
         (0.5, float("nan"), "not known on subjects that it never saw"),
     ],
 )

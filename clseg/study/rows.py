@@ -4,7 +4,7 @@
 |---|---|---|
 | `runs.csv` | run, pre-training or fine-tuning | its name, what it is, when and where it was done |
 | `scores.csv` | run, subject, phase and structure | Dice, HD95 |
-| `probes.csv` | contrastive pre-training | what it learned (`clseg.probe`) |
+| `probes.csv` | pre-training | what it learned (`clseg.probe`) |
 | `losses.csv` | pre-training and at most `POINTS` steps | the mean loss since the row before |
 
 A run's name ends in the hash of all that decides its numbers, the code among it (`Run.name`): a row is of that name or

@@ -7,7 +7,7 @@ every other file. A run counts as done only while all of that agrees.
 
 import json
 import os
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,10 @@ from clseg.digest import code_digest, digest
 from clseg.errors import RequestError, reading
 from clseg.loop import Fit, Work
 from clseg.models import UNet
-from clseg.probe import BATCHES, probe
+from clseg.probe import probe
 from clseg.recipes import RECIPES
 from clseg.settings import Stage
 from clseg.stages import SHARED, STAGES
-from clseg.stages.contrast import draw_batch
 from clseg.study.archive import (
     TABLE_COLUMNS,
     Checkpoints,
@@ -301,28 +300,10 @@ def require_same_data(run: Run, store: Store) -> None:
 def _pretrain(run: Run, store: Store, split: Split) -> None:
     about = _start(run) | {"number": run.parameters.stage, "precision": run.experiment.precision}
     result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run, store), **about)
-    tables = result.tables | ({"probe": _probed(run, store, split, result)} if run.stage.stage == "contrast" else {})
-    _keep(run, store, result.fit, result.weights, tables)
-
-
-def _probed(run: Run, store: Store, split: Split, result: train.Pretrained) -> pd.DataFrame:
-    """What a contrastive pre-training learned (`probe.probe`), a single row.
-
-    Held out are the subjects that are neither pre-trained on nor tested. Pseudo-classes are those of training slices
-    alone, so that there is no held-out loss of cluster contrast.
-    """
-    stage, training = run.stage, result.training
-    encoder, head = training.learning["encoder"], training.learning["head"]
-    held_out = sorted(set(store.subjects) - {*split.pretrain, *split.test})
-    steps, unseen = range(run.steps, run.steps + BATCHES), []
-    if held_out and stage.pairs != "cluster":
-        with suppress(RequestError):  # volumes that are too short for partitions, say
-            work = train.stage_work(store, held_out, stage, run.steps, **_start(run))
-            unseen = [
-                [pairs.positive, pairs.negative, *views] for views, pairs in (draw_batch(work, stage, k) for k in steps)
-            ]
-    about = held_out, stage.temperature, stage.denominator
-    return pd.DataFrame([probe(encoder, head, map(training.draw, steps), unseen, store, *about)])
+    held_out = set(store.subjects) - {*split.pretrain, *split.test}
+    about = {"network": run.experiment.network, "seed": run.parameters.seed}
+    found = probe(result, store, split.pretrain, held_out, run.stage, run.steps, **about)
+    _keep(run, store, result.fit, result.weights, result.tables | {"probe": pd.DataFrame([found])})
 
 
 def _finetune(run: Run, store: Store, split: Split) -> None:

@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from ipywidgets import interact
 
-from clseg import plots
+from clseg import plots, probe
 from clseg.data.phantom import phantom_dataset
 from clseg.data.prepare import prepare
 from clseg.data.splits import make_split
 from clseg.settings import ContrastStage, Geometry, NetworkConfig, SeededProtocol, SupervisedRecipe
 from clseg.stats import bootstrap_interval, crossed_interval, verdict
-from clseg.train import finetune, pretrain, scores
+from clseg.train import finetune, new_network, pretrain, scores
 
 plt.rcParams.update(plots.STYLE)
 
@@ -56,22 +56,41 @@ for draw, split in splits.items():
 
 # %% [markdown]
 # ## 3. Pre-train, and look whether anything was learned
-# 150 steps, and the collapse line of [04_infonce](04_infonce.ipynb) beside the loss.
+# 150 steps. Beside the loss lies its *floor*, the collapse line of [04_infonce](04_infonce.ipynb): the loss of a network that gives every slice the same
+# embedding. `clseg.probe` measures the loss after training on the slices that were trained on, and on those of subjects that were not (the validation subjects).
 
 # %%
 config = NetworkConfig(filters=[8, 16, 32, 32], norm_momentum=0.1)
-pretrained = pretrain(store, splits[1].pretrain, stage, steps=150, network=config, seed=0)
+known = splits[1].pretrain
+pretrained = pretrain(store, known, stage, steps=150, network=config, seed=0)
+found = probe.probe(pretrained, store, known, splits[1].validation, stage, 150, network=config)
 curve = pretrained.fit.log.set_index("step")["loss"]
 figure, axis = plt.subplots(figsize=(7, 3.4))
 axis.plot(curve.rolling(10, min_periods=1).mean(), color=plots.BLUE, label="loss, mean of 10 steps")
-if stage.pairs == "instance":
-    axis.axhline(np.log(2 * stage.slices - 1), color=plots.BLACK, linestyle="--", label="collapse line")
-axis.set(xlabel="step", ylabel="loss", title="below the collapse line something was learned")
+axis.axhline(found["floor"], color=plots.BLACK, linestyle="--", label="floor: the collapse line")
+axis.set(xlabel="step", ylabel="loss", title="below the floor something was learned")
 axis.legend()
 plt.show()
+print(f"floor {found['floor']:.2f}, loss {found['loss']:.2f}, on other subjects {found['loss_held_out']:.2f}")
+print(f"fault: {probe.fault(found) or 'none found'}")
 
 # %% [markdown]
-# The loss should fall well below the collapse line; a loss that stays near it has learned next to nothing.
+# The loss should fall well below the floor; a loss that stays near it has learned next to nothing. On other subjects it should be below the floor, too:
+# else the slices were learned by heart.
+#
+# That something was learned does not say *what*. A straight line from the features to the position of a slice in the heart is a first answer: how much of its variance
+# does that line explain, for subjects to whom it was not fitted? Features of random weights know something, too: compare.
+
+# %%
+of_known = store.rows(known)
+position, subject = store.slices["position"].to_numpy()[of_known], store.batch(of_known).subject.numpy()
+for name, start in {"random": None, "pre-trained": pretrained.weights}.items():
+    feature = probe.features(new_network(store, config, 0, start).encoder, store, of_known)
+    print(f"{name} weights: R² of position {probe.linear_probe(feature, position, subject):.2f}")
+
+# %% [markdown]
+# 1 is all of the variance, 0 or less nothing that carries over to other subjects. `gr` does not ask where a slice lies, and its features need not know it. `partition`
+# and `position` do ask: take one of them above, and look again.
 #
 # ## 4. Fine-tune: the same draws and seeds with both starts
 # Everything but the first weights is equal, so that a difference has one cause only.
@@ -201,7 +220,7 @@ print(
 #
 # ## Summary
 # * Set test and validation subjects aside first. Draw the labelled ones from the rest. Pre-train on the images of all the rest.
-# * Look at the loss and its collapse line, then at masks, then at numbers.
+# * Look at the loss and its floor, at what a probe reads from the features, then at masks, then at numbers.
 # * Pair by test subject and draw; give the difference with an interval that counts both.
 # * A conclusion names what was compared, on whom, how often, and what was not varied.
 #

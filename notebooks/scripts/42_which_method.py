@@ -185,7 +185,7 @@ for pairs in (combinations(["matched-gr", "matched-gd", "matched-pcl", "matched-
 # %%
 probes = have.probes.merge(have.runs[["run", "parent"]], on="run")
 probes = probes[probes["run"].isin(set(results.pretraining["run"]))].drop(columns="parent")
-probes["run"] = probes["run"].str.removeprefix("pretrain-contrast-").str.rpartition("-")[0]
+probes["run"] = probes["run"].str.replace(r"pretrain-(contrast-)?", "", regex=True).str.rpartition("-")[0]
 print(probes.round(2).to_string(index=False), end="\n\n")
 for row in probes.to_dict("records"):
     print(f"{row['run']}: {fault(row) or 'no fault found'}")
