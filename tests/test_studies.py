@@ -21,6 +21,7 @@ ROWS = {  # those that must exist
     "together": ["gd+lr+mixup", "gd+lr+self_training", "pcl+lr", "ufc+lr"],
     "ceiling": ["benchmark"],
 }
+OF_CHD = "pcl_transfer", "mmwhs_ct", "paper"  # a target whose network is that of CHD
 FEW = ["finetune.steps=10", "finetune.validate_every=5", "pretrain.steps=6"]
 FEW += ["dataset.options.subjects=12", "dataset.protocols.seeded.test=4", "dataset.protocols.seeded.validation=1"]
 
@@ -31,12 +32,8 @@ def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
     assert (paths.NOTEBOOKS / "scripts" / f"{about.notebook}.py").is_file()
     for dataset in about.datasets:
         for profile in ("smoke", "laptop", "paper"):
-            paper_ct = (study, dataset, profile) == (
-                "pcl_transfer",
-                "mmwhs_ct",
-                "paper",
-            )  # whose network is that of CHD
-            about = read_study(study).model_copy(update={"pretrain_dataset": "chd"} if paper_ct else {})
+            source = {"pretrain_dataset": "chd"} if (study, dataset, profile) == OF_CHD else {}
+            about = read_study(study).model_copy(update=source)
             plan = grid.expand(about, dataset, profile)
             assert {run.parameters.method for run in plan.finetune} >= set(about.methods)
             assert all(run.experiment.dataset.name == dataset for run in plan.finetune)
@@ -46,8 +43,8 @@ def test_a_study_expands_on_every_data_set_it_names_in_every_profile(study):
 
 
 def test_the_tables_of_profile_laptop_are_in_one_precision():
-    """bf16, as PROTOCOL.md says; but for the study that came before this choice, the phantom and own scans."""
-    for study in set(STUDIES) - {"acdc_budget", "own_data", "quickstart"}:
+    """bf16, as PROTOCOL.md says; but for the phantom and own scans."""
+    for study in set(STUDIES) - {"own_data", "quickstart"}:
         about = read_study(study)
         for dataset in about.datasets:
             assert {run.experiment.precision for run in grid.expand(about, dataset, "laptop").all} == {"bf16"}, study
