@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -247,6 +248,50 @@ def test_a_ladder_says_what_each_method_adds_to_the_one_before():
     assert (some.ladder(["random", "weak_to_strong"])["weak_to_strong"] == "-").all()  # no runs yet
 
 
+def test_a_table_that_takes_weights_is_kept_and_made_again_for_other_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    run, name = plan().pretrain[0], ("smoke", "phantom", "mine")
+    shown = replace(read_results("quickstart", "phantom", "laptop"), folder=paths.results_dir(*name))
+    made = pd.DataFrame({"run": ["", run.name], "value": [1.0, 2.0]})
+    pd.testing.assert_frame_equal(shown.kept("found", [run], lambda: made), made)
+    assert (tmp_path / "paper_figures" / "/".join(name) / "found.csv").is_file()
+    again = shown.kept("found", [run], lambda: pytest.fail("it is there"))
+    pd.testing.assert_frame_equal(again, made)
+    [other] = plan("pretrain.steps=4").pretrain
+    new = made.assign(run=["", other.name])
+    pd.testing.assert_frame_equal(shown.kept("found", [other], lambda: new), new)
+    pd.testing.assert_frame_equal(shown.kept("found", [other], lambda: pytest.fail("it is there")), new)
+
+
+def test_the_encoders_whose_embeddings_are_shown_work():
+    """Those that were asked for position order slices of test patients by it, far better than random weights do."""
+    table = archive.read_table(rows.place("laptop", "acdc") / "pcl_embedding" / "embedding.csv")
+    off = table.groupby("network")["off"].mean()
+    assert off["pcl (transductive)"] < off["pcl-partition (transductive)"] < off["random"] / 2
+    named = table[table["run"] != ""].groupby("network")["run"].unique().map(list).to_dict()
+    plan = grid.expand(read_study("pcl_embedding"), "acdc", "laptop")
+    assert named == {run.method: [run.parent.name] for run in plan.finetune}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kept"), [("pcl_embedding", {"embedding"}), ("ufc_clusters", {"clusters", "linkage"})]
+)
+def test_what_takes_weights_is_made_where_nobody_kept_it(name, kept, tmp_path):
+    """The committed notebooks read such tables; here they make them, after the pre-trainings that are missing."""
+    whole = grid.expand(read_study(name), "phantom", "smoke")
+    there, here = rows.place("smoke", "phantom") / name, paths.results_dir("smoke", "phantom", name, out=tmp_path)
+    shutil.copytree(there, here, ignore=shutil.ignore_patterns("*.png", *(f"{one}.csv" for one in kept)))
+    about = {"study": name, "dataset": "phantom", "profile": "smoke"}
+    notebook = paths.NOTEBOOKS / f"{whole.study.notebook}.ipynb"
+    grid.execute_notebook(notebook, tmp_path / "made.ipynb", about, CLSEG_OUT=str(tmp_path))
+    for one in kept:
+        found, known = archive.read_table(here / f"{one}.csv"), archive.read_table(there / f"{one}.csv")
+        assert found.columns.tolist() == known.columns.tolist()
+        assert found["run"].value_counts().to_dict() == known["run"].value_counts().to_dict()
+    assert {path.name for path in here.glob("*.png")} == {path.name for path in there.glob("*.png")}
+
+
 @pytest.mark.parametrize("kinds", [["last"], ["best"], ["best", "last"]])
 def test_readers_are_told_which_checkpoint_was_scored(kinds):
     """Where the best one was kept, on which grid it was chosen."""
@@ -303,48 +348,66 @@ def test_the_fine_tuning_steps_follow_from_their_rule():
         assert rule == chosen.steps_for(labelled)
 
 
-def test_what_was_chosen_is_what_the_rows_say():
+def _chosen(title):
+    """A paragraph of *What was chosen* in PROTOCOL.md."""
     text = " ".join((paths.PROJECT / "PROTOCOL.md").read_text(encoding="utf-8").split())
     chosen = text[text.index("## What was chosen") : text.index("## Deviations")]
+    return chosen[chosen.index(f"* **{title}.**") :].partition(" * **")[0]
 
-    def told(values):
-        return ", ".join(f"{value:.3f}".removeprefix("0") for value in values)
 
-    dice = _trials()
-    mean = dice.xs("float32", level="precision").groupby(["method", "labelled", "steps"]).mean()
+def _told(*values):
+    return ", ".join(f"{value:.3f}".removeprefix("0") for value in values)
+
+
+def _mean_dice(study):
+    return read_results(study, "acdc", "laptop").table.groupby("method")["dice"].mean()
+
+
+def test_the_steps_that_were_tried_are_those_of_the_rows():
+    chosen = _chosen("Steps")
+    mean = _trials().xs("float32", level="precision").groupby(["method", "labelled", "steps"]).mean()
     random, gradual = mean["random"], mean["weak_to_strong"]
     few, many = [250, 500, 1000], [250, 500, 1000, 2000]
-    assert f"with 8 labelled {told(random[8][many])} after 250, 500, 1,000, 2,000 steps" in chosen
-    assert f"with 1 labelled {told(random[1][many])}." in chosen
-    assert f"{told(gradual[8][few])} after 250, 500, 1,000 with 8; {told(gradual[1][few])} with 1" in chosen
-    assert f"from 1,000 to 2,000 still gave {told([random[8, 2000] - random[8, 1000]])}" in chosen
+    assert f"with 8 labelled {_told(*random[8][many])} after 250, 500, 1,000, 2,000 steps" in chosen
+    assert f"with 1 labelled {_told(*random[1][many])}." in chosen
+    assert f"{_told(*gradual[8][few])} after 250, 500, 1,000 with 8; {_told(*gradual[1][few])} with 1" in chosen
+    assert f"from 1,000 to 2,000 still gave {_told(random[8, 2000] - random[8, 1000])}" in chosen
 
-    def found(study):
-        return read_results(study, "acdc", "laptop").table.groupby("method")["dice"].mean()
 
-    tried = found("acdc_consistency").rename(lambda name: name.partition("[")[2].rstrip("]"))
+def test_the_settings_of_consistency_are_the_best_of_the_rows():
+    tried = _mean_dice("acdc_consistency").rename(lambda name: name.partition("[")[2].rstrip("]"))
     order = [tried[key] for key in ("", 'recipe.statistics="batch"', "recipe.weight=0.3", "recipe.ramp=0.4")]
-    was, batch, weight, ramp = (told([value]) for value in order)
+    was, batch, weight, ramp = map(_told, order)
     words = f"{was} as it was, {batch} with batch statistics, {weight} with weight 0.3, {ramp} with a ramp"
-    assert words in chosen
+    assert words in _chosen("Consistency")
     assert max(order) == tried['recipe.statistics="batch"']
-    arm = found("acdc_matched")
+
+
+def test_the_settings_of_the_matched_arm_are_the_best_of_the_rows():
+    arm = _mean_dice("acdc_matched")
     arm = arm.groupby(arm.index.str.partition("[").get_level_values(2).str.rstrip("]")).mean()
     keys = ("", "stages.0.temperature=0.5", 'stages.0.views="pcl"', 'stages.0.head="flatten"')
-    default, cool, views, head = (told([arm[key]]) for key in keys)
+    default, cool, views, head = (_told(arm[key]) for key in keys)
     words = f"{default} default, {cool} temperature 0.5, {views} views of Zeng et al., {head} flattened head"
-    assert words in chosen
+    assert words in _chosen("Matched arm")
     assert arm.idxmax() == ""
-    starts = found("acdc_start").sort_values(ascending=False)
-    assert ", ".join(f"{told([value])} `{name}`" for name, value in starts.items()) in chosen
 
+
+def test_the_starts_are_the_best_of_the_rows():
+    starts = _mean_dice("acdc_start").sort_values(ascending=False)
+    assert ", ".join(f"{_told(value)} `{name}`" for name, value in starts.items()) in _chosen("Starts")
+    methods = {name for name in read_study("acdc").methods if name.endswith("+weak_to_strong")}
+    assert methods == {f"{name}+weak_to_strong" for name in starts.index[:2]}
+
+
+def test_the_precision_follows_from_the_rows():
     trials = grid.expand(read_study("acdc_consistency").within(read_profile("laptop")), "acdc", "laptop")
     kept = rows.read("laptop", "acdc").of(run.name for run in trials.finetune)
     own = kept.table("acdc_consistency", "acdc", "laptop").query("method == 'weak_to_strong'")
     own = own.merge(kept.runs[["run", "steps"]], on="run")
     own = own.groupby(["method", "labelled", "steps", "draw"])["dice"].mean()
-    low = pd.concat([dice.xs("bf16", level="precision"), own])
-    pairs = (low - dice.xs("float32", level="precision")).dropna()
+    low = pd.concat([_trials().xs("bf16", level="precision"), own])
+    pairs, chosen = (low - _trials().xs("float32", level="precision")).dropna(), _chosen("Precision")
     assert len(pairs) == 10
     assert "ten pairs of runs (six of `random`, 1,000 steps, 1 and 8 labelled; four of `weak_to_strong`, 500" in chosen
     assert f"mean {pairs.mean():.3f}, SD {pairs.std():.3f}".replace("0.", ".") in chosen
@@ -391,13 +454,14 @@ def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, mon
 
 CHARTS = [
     *(("laptop", "acdc", name) for name in ("acdc", "acdc_matched", "acdc_consistency", "acdc_start", "acdc_sets")),
+    ("laptop", "acdc", "pcl_embedding"),
     ("laptop", "phantom", "quickstart"),
 ]
 
 
 @pytest.mark.parametrize(("profile", "dataset", "name"), CHARTS)
 def test_committed_charts_are_those_of_the_code_and_the_rows(profile, dataset, name, tmp_path):
-    """The chart of the README, that of `make study`, and those of the studies that chose its settings."""
+    """The chart of the README, that of `make study`, those that chose its settings, and one of kept tables."""
     whole = grid.expand(read_study(name).within(read_profile(profile)), dataset, profile)
     there = rows.place(profile, dataset) / name
     folder = tmp_path / profile / dataset / name
@@ -405,7 +469,7 @@ def test_committed_charts_are_those_of_the_code_and_the_rows(profile, dataset, n
     committed_figures(whole, folder)
     charts = sorted(path.name for path in folder.glob("*.png"))
     assert charts == sorted(path.name for path in there.glob("*.png"))
-    assert "dice_against_labelled.png" in charts
+    assert charts
     for chart in charts:
         assert (folder / chart).read_bytes() == (there / chart).read_bytes(), chart
 

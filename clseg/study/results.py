@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -258,15 +258,33 @@ class Results:
 
     def save(self, figure: Figure, name: str) -> None:
         """Write a figure beside the tables, as PNG, under the output root, if that may be written."""
-        profile, dataset, study = self.folder.parts[-3:]
-        folder = paths.results_dir(profile, dataset, study)
+        about = {"metadata": {"Software": None}, "bbox_inches": "tight"}
+        self._write(f"{name}.png", lambda path: figure.savefig(path, **about))
+
+    def kept(self, name: str, of: Iterable[Run], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table that takes images and weights, which do not come with the project: that which lies beside the others,
+        or, where there is none or it is of other runs, what `make` returns, which is then written as by `save`.
+
+        Its column `run` names the runs `of` which it is; rows with "" there are of none.
+        """
+        path = self.folder / f"{name}.csv"
+        if path.is_file():
+            table = archive.read_table(path)
+            if {*table["run"]} - {""} == {run.name for run in of}:
+                return table
+        made = make()
+        self._write(path.name, lambda path: archive.write_table(path, made))
+        return made.round(6)  # as it is written
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        folder = paths.results_dir(*self.folder.parts[-3:])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
+            write(folder / name)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # as in a class that shares a checkout
                 raise
-            print(f"{name}.png is only shown: the output folder is read-only, and CLSEG_OUT can name another one")
+            print(f"{name} is only shown: the output folder is read-only, and CLSEG_OUT can name another one")
 
 
 def read_results(study: str, dataset: str, profile: str) -> Results:
@@ -313,12 +331,14 @@ def draw_figures(grid: Grid, parameters: dict[str, str]) -> Path:
 
 
 def committed_figures(grid: Grid, folder: Path) -> None:
-    """Execute the study's figure notebook on the committed tables; its charts go beside them."""
+    """Execute the study's figure notebook on the committed tables; what it saves and keeps goes beside them."""
     about = {"study": grid.study.name, "dataset": grid.place, "profile": grid.profile}
+    paths.runs_root().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as out:
+        (Path(out) / "runs").symlink_to(paths.runs_root())  # the weights of what is not kept yet
         target = Path(out) / "figures.ipynb"
         execute_notebook(paths.NOTEBOOKS / f"{grid.study.notebook}.ipynb", target, about, CLSEG_OUT=out)
         for chart in folder.glob("*.png"):
             chart.unlink()
-        for chart in paths.results_dir(*folder.parts[-3:], out=Path(out)).glob("*.png"):
-            shutil.copy(chart, folder)
+        for saved in paths.results_dir(*folder.parts[-3:], out=Path(out)).glob("*.*"):
+            shutil.copy(saved, folder)

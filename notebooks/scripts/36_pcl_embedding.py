@@ -1,16 +1,15 @@
 # %% [markdown]
 # # Where do slices lie?
 # **Embeddings of the same slices by random weights and after three pre-trainings (after Zeng et al., MICCAI 2021): does position order
-# them, or does the patient?** The embeddings come from the pre-trainings of the study `pcl_embedding`; what is missing is done here first, which
-# takes seconds under `smoke`.
+# them, or does the patient?** The encoders are those of the study `pcl_embedding`: SimCLR, equal partitions and positions, pre-trained on
+# real scans (ACDC) with profile `laptop`, each about half an hour on one core. As in the released code of Zeng et al. they saw the scans of the test fold, too, but no label ("transductive").
 #
-# With profile `smoke` (that is what is committed here) these are encoders that were trained for seconds: they show that the notebook works, and
-# nothing about the methods. For numbers, run `clseg run pcl_embedding --dataset acdc --profile laptop`: about 70 minutes on one core (`--dry-run`
-# estimates it for yours). How much of position the trained encoders of the study on ACDC hold is in `42_which_method` (`position_r2`).
+# You will see: a t-SNE of the encoder's features, coloured by position and by patient, and three numbers that do not depend on a t-SNE: whether
+# the nearest slice of another patient has a near position, whether the nearest slice at all is of the same patient, and how much of position a
+# linear map reads off the features. Whether Zeng et al. published such a figure is not known here.
 #
-# You will see: a t-SNE of the encoder's features, coloured by position and by patient, for random weights, SimCLR, equal
-# partitions and positions, and two numbers that do not depend on a t-SNE: whether the nearest slice of another patient has a near
-# position, and whether the nearest slice at all is of the same patient. Whether they published such a figure is not known here.
+# Features need images and weights, which do not come with the project. So what is shown of them is kept beside the study's tables, in `embedding.csv`, with a
+# row per slice; where that is missing, this notebook makes it, after the pre-trainings if they are missing, too (seconds under `smoke`).
 
 # %%
 import numpy as np
@@ -21,22 +20,18 @@ from clseg import plots, probe, stats
 from clseg.study import grid, runs
 from clseg.study.files import read_study
 from clseg.study.parameters import FigureParameters, read_parameters
+from clseg.study.results import read_results
 
 # %% tags=["parameters"]
 study: str = "pcl_embedding"  # a name under params/studies
-dataset: str = "phantom"  # a name under params/datasets
-profile: str = "smoke"  # smoke, laptop or paper
+dataset: str = "acdc"  # a name under params/datasets
+profile: str = "laptop"  # smoke, laptop or paper
 
 # %%
 parameters = read_parameters(globals(), FigureParameters)
-plan = grid.expand(read_study(study), dataset, profile)
-pretrained = {run.method: runs.do(run.parent) for run in plan.finetune}
-first = plan.finetune[0]
-store = runs.open_store(first.experiment, progress=False)
-split = runs.split_of(first, store)
-
-# %% tags=["nbval-check-output"]
-print(f"{len(pretrained)} pre-trainings; {len(split.test)} subjects of the test fold are shown")
+results = read_results(study, dataset, profile)
+print(results.about)
+print(results.gaps)
 
 # %% [markdown]
 # ## The features
@@ -44,57 +39,83 @@ print(f"{len(pretrained)} pre-trainings; {len(split.test)} subjects of the test 
 # that came with the pre-trained weights.
 
 # %%
-rows = store.rows(split.test)
-slices = store.slices.loc[rows]
-subject, position = store.volumes["subject"].loc[slices["volume"]].to_numpy(), slices["position"].to_numpy()
+plan = grid.expand(read_study(study), dataset, profile)
 
-networks = {"random": runs.build_network(plan.pretrain[0], store)}  # as a first stage starts
-networks |= {run.method: runs.build_network(run, store) for run in plan.finetune}
-embedded = {name: probe.features(network.encoder, store, rows) for name, network in networks.items()}
+
+def embedded() -> pd.DataFrame:
+    """A row per network and slice of the test fold: where it lies, and what its nearest slices are."""
+    first, names, tables = plan.finetune[0], ["run", "network", "subject", "position"], []
+    networks = {("", "random"): plan.pretrain[0]}  # as a first stage starts
+    networks |= {(runs.do(run.parent).name, run.method): run for run in plan.finetune}
+    store = runs.open_store(first.experiment, progress=False)
+    rows = store.rows(runs.split_of(first, store).test)
+    slices = store.slices.loc[rows]
+    subject, position = store.volumes["subject"].loc[slices["volume"]].to_numpy(), slices["position"].to_numpy()
+    for (name, network), run in networks.items():
+        feature = probe.features(runs.build_network(run, store).encoder, store, rows)
+        table = pd.DataFrame(dict(zip(names, (name, network, subject, position), strict=True)))
+        table["off"], table["same"] = probe.nearest(feature, position, subject)
+        table["predicted"] = probe.linear_prediction(feature, position, subject)
+        near = TSNE(perplexity=min(20, len(rows) // 4), init="pca", random_state=0)
+        table[["x", "y"]] = near.fit_transform(feature)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True).round(4)
+
+
+table = results.kept("embedding", plan.pretrain, embedded)
+networks = dict(list(table.groupby("network", sort=False)))
+random = networks["random"].reset_index()
+print(f"{len(random)} slices of {random['subject'].nunique()} patients of the test fold, {len(networks)} networks")
 
 # %%
-panels = {
-    name: TSNE(perplexity=min(20, len(rows) // 4), init="pca", random_state=0).fit_transform(values)
-    for name, values in embedded.items()
-}
-figure = plots.embedding(panels, {"position": position, "subject": subject})
+panels = {name: own[["x", "y"]] for name, own in networks.items()}
+figure = plots.embedding(panels, {"position": random["position"], "subject": random["subject"]})
+results.save(figure, "embedding")
 figure
 
 # %% [markdown]
-# A t-SNE shows who is near, not how far. So the same question in numbers, in the space of the features: by cosine, for every
-# slice, the nearest slice of *another* subject, and the nearest of all.
-
-# %%
-table = pd.DataFrame(
-    {name: probe.nearest(values, position, subject) for name, values in embedded.items()},
-    index=["position off by", "nearest is same subject"],
-).T
-by_chance = np.abs(position[:, None] - position[None, :])[subject[:, None] != subject[None, :]].mean()
-print(table.round(2).to_string())
+# A t-SNE shows who is near, not how far. So the same question in numbers, in the space of the features:
+#
+# * *position off by*: the mean distance in position (0 to 1) from a slice to the nearest slice, by cosine, of *another* patient: small where
+#   position orders the slices;
+# * *same patient*: the share of slices whose nearest slice of all is of the same patient: what the patient decides;
+# * *position_r2*: the share of the variance of position that a ridge regression on the features explains, for patients whom it was not
+#   fitted to: what the features hold of position, whether or not it orders them. It is the linear probe of `20_pretrain` and `42_which_method`.
 
 # %% tags=["nbval-check-output"]
-print(f"a random slice of another subject is off by {by_chance:.2f}")
+numbers = pd.DataFrame(
+    {
+        name: {
+            "position off by": own["off"].mean(),
+            "same patient": own["same"].mean(),
+            "position_r2": 1 - ((own["position"] - own["predicted"]) ** 2).mean() / own["position"].var(ddof=0),
+        }
+        for name, own in networks.items()
+    }
+).T
+print(numbers.round(2).to_string())
+
+# %% tags=["nbval-check-output"]
+position, subject = random["position"].to_numpy(), random["subject"].to_numpy()
+by_chance = np.abs(position[:, None] - position[None, :])[subject[:, None] != subject[None, :]].mean()
+print(f"a random slice of another patient is off by {by_chance:.2f}")
 
 # %% [markdown]
-# "position off by" is the mean distance in position (0 to 1) to the nearest slice of another subject: small where position
-# orders the slices. The other column says how much the subject itself decides. Compare with the random weights, and with a random slice.
-#
-# With profile `smoke` these are encoders that were trained for 20 steps: where their numbers are worse than those of random weights, or near those of a
-# random slice, this says nothing about the methods.
-#
 # ## What we see
-# Exploratory, of one seed and one fold, so without intervals. Under `smoke` there is nothing to see.
+# Exploratory, of one seed and one fold: so no intervals, but the number of patients in whom a network is better than random weights.
 
 # %%
 if why := stats.why_no_tests(pd.DataFrame({"profile": [plan.profile]})):
     print(why)
 else:
-    off, same = table.loc["random"]
-    print(f"position off by: {by_chance:.2f} for a random slice")
-    print(f"random weights: position off by {off:.2f}, nearest is same subject {same:.2f}")
-    for name, row in table.drop(index="random").iterrows():
-        change, of_subject = row - table.loc["random"]
-        print(f"{name}, minus random weights: position off by {change:+.2f}, nearest is same subject {of_subject:+.2f}")
+    off, same, r2 = numbers.loc["random"]
+    print(f"a random slice: position off by {by_chance:.2f}")
+    print(f"random weights: position off by {off:.2f}, same patient {same:.2f}, position_r2 {r2:.2f}")
+    of_patient = table.pivot_table(index="subject", columns="network", values="off")
+    for name, (off, same, r2) in numbers.drop(index="random").iterrows():
+        nearer = (of_patient[name] < of_patient["random"]).sum()
+        words = f"position off by {off:.2f} (less than random weights in {nearer} of {len(of_patient)} patients)"
+        print(f"{name}: {words}, same patient {same:.2f}, position_r2 {r2:.2f}")
 
 # %% [markdown]
 # ## Deviations
@@ -102,6 +123,8 @@ else:
 
 # %% [markdown]
 # ## What this does not show
-# * That an embedding that is ordered by position segments better: these are features, not Dice. `33_pcl_semi` has the Dice.
-# * Distances: a t-SNE keeps neighbours, not how far groups lie apart. Compare the two numbers of the table, not the pictures.
+# * That an embedding that is ordered by position segments better: these are features, not Dice. `33_pcl_semi` is for Dice; `42_which_method` has it for
+#   matched pre-trainings, with `position_r2` beside it.
+# * Distances: a t-SNE keeps neighbours, not how far groups lie apart. Compare the numbers, not the pictures.
+# * New patients: the encoders saw these scans in pre-training.
 # * One seed and one fold: another seed gives another picture, and somewhat other numbers.

@@ -30,44 +30,57 @@ results = read_results(study, dataset, profile)
 print(results.about)
 print(results.gaps)
 
+# %% [markdown]
+# ## What is in a cluster
+# Clusters need images and weights, which do not come with the project. So what is shown of them is kept beside the study's tables: in `clusters.csv` (a row per
+# slice) and `linkage.csv` (a row per merge). Where these are missing, this notebook makes them. Pictures of slices of a cluster are in
+# lesson [13_cluster_contrast](13_cluster_contrast.ipynb), of the phantom.
+
 # %%
-run = next(r for r in grid.expand(read_study(study), dataset, profile).finetune if r.method == "ufc").parent
-runs.do(run)
-store = runs.open_store(run.experiment, progress=False)
+COUNTS = 2, 5, 10, 20, 40
+plan = grid.expand(read_study(study), dataset, profile)
+run = next(r for r in plan.finetune if r.method == "ufc").parent
 stage = run.experiment.stages[run.parameters.stage]
-found = run.read("clusters")
+
+
+def features() -> np.ndarray:
+    """Features of the slices that were pre-trained on."""
+    store = runs.open_store(runs.do(run).experiment, progress=False)
+    return cluster.features(runs.stage_work(run, store, runs.split_of(run, store)))
+
+
+def clustered() -> pd.DataFrame:
+    """A row per slice: its cluster, also for other numbers of clusters, and which structures it shows, by a number."""
+    feature, store = features(), runs.open_store(run.experiment, progress=False)
+    table = run.read("clusters")
+    labels = np.asarray(store.labels[table["row"].to_numpy()])
+    table["anatomy"] = sum((labels == k).any(axis=(1, 2)).astype(int) << k for k in store.class_names)
+    for count in COUNTS:
+        table[f"of {count}"] = cluster.clusters_of(feature, stage.model_copy(update={"clusters": count}))
+    return table[["subject", "position", "cluster", "anatomy", *(f"of {n}" for n in COUNTS)]].assign(run=run.name)
+
+
+def merged() -> pd.DataFrame:
+    """A row per merge: SciPy's linkage."""
+    matrix = cluster.linkage_matrix(features(), stage.linkage)
+    return pd.DataFrame(matrix, columns=["first", "second", "distance", "slices"]).assign(run=run.name)
+
+
+found = results.kept("clusters", [run], clustered)
 print(f"{len(found)} slices in {found['cluster'].nunique()} clusters, {stage.linkage} linkage")
 found.groupby("cluster").agg(
-    slices=("row", "size"), subjects=("subject", "nunique"), position=("position", "mean")
+    slices=("subject", "size"), subjects=("subject", "nunique"), position=("position", "mean")
 ).round(2).T
 
 # %% [markdown]
 # ## The hierarchy and its cut
 
 # %%
-work = runs.stage_work(run, store, runs.split_of(run, store))
-features = cluster.features(work)
-linkage = cluster.linkage_matrix(features, stage.linkage)
+linkage = results.kept("linkage", [run], merged).drop(columns="run").to_numpy()
 clusters = found["cluster"].nunique()
 figure = plots.dendrogram(linkage, linkage[-clusters:][:2, 2].mean(), "features of a beta-VAE")
 results.save(figure, "dendrogram")
 figure
-
-# %% [markdown]
-# ## Slices of some clusters
-# Four of each of the largest clusters, from different places of the list.
-
-# %%
-largest = found["cluster"].value_counts().index[:4]
-shown = pd.concat(
-    [
-        found[found["cluster"] == number].iloc[:: max(1, (found["cluster"] == number).sum() // 4)][:4]
-        for number in largest
-    ]
-)
-images = store.batch(shown["row"].to_numpy(copy=True)).image
-titles = [f"{c}: {s}, {p:.1f}" for c, s, p in zip(shown["cluster"], shown["subject"], shown["position"], strict=True)]
-plots.volume_grid(images, titles=titles, title="cluster: subject, position")
 
 # %% [markdown]
 # ## Purity
@@ -76,13 +89,11 @@ plots.volume_grid(images, titles=titles, title="cluster: subject, position")
 # beside that of clusters drawn at random.
 
 # %% tags=["nbval-check-output"]
-groups = {"position": np.minimum((found["position"].to_numpy() * 4).astype(int), 3)}
-labels = np.asarray(store.labels[found["row"].to_numpy()])
-groups["anatomy"] = sum((labels == k).any(axis=(1, 2)).astype(int) << k for k in store.class_names)
-groups["subject"] = found["subject"].to_numpy()
+quarter = np.minimum((found["position"].to_numpy() * 4).astype(int), 3)
+groups = {"position": quarter, "anatomy": found["anatomy"], "subject": found["subject"]}
 rng, table = np.random.default_rng(0), []
-for count in (2, 5, 10, 20, 40):
-    numbers = cluster.clusters_of(features, stage.model_copy(update={"clusters": count}))
+for count in COUNTS:
+    numbers = found[f"of {count}"].to_numpy()
     chance, row = rng.permutation(numbers), {"k": count}
     for name, truth in groups.items():
         row |= {name: cluster.purity(numbers, truth), f"{name} (shuffled)": cluster.purity(chance, truth)}
