@@ -1,8 +1,8 @@
 """Did a pre-training learn, and what? Numbers beside its loss that say so; they find faults and never choose a winner.
 
-The loss alone says little: beside it stands its *floor*, that of a network that gives every image the same answer. For
-a contrastive loss it is about the logarithm of the number of rows that an anchor is compared with. What a pre-training
-learned is how far it came from there.
+The loss alone says little: beside it stands its *floor*, that of a network that gives every image the same answer (of
+context restoration, that of leaving the image as it is). For a contrastive loss it is about the logarithm of the number
+of rows that an anchor is compared with. What a pre-training learned is how far it came from there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +16,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor, nn
 
+from clseg import ranks
 from clseg.data.store import Store
 from clseg.errors import RequestError
 from clseg.loop import Training
@@ -27,10 +28,11 @@ from clseg.stages import STAGES
 from clseg.train import Pretrained, stage_work
 
 BATCHES = 8  # drawn for every mean
+IMAGES = 32  # that the encoder sees at once
 FOLDS = 5  # of subjects, of the linear probes
 COLUMNS = [
-    *("loss", "loss_held_out", "floor", "bound", "learned", "rank", "cosine"),
-    *("position_r2", "size_r2", "held_out_subjects"),
+    *("loss", "floor", "bound", "learned", "loss_held_out", "floor_held_out"),
+    *("rank", "cosine", "position_r2", "size_r2", "held_out_subjects"),
 ]
 
 
@@ -56,8 +58,8 @@ def bound(pairs: Pairs, temperature: float, denominator: str) -> float:
 def limits(stage: Stage, batch: Sequence[Tensor]) -> tuple[float, float]:
     """Floor and bound of the loss of a stage on a batch of its `draw`; NaN for a stage that this does not know.
 
-    The floor of a rotation is chance; of inpainting and context restoration, to leave the image as it was spoilt; of an
-    auto-encoder, the mean image of the batch. Their bound is 0, which not every task allows.
+    The floor of a rotation is chance; of inpainting, one grey for all boxes; of context restoration, to leave the image
+    as it was spoilt; of an auto-encoder, the mean image of the batch. Their bound is 0, which not every task allows.
     """
     match stage.stage:
         case "contrast":
@@ -69,9 +71,11 @@ def limits(stage: Stage, batch: Sequence[Tensor]) -> tuple[float, float]:
             return float(np.log1p(rivals)), float(np.log1p(rivals * np.exp(-2 / stage.temperature)))
         case "rotation":
             return float(np.log(4)), 0.0
-        case "inpainting" | "context_restoration":
-            image, spoilt, counts = batch
-            return float((spoilt - image).square().mul(counts).sum() / counts.expand_as(image).sum()), 0.0
+        case "inpainting":
+            image, _, hidden = batch
+            return float(image[hidden.expand_as(image)].var(correction=0)), 0.0
+        case "context_restoration":
+            return float((batch[1] - batch[0]).square().mean()), 0.0
         case "autoencoder":
             return float((batch[0] - batch[0].mean(0)).square().mean() / 2), 0.0
     return np.nan, np.nan
@@ -87,19 +91,24 @@ def effective_rank(embedding: Tensor) -> float:
     return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
 
 
+def subject_of(store: Store, rows: np.ndarray) -> np.ndarray:
+    """The subject of every slice [n]."""
+    return store.volumes["subject"].to_numpy()[store.slices["volume"].to_numpy()[rows]]
+
+
 @torch.no_grad()
 def features(encoder: nn.Module, store: Store, rows: np.ndarray) -> np.ndarray:
     """The deepest feature map of slices as they are, averaged over its places [n, width] float64, or the features of an
     auto-encoder [n, latent]; running averages of batch norm are used."""
     encoder.eval()
-    device, parts = next(encoder.parameters()).device, np.array_split(rows, max(len(rows) // 64, 1))
+    device, parts = next(encoder.parameters()).device, np.array_split(rows, -(-len(rows) // IMAGES))
 
     def feature(image: Tensor) -> Tensor:
         if isinstance(encoder, BetaVAE):
             return encoder.encode(image)[0]
         return encoder(image)[-1].float().flatten(2).mean(2)
 
-    found = (feature(store.batch(part, device).image) for part in parts if len(part))
+    found = (feature(store.batch(part, device).image) for part in parts)
     return np.concatenate([values.cpu().double().numpy() for values in found])
 
 
@@ -137,11 +146,16 @@ def nearest(feature: np.ndarray, position: np.ndarray, subject: np.ndarray) -> t
 
 def fault(found: Mapping[str, float]) -> str:
     """What a row of `COLUMNS` says against a pre-training, or cannot say; empty if nothing."""
-    if not found["learned"] >= 0.1:
+    if np.isnan(found["floor"]):
+        return "not known: the loss has no floor here"
+    if found["learned"] < 0.1:
         return "learned little: the loss came less than a tenth of the way from its floor to its bound"
     if np.isnan(found["loss_held_out"]):
         return "not known on subjects that it never saw: there is no loss on them"
-    if found["loss_held_out"] >= found["floor"]:
+    lowest = (
+        found["floor"] if np.isnan(found["floor_held_out"]) else found["floor_held_out"]
+    )  # of rows before there was
+    if found["loss_held_out"] >= lowest:
         return "on subjects that it never saw, the loss is not below its floor"
     return ""
 
@@ -158,14 +172,18 @@ def probe(
     network: NetworkConfig | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a pre-training learned (`COLUMNS`), given as to `train.pretrain`, on its `subjects` and on `held_out` ones.
+    """What a pre-training learned (`COLUMNS`); the arguments are those of `train.pretrain`, with `held_out` subjects.
 
-    `learned`: the part of the way from the floor to the bound, on training slices. `loss_held_out` is NaN for cluster
-    contrast and PIRL, whose pseudo-classes and memory are of training slices. `rank`, `cosine`: effective rank and mean
-    cosine of the embeddings of the first held-out batch, of the first training batch where there is none; of a
-    contrast alone. `position_r2`, `size_r2`: linear probes of the frozen encoder for the position of a slice and for
-    the share of its pixels that each structure has, on held-out subjects with labels, three or more.
+    `learned`: the part of the way from the floor to the bound, on training slices. `loss_held_out` and its floor are
+    NaN for cluster contrast and PIRL, whose pseudo-classes and memory are of training slices, and where held-out
+    volumes do not make a batch. `rank`, `cosine`: effective rank and mean cosine of the embeddings of the first
+    held-out batch, of the first training batch where there is none; of a contrast alone. `position_r2`, `size_r2`:
+    linear probes of the frozen encoder for the position of a slice and for the share of its pixels that each structure
+    has, on held-out subjects with labels, three or more.
     """
+    seen, held_out = [*subjects], sorted({*held_out})
+    labelled = [subject for subject in held_out if subject in {*store.labelled_subjects}]
+    found: dict[str, float] = dict.fromkeys(COLUMNS, np.nan) | {"held_out_subjects": len(labelled)}
 
     def again(subjects: Sequence[str]) -> tuple[Training, nn.Module]:
         """The stage with what was learned, on slices of these subjects, and the encoder."""
@@ -174,43 +192,38 @@ def probe(
         for prefix, module in training.learning.items():
             own = {name: value for name, value in done.weights.items() if name.startswith(f"{prefix}.")}
             module.load_state_dict({name.removeprefix(f"{prefix}."): value for name, value in own.items()})
-        for name, module in training.state.items():
-            if subjects is seen:
-                module.load_state_dict(done.training.state[name].state_dict())
+        for name, module in training.state.items() if subjects is seen else ():
+            module.load_state_dict(done.training.state[name].state_dict())
+        ranks.connect([work.network, *training.learning.values()])
         return training, training.learning.get("autoencoder", work.network.encoder)
 
-    found: dict[str, float] = dict.fromkeys(COLUMNS, np.nan)
-    seen, held_out = [*subjects], sorted({*held_out})
+    def means(training: Training) -> list[float]:
+        """Loss, floor and bound."""
+        every = []
+        for batch in map(training.draw, range(steps, steps + BATCHES)):
+            every.append([float(training.loss(*batch)), *limits(stage, batch)])
+        return np.mean(every, axis=0).tolist()
+
     own, encoder = again(seen)
-    labelled = [subject for subject in held_out if subject in {*store.labelled_subjects}]
-    found["held_out_subjects"] = len(labelled)
     if len(labelled) >= 3:
         rows = store.rows(labelled, labelled=True)
-        feature, subject = features(encoder, store, rows), store.batch(rows).subject.numpy()
+        feature, subject = features(encoder, store, rows), subject_of(store, rows)
         found["position_r2"] = linear_probe(feature, store.slices["position"].to_numpy()[rows], subject)
         labels = np.asarray(store.labels[rows])
         sizes = [(labels == k).reshape(len(rows), -1).mean(1) for k in store.class_names]
         found["size_r2"] = linear_probe(feature, np.stack(sizes, 1), subject)
     encoder.train()
-    others = None
+    found["loss"], found["floor"], found["bound"] = means(own)
+    found["learned"] = (found["floor"] - found["loss"]) / (found["floor"] - found["bound"])
+    shown = own
     if held_out and stage.stage != "pirl" and getattr(stage, "pairs", "") != "cluster":
         with suppress(RequestError):  # volumes that are too short for partitions, say
             others, _ = again(held_out)
-            others.draw(steps)
-    every, lowest = range(steps, steps + BATCHES), []
-    for name, training in {"loss": own, "loss_held_out": others}.items():
-        if training:
-            losses = []
-            for batch in map(training.draw, every):
-                losses.append(float(training.loss(*batch)))
-                lowest += [limits(stage, batch)] if training is own else []
-            found[name] = float(np.mean(losses))
-    found["floor"], found["bound"] = map(float, np.mean(lowest, axis=0))
-    found["learned"] = (found["floor"] - found["loss"]) / (found["floor"] - found["bound"])
+            found["loss_held_out"], found["floor_held_out"], _ = means(others)
+            shown = others
     if stage.stage == "contrast":
-        training = others or own
-        _, _, *views = training.draw(steps)
-        body, head = (training.learning[name] for name in ("encoder", "head"))
+        _, _, *views = shown.draw(steps)
+        body, head = shown.learning["encoder"], shown.learning["head"]
         z = F.normalize(torch.cat([head(body(view)[-1]).float() for view in views]), dim=1)
         found["rank"] = effective_rank(z)
         found["cosine"] = float(((z.sum(0) ** 2).sum() - len(z)) / (len(z) ** 2 - len(z)))

@@ -1,5 +1,6 @@
 """Several processes that pre-train together take the steps of one; this file is also the program of each of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clseg import ranks
+from clseg import probe, ranks
 from clseg.data.prepare import prepare
 from clseg.errors import RequestError
 from clseg.loop import Work
@@ -18,8 +19,10 @@ from clseg.models import UNet
 from clseg.stages import STAGES
 from clseg.study.parameters import resolve
 from clseg.tools import cli
+from clseg.train import Pretrained
 
 STEPS = {"gr": 0, "gd-": 0, "gd": 0, "pcl": 0, "gr+lr": 1, "gd+ld": 1}  # a stage of each, by its place in the method
+PROBED = "gr", "gd", "gd+ld"  # whose held-out batches are two equal parts
 SMALL = [
     *("dataset.options.subjects=8", "dataset.protocols.seeded.test=1", "dataset.protocols.seeded.validation=1"),
     "pretrain.steps=3",
@@ -45,6 +48,19 @@ def gradients(method):
     return {"loss": loss.detach()} | found | averages
 
 
+def probed(method):
+    """What a probe finds in weights that nobody trained."""
+    experiment = resolve("phantom", "smoke", method, overrides=SMALL[:1])
+    store = prepare(experiment.dataset, experiment.geometry, progress=False)
+    torch.manual_seed(0)
+    network, stage = UNet(store.channels, store.num_classes, experiment.network), experiment.stages[STEPS[method]]
+    training = STAGES[stage.stage](Work(network, store, store.rows(store.subjects), 8, seed=0), stage)
+    parts = {"": network} | {f"{name}.": module for name, module in training.learning.items()}
+    weights = {prefix + name: value for prefix, part in parts.items() for name, value in part.state_dict().items()}
+    done = Pretrained(weights, None, {}, training)
+    return probe.probe(done, store, store.subjects[:5], store.subjects[5:], stage, 0, network=experiment.network)
+
+
 def torchrun(*command, processes=2, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -53,7 +69,7 @@ def torchrun(*command, processes=2, **environment):
 
 def test_two_processes_have_the_loss_gradient_and_averages_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    expected = {method: gradients(method) for method in STEPS}
+    expected, learned = {name: gradients(name) for name in STEPS}, {name: probed(name) for name in PROBED}
     root = str(Path(__file__).resolve().parents[1])
     done = torchrun(__file__, str(tmp_path), PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     assert done.returncode == 0, done.stderr
@@ -65,6 +81,8 @@ def test_two_processes_have_the_loss_gradient_and_averages_of_one(tmp_path, monk
             assert any("running_var" in name for name in values)
             for name, value in values.items():
                 torch.testing.assert_close(found[method][name], value, rtol=1e-8, atol=1e-10, msg=f"{method}: {name}")
+        for method, values in json.loads((tmp_path / f"rank{rank}.json").read_text()).items():
+            assert values == pytest.approx(learned[method], rel=1e-3, abs=1e-3, nan_ok=True), method
 
 
 @pytest.mark.parametrize(("method", "folders"), [("gd+lr", 2), ("ufc", 2)])
@@ -116,3 +134,5 @@ if __name__ == "__main__":
     with ranks.joined():
         torch.set_num_threads(1)
         torch.save({method: gradients(method) for method in STEPS}, f"{sys.argv[1]}/rank{ranks.number()}.pt")
+        content = json.dumps({method: probed(method) for method in PROBED})
+        Path(f"{sys.argv[1]}/rank{ranks.number()}.json").write_text(content)

@@ -248,19 +248,29 @@ def test_a_ladder_says_what_each_method_adds_to_the_one_before():
     assert (some.ladder(["random", "weak_to_strong"])["weak_to_strong"] == "-").all()  # no runs yet
 
 
-def test_a_table_that_takes_weights_is_kept_and_made_again_for_other_runs(monkeypatch, tmp_path):
-    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
-    run, name = plan().pretrain[0], ("smoke", "phantom", "mine")
-    shown = replace(read_results("quickstart", "phantom", "laptop"), folder=paths.results_dir(*name))
+def test_a_table_that_takes_weights_is_kept_and_made_again_for_other_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+    [run], [other] = plan().pretrain, plan("pretrain.steps=4").pretrain
+    committed = tmp_path / "committed" / "smoke" / "phantom" / "mine"
+    shown = replace(read_results("quickstart", "phantom", "laptop"), folder=committed)
+    own = paths.results_dir(*committed.parts[-3:])
+
+    def nothing():
+        pytest.fail("it is there")
+
     made = pd.DataFrame({"run": ["", run.name], "value": [1.0, 2.0]})
     pd.testing.assert_frame_equal(shown.kept("found", [run], lambda: made), made)
-    assert (tmp_path / "paper_figures" / "/".join(name) / "found.csv").is_file()
-    again = shown.kept("found", [run], lambda: pytest.fail("it is there"))
-    pd.testing.assert_frame_equal(again, made)
-    [other] = plan("pretrain.steps=4").pretrain
+    assert [path.name for path in own.iterdir()] == ["found.csv"]
+    pd.testing.assert_frame_equal(shown.kept("found", [run], nothing), made)
     new = made.assign(run=["", other.name])
+    assert not capsys.readouterr().out
     pd.testing.assert_frame_equal(shown.kept("found", [other], lambda: new), new)
-    pd.testing.assert_frame_equal(shown.kept("found", [other], lambda: pytest.fail("it is there")), new)
+    assert capsys.readouterr().out == "found.csv is of other runs and is made anew\n"
+    pd.testing.assert_frame_equal(shown.kept("found", [other], nothing), new)
+    committed.mkdir(parents=True)
+    (own / "found.csv").rename(committed / "found.csv")
+    pd.testing.assert_frame_equal(shown.kept("found", [other], nothing), new)
+    assert not any(own.iterdir())
 
 
 def test_the_encoders_whose_embeddings_are_shown_work():

@@ -262,18 +262,20 @@ class Results:
         self._write(f"{name}.png", lambda path: figure.savefig(path, **about))
 
     def kept(self, name: str, of: Iterable[Run], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table that takes images and weights, which do not come with the project: that which lies beside the others,
-        or, where there is none or it is of other runs, what `make` returns, which is then written as by `save`.
+        """A table that takes images and weights, which need not be here: what `make` returns, written as by `save`.
 
-        Its column `run` names the runs `of` which it is; rows with "" there are of none.
+        Its column `run` says of which run a row is, "" of none. As long as these are the runs `of` which it is asked,
+        the file is read again; whoever changes how it is made deletes it.
         """
-        path = self.folder / f"{name}.csv"
-        if path.is_file():
-            table = archive.read_table(path)
-            if {*table["run"]} - {""} == {run.name for run in of}:
-                return table
+        names, places = {run.name for run in of}, [paths.results_dir(*self.folder.parts[-3:]), self.folder]
+        for path in (place / f"{name}.csv" for place in places):
+            if path.is_file():
+                table = archive.read_table(path)
+                if {*table["run"]} - {""} == names:
+                    return table
+                print(f"{name}.csv is of other runs and is made anew")
         made = make()
-        self._write(path.name, lambda path: archive.write_table(path, made))
+        self._write(f"{name}.csv", lambda path: archive.write_table(path, made))
         return made.round(6)  # as it is written
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
@@ -284,7 +286,7 @@ class Results:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # as in a class that shares a checkout
                 raise
-            print(f"{name} is only shown: the output folder is read-only, and CLSEG_OUT can name another one")
+            print(f"{name} is not kept: the output folder is read-only, and CLSEG_OUT can name another one")
 
 
 def read_results(study: str, dataset: str, profile: str) -> Results:
@@ -333,9 +335,9 @@ def draw_figures(grid: Grid, parameters: dict[str, str]) -> Path:
 def committed_figures(grid: Grid, folder: Path) -> None:
     """Execute the study's figure notebook on the committed tables; what it saves and keeps goes beside them."""
     about = {"study": grid.study.name, "dataset": grid.place, "profile": grid.profile}
-    paths.runs_root().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as out:
-        (Path(out) / "runs").symlink_to(paths.runs_root())  # the weights of what is not kept yet
+        if paths.runs_root().is_dir():  # with weights of what is not kept yet
+            (Path(out) / "runs").symlink_to(paths.runs_root())
         target = Path(out) / "figures.ipynb"
         execute_notebook(paths.NOTEBOOKS / f"{grid.study.notebook}.ipynb", target, about, CLSEG_OUT=out)
         for chart in folder.glob("*.png"):

@@ -139,7 +139,7 @@ def collect(done: Iterable[Run]) -> Rows:
         thin = log.groupby(part).agg(step=("step", "last"), loss=("loss", "mean"))
         losses.append(thin.assign(run=run.name)[LOSSES])
         if (run.folder / "probe.csv").is_file():
-            probes.append(run.read("probe").assign(run=run.name)[PROBES])
+            probes.append(run.read("probe").assign(run=run.name).reindex(columns=PROBES))
     kept = [[table for table in tables if len(table)] or tables[:1] for tables in (scores, losses, probes)]
     whole = {"labelled": "Int64", "draw": "Int64"}  # of a pre-training there are none
     tables = pd.DataFrame(about, columns=RUNS).astype(whole), *map(pd.concat, kept)

@@ -27,7 +27,7 @@ from clseg.digest import code_digest, digest
 from clseg.errors import RequestError, reading
 from clseg.loop import Fit, Work
 from clseg.models import UNet
-from clseg.probe import probe
+from clseg.probe import COLUMNS, probe
 from clseg.recipes import RECIPES
 from clseg.settings import Stage
 from clseg.stages import SHARED, STAGES
@@ -302,7 +302,11 @@ def _pretrain(run: Run, store: Store, split: Split) -> None:
     result = train.pretrain(store, split.pretrain, run.stage, run.steps, keeper=_checkpoints(run, store), **about)
     held_out = set(store.subjects) - {*split.pretrain, *split.test}
     about = {"network": run.experiment.network, "seed": run.parameters.seed}
-    found = probe(result, store, split.pretrain, held_out, run.stage, run.steps, **about)
+    try:
+        found = probe(result, store, split.pretrain, held_out, run.stage, run.steps, **about)
+    except (RuntimeError, ValueError) as error:  # of memory, say: it must not cost what was trained
+        print(f"what was learned is not known: {error}")
+        found = dict.fromkeys(COLUMNS, float("nan"))
     _keep(run, store, result.fit, result.weights, result.tables | {"probe": pd.DataFrame([found])})
 
 

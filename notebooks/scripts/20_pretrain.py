@@ -87,15 +87,18 @@ print(f"loss: first step {log['loss'].iloc[0]:.2f}, {len(log)} steps")
 
 # %% [markdown]
 # ## Did it learn?
-# The loss beside its *floor* (that of a network that gives every image the same answer; of restoring, that of leaving the image as it was spoilt) and its
-# *bound* (nothing goes below). `learned` is how far the loss came from floor to bound. On subjects that it never saw: the loss again, and how much
+# The loss beside its *floor* (that of a network that gives every image the same answer; of context restoration, that of leaving the image as it was
+# spoilt) and its *bound* (nothing goes below). `learned` is how far the loss came from floor to bound. On subjects that it never saw: the loss again, and how much
 # of the slices' position and of the structures' sizes a straight line reads from the features (R², 1 is all, 0 or less is nothing).
 # These numbers find faults. They never choose a method: labels of test subjects play no part.
 
 # %%
-found = run.read("probe").iloc[0]
-print(found.dropna().round(2).to_string())
-print(f"fault: {probe.fault(found) or 'none found'}")
+if (run.folder / "probe.csv").is_file():
+    found = run.read("probe").iloc[0]
+    print(found.dropna().round(2).to_string())
+    print(f"fault: {probe.fault(found) or 'none found'}")
+else:
+    print("this run is older than these numbers; remove its folder to have it made again")
 
 # %% tags=["nbval-check-output"]
 weights = run.folder / "weights.safetensors"

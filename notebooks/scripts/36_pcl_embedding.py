@@ -9,7 +9,8 @@
 # linear map reads off the features. Whether Zeng et al. published such a figure is not known here.
 #
 # Features need images and weights, which do not come with the project. So what is shown of them is kept beside the study's tables, in `embedding.csv`, with a
-# row per slice; where that is missing, this notebook makes it, after the pre-trainings if they are missing, too (seconds under `smoke`).
+# row per slice; where that is missing, this notebook makes it, after the pre-trainings if they are missing, too (seconds under `smoke`). Whoever changes how it is made,
+# deletes it first.
 
 # %%
 import numpy as np
@@ -49,8 +50,7 @@ def embedded() -> pd.DataFrame:
     networks |= {(runs.do(run.parent).name, run.method): run for run in plan.finetune}
     store = runs.open_store(first.experiment, progress=False)
     rows = store.rows(runs.split_of(first, store).test)
-    slices = store.slices.loc[rows]
-    subject, position = store.volumes["subject"].loc[slices["volume"]].to_numpy(), slices["position"].to_numpy()
+    subject, position = probe.subject_of(store, rows), store.slices["position"].to_numpy()[rows]
     for (name, network), run in networks.items():
         feature = probe.features(runs.build_network(run, store).encoder, store, rows)
         table = pd.DataFrame(dict(zip(names, (name, network, subject, position), strict=True)))
@@ -78,9 +78,10 @@ figure
 #
 # * *position off by*: the mean distance in position (0 to 1) from a slice to the nearest slice, by cosine, of *another* patient: small where
 #   position orders the slices;
-# * *same patient*: the share of slices whose nearest slice of all is of the same patient: what the patient decides;
+# * *same patient*: the share of slices whose nearest slice of all is of the same patient: large where the slices of one patient lie together;
 # * *position_r2*: the share of the variance of position that a ridge regression on the features explains, for patients whom it was not
-#   fitted to: what the features hold of position, whether or not it orders them. It is the linear probe of `20_pretrain` and `42_which_method`.
+#   fitted to: what the features hold of position, whether or not it orders them. `20_pretrain` and `42_which_method` have the same linear probe, there for
+#   patients whom the encoder never saw.
 
 # %% tags=["nbval-check-output"]
 numbers = pd.DataFrame(

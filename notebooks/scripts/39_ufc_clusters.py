@@ -1,10 +1,10 @@
 # %% [markdown]
 # # How many pseudo-classes?
 # **Hierarchical clusters of auto-encoder features (Zhang et al., BIBM 2022, an interpretation): what is in a cluster, and what the
-# number of clusters does to the segmentation.** Dice comes from the table of the study `ufc_clusters`; dendrogram and examples come
-# from its pre-training, which is done here first if it is missing (seconds under `smoke`).
+# number of clusters does to the segmentation.** Dice comes from the table of the study `ufc_clusters`, clusters and
+# dendrogram from its pre-training.
 #
-# You will see: the dendrogram with its cut, slices of some clusters, purity of the clusters against position and anatomy, and Dice
+# You will see: the clusters, the dendrogram with its cut, purity of the clusters against position and anatomy, and Dice
 # against the number of clusters and the linkage. How the paper cuts its hierarchy is not known: it has no public code. What is
 # committed here was computed with the `smoke` profile: it proves that every row runs, its numbers mean little.
 
@@ -32,12 +32,13 @@ print(results.gaps)
 
 # %% [markdown]
 # ## What is in a cluster
-# Clusters need images and weights, which do not come with the project. So what is shown of them is kept beside the study's tables: in `clusters.csv` (a row per
-# slice) and `linkage.csv` (a row per merge). Where these are missing, this notebook makes them. Pictures of slices of a cluster are in
-# lesson [13_cluster_contrast](13_cluster_contrast.ipynb), of the phantom.
+# Clusters need the images and the weights of the pre-training. So what is shown of them is kept beside the study's tables: in `clusters.csv` (a row per
+# slice) and `linkage.csv` (a row per merge). Where these are missing, this notebook makes them, after the pre-training if that is missing, too (seconds under
+# `smoke`). Whoever changes how they are made, deletes them first. Pictures of slices of a cluster are in lesson
+# [13_cluster_contrast](13_cluster_contrast.ipynb), of the phantom.
 
 # %%
-COUNTS = 2, 5, 10, 20, 40
+COUNTS = 2, 5, 10, 20, 40  # of clusters
 plan = grid.expand(read_study(study), dataset, profile)
 run = next(r for r in plan.finetune if r.method == "ufc").parent
 stage = run.experiment.stages[run.parameters.stage]

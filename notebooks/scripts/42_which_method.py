@@ -180,7 +180,8 @@ for pairs in (combinations(["matched-gr", "matched-gd", "matched-pcl", "matched-
 # that what lowered the loss does not carry over to new patients (that is so for `gcl`; no loss of Dice is seen above): learned by heart, or sure and wrong
 # at the borders of partitions; which was not looked into. `position_r2`, `size_r2`: what a linear probe
 # reads from the frozen encoder (0 or less: nothing). `rank`, `cosine`: how many directions the embeddings fill, and how alike two of them are on
-# average, in a batch of patients that were not pre-trained on (of `cluster` in one of training slices: do not compare it with the others). The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
+# average, in a batch of patients that were not pre-trained on (of `cluster` in one of training slices: do not compare it with the others). Auto-encoders and the local stage were
+# not probed when these rows were made. The pre-trainings: `instance` is that of `matched-gr`, `gcl` of `matched-gd`, `position` of `matched-pcl`, `cluster` of `matched-ufc`.
 
 # %%
 probes = have.probes.merge(have.runs[["run", "parent"]], on="run")
