@@ -177,8 +177,8 @@ display(spread.round(3))
 
 # %% tags=["nbval-check-output"]
 def told(label, benchmark, case=""):
-    """Prints the ratios of the rows of a benchmark whose case holds some words, and what single rounds reached."""
-    found = rows[(rows["benchmark"] == benchmark) & rows["case"].str.contains(case, regex=False)]
+    """Prints the ratios of the rows of a benchmark whose case has some words, and what single rounds reached."""
+    found = rows[(rows["benchmark"] == benchmark) & rows["case"].str.contains(rf"\b{case}")]
     if len(found):
         least, most = found["value"].min(), found["value"].max()
         numbers = f"{least:.3g}" if len(found) == 1 else f"{least:.3g} to {most:.3g} in {len(found)} cases"
@@ -200,7 +200,7 @@ for size in (96, 192, 352):
             "augmentation",
             f"{size} px: time per view, {peer}",
         )
-told("Time of a step of pre-training, against a forward and backward pass", "iteration", "time per step")
+told("Time of a step of pre-training, against a forward and backward pass", "iteration", "time per step$")
 told("A step in bf16 on a processor without it, against torch's bf16", "low_precision", "autocast")
 told("the same, against float32", "low_precision", "float32")
 for row in growth[growth["size"].isna()].itertuples() if len(growth) else ():
