@@ -347,6 +347,14 @@ def _trials():
     return table.groupby(["method", "labelled", "precision", "steps", "draw"])["dice"].mean()
 
 
+def _longer():
+    """What plain training gains with 8 labelled by twice its steps, with today's code."""
+    plan = grid.expand(read_study("acdc_budget").within(read_profile("laptop")), "acdc", "laptop")
+    table = rows.read("laptop", "acdc").of(run.name for run in plan.finetune).table("acdc_budget", "acdc", "laptop")
+    found = stats.contrasts(table).set_index("method")
+    return found.loc["random [finetune.steps=4000]"]
+
+
 def test_the_fine_tuning_steps_follow_from_their_rule():
     """The least of 500, 1,000, 2,000 after which no method was seen to gain .005 by doubling, at most 2,000."""
     dice = _trials().xs("float32", level="precision").groupby(["method", "labelled", "steps"]).mean()
@@ -427,12 +435,14 @@ def test_the_precision_follows_from_the_rows():
 def test_what_is_said_of_the_sets_of_volumes_is_what_the_rows_say():
     text = (paths.PROJECT / "notebooks" / "scripts" / "30_glcl_strategies.py").read_text(encoding="utf-8")
     said = " ".join(text.replace("\n#", " ").split())
-    found = read_results("acdc_sets", "acdc", "laptop").contrasts.set_index("labelled")
+    found = read_results("acdc_sets", "acdc", "laptop").contrasts
     assert set(found["n_draws"]) == {3}
-    told = {
-        n: f"{row.difference:.3f} ({row.low:.3f} to {row.high:.3f})".replace("0.", ".") for n, row in found.iterrows()
-    }
-    assert f"Dice changed by {told[1]} with 1 labelled, by {told[8]} with 8." in said
+    for value, before in (("set_of=null", "in place of two and two: "), ("slices=24", "in place of 32: ")):
+        own = found[found["method"] == f"gd [stages.0.{value}]"].set_index("labelled")
+        told = {
+            n: f"{row.difference:.3f} ({row.low:.3f} to {row.high:.3f})".replace("0.", ".") for n, row in own.iterrows()
+        }
+        assert f"{before}Dice changed by {told[1]} with 1 labelled, by {told[8]} with 8." in said
 
 
 @pytest.mark.slow
@@ -511,6 +521,9 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_rows():
     assert (contrasts.loc["matched-gd+lr"]["difference"].loc[2:].abs() < 0.0016).all()  # "by about .001"
     steps = _trials()["random", 8, "float32"].groupby("steps").mean()
     assert f"still gained {steps[2000] - steps[1000]:.3f}".replace("0.", ".") in sentences
+    twice = f"{_longer().difference:.3f} ({_longer().low:.3f} to {_longer().high:.3f}; two of these draws, one seed)"
+    assert _longer().n_draws == 2
+    assert f"and {twice.replace('0.', '.')} from there to 4,000" in sentences
     assert (contrasts.loc["matched-ufc+weak_to_strong"]["low"].loc[[1, 2]] > 0).all()  # what is recommended
     # in 42, "In short": partitions came to the same within .01; pre-training alone gained less than weak_to_strong
     apart = dice["matched-gd+weak_to_strong"] - dice["matched-ufc+weak_to_strong"]
