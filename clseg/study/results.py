@@ -274,9 +274,11 @@ class Results:
                 if {*table["run"]} - {""} == names:
                     return table
                 print(f"{name}.csv is of other runs and is made anew")
-        made = make()
-        self._write(f"{name}.csv", lambda path: archive.write_table(path, made))
-        return made.round(6)  # as it is written
+        with TemporaryDirectory() as folder:
+            archive.write_table(path := Path(folder) / f"{name}.csv", make())
+            table = archive.read_table(path)  # as whoever finds it will have it
+        self._write(path.name, lambda path: archive.write_table(path, table))
+        return table
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         folder = paths.results_dir(*self.folder.parts[-3:])
