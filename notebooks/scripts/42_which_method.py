@@ -219,7 +219,10 @@ print("what doubling the steps gains\n" + gain.map("{:+.3f}".format, na_action="
 # %%
 trials = have.of(run.name for run in expand(read_study("acdc_budget"), dataset, profile).finetune)
 longer = trials.table("acdc_budget", dataset, profile)
-print(longer.groupby("method")["dice"].mean().round(3).to_string(header=False), end="\n\n")
+print(
+    "Dice by draw\n" + longer.groupby(["method", "draw"])["dice"].mean().unstack().round(3).to_string(na_rep="-"),
+    end="\n\n",
+)
 shown = ["method", "baseline", "labelled", "n_subjects", "n_draws", "n_seeds", "difference", "low", "high"]
 print(stats.contrasts(longer)[shown].round(3).to_string(index=False))
 
