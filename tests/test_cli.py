@@ -169,5 +169,5 @@ def test_a_figure_in_a_read_only_checkout_is_shown_and_a_full_disk_is_an_error(n
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with nullcontext() if told else pytest.raises(OSError, match="no"):
-        Results.save(SimpleNamespace(folder=Path("smoke/phantom/quickstart")), None, "dice")
+        Results(Path("smoke/phantom/quickstart"), *[None] * 5).save(None, "dice")
     assert ("dice.png is not kept: the output folder is read-only" in capsys.readouterr().out) == told
