@@ -172,11 +172,16 @@ def test_the_loss_of_a_probe_is_that_of_the_weights_that_were_learned(store):
 
 
 def test_a_probe_knows_a_collapsed_network(store):
-    stage = ContrastStage(pairs="instance", slices=4)
+    stage = ContrastStage(pairs="instance", slices=4, head="pool")
     done = pre_trained(store, stage)
-    dead = {key: torch.zeros_like(value) if key.startswith("head.") else value for key, value in done.weights.items()}
-    found = probe.probe(replace(done, weights=dead), store, store.subjects[:3], [], stage, 3, network=SMALL)
+    last = [key.removesuffix(".bias") for key in done.weights if key.startswith("head.") and key.endswith(".bias")][-1]
+    dead = {f"{last}.weight": torch.zeros_like(done.weights[f"{last}.weight"])}
+    dead |= {f"{last}.bias": torch.ones_like(done.weights[f"{last}.bias"])}
+    found = probe.probe(
+        replace(done, weights=done.weights | dead), store, store.subjects[:3], [], stage, 3, network=SMALL
+    )
     assert found["learned"] == pytest.approx(0, abs=1e-6)
+    assert found["cosine"] == pytest.approx(1)
     assert probe.fault(found).startswith("learned little")
 
 

@@ -9,6 +9,8 @@
 # committed here was computed with the `smoke` profile: it proves that every row runs, its numbers mean little.
 
 # %%
+from functools import cache
+
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -44,6 +46,7 @@ run = next(r for r in plan.finetune if r.method == "ufc").parent
 stage = run.experiment.stages[run.parameters.stage]
 
 
+@cache
 def features() -> np.ndarray:
     """Features of the slices that were pre-trained on."""
     store = runs.open_store(runs.do(run).experiment, progress=False)
