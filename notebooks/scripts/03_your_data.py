@@ -139,7 +139,7 @@ for name, metrics in found.items():
     print(f"{name}: {metrics['subject'].nunique()} test subjects, {len(metrics)} scores")
 
 # %% [markdown]
-# With two test subjects and `smoke` this decides nothing. Of three labelled subjects one trains, one validates and one tests: enough to
+# With two test subjects and `smoke` this decides nothing. Where a folder has three masks only, one subject trains, one validates and one tests: enough to
 # look at masks, too few for a number. A study with several draws of labelled subjects and intervals is one command: see the end.
 #
 # ## Segment scans that have no mask

@@ -161,7 +161,7 @@ for temperature in (0.1, 1.0):
 # %% [markdown]
 # At 0.1 nearly all the push goes to B1, the *hardest* negative: the one that is most like the anchor. C1 and C2 have no arrow there: each has
 # nearly the whole share already. At 1.0 the push is spread more evenly, from 0.40 to 0.12 (dashed: an equal share). Run the next
-# cell to move the temperature yourself. At which one has the hardest negative about half of the push? (At 0.5: 0.54.)
+# cell to move the temperature yourself. At which one has the hardest negative about half of the push?
 #
 # The losses in the titles are of different temperatures: such losses cannot be compared.
 
@@ -272,7 +272,7 @@ plt.show()
 for name, (curve, alike, unlike) in results.items():
     end = sum(curve[-10:]) / 10
     print(
-        f"trained with {name}: loss InfoNCE {end:.1f} at the end, cosine of positives {alike:.1f}, of negatives {unlike:.1f}"
+        f"trained with {name}: InfoNCE {curve[0]:.1f} at the first step, {end:.1f} at the end, cosine of positives {alike:.1f}, of negatives {unlike:.1f}"
     )
 
 # %% tags=["nbval-check-output"]
@@ -282,7 +282,7 @@ for name, (curve, alike, unlike) in results.items():
 # %% [markdown]
 # `only pulling` does what it was told: positives have cosine 1. So have the negatives. It has collapsed onto the dashed line, and its own loss,
 # -1, looks perfect. The push keeps a network from that. InfoNCE had 120 steps: its curve is noisy, and its negatives are still
-# rather alike (0.7), but less than its positives (0.9). That difference is all it has learned so far.
+# rather alike (0.7), but less than its positives (0.9). A part of that was there before the first step: the first loss was below the line, too.
 #
 # ## What to notice
 # * The loss knows similarities only. It forgets lengths, and it does not know what is *in* an image.

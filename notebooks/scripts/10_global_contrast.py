@@ -74,7 +74,7 @@ plots.volume_grid(
 #
 # | name | positives | negatives |
 # |---|---|---|
-# | `gr` | views of one slice (SimCLR) | all other slices |
+# | `gr` | views of one slice (SimCLR, the method of lesson 04) | all other slices |
 # | `gd-` | views of one slice | slices of other partitions; the rest of its own partition is neither |
 # | `gd` | views of one slice, and the same partition of other volumes | slices of other partitions |
 #
@@ -287,8 +287,8 @@ for tau in (0.1, 1.0):
 # more equal in length: the two rows of slice 3 pull at each other, too.
 #
 # ## Temperature: who is listened to?
-# The gradient of a term with respect to the similarity of negative $k$ is its share of the denominator, so among the negatives
-# it is shared out by a softmax of $s_{ik}$. How much falls on the hardest, the most similar, negative? Ask autograd, for
+# The gradient of a term with respect to $s_{ik}$, the similarity of negative $k$ over τ, is its share of the denominator, so among the negatives
+# it is shared out by a softmax of $s_{ik}$. (By the cosine it is 1/τ times as much, so the cell multiplies by τ.) How much falls on the hardest, the most similar, negative? Ask autograd, for
 # anchor 2 and its other view (four negatives, so an equal share is 0.25). "All together" is one minus the
 # share of the positive in the denominator.
 
@@ -378,7 +378,7 @@ for name, of_batch in counted.items():
 # values, so never compare their curves.
 #
 # How many of these negatives are wrong? Over 50 batches, among negatives of other volumes: the share that lies within 0.1 of
-# the anchor's position, and the share whose mask overlaps the anchor's more than that of a typical (the median) positive of
+# the anchor's *position* (m/n for slice m of n: small at the base, 1 at the apex), and the share whose mask overlaps the anchor's more than that of a typical (the median) positive of
 # `gd` does. `gr` also draws the slices that are left over, at the apex, and these are easy negatives: so it is counted a second time, on the
 # slices that `gd` can draw.
 
@@ -396,8 +396,8 @@ for name, (setting, of_rows) in asked.items():
 
 # %% [markdown]
 # By position, partitions remove two thirds of the near negatives of `gr`; the rest are neighbours across a border.
-# (`gd-` and `gd` have the same negative slices, in three rows or two; they differ in their positives.) A position is m/n for slice m of n: small at
-# the base, 1 at the apex. By the masks, on the same slices, partitions help a little. Only a little, because hearts of two patients differ in
+# (`gd-` and `gd` have the same negative slices, in three rows or two; they differ in their positives.)
+# By the masks, on the same slices, partitions help a little. Only a little, because hearts of two patients differ in
 # size about as much as two parts of one heart: the phantom has normal hearts, wide ones, and ones with thick walls, as clinics have.
 # "Alike" has more than one meaning, and partitions know one of them.
 #
@@ -498,7 +498,7 @@ for who, subjects in {"training": training, "new": held_out}.items():
 
 # %% [markdown]
 # Compare the two. The first loss of all is above log 19 = 2.94, and near it after a few steps. On the subjects it was trained on, the blocks on
-# the diagonal stand out: the same and another partition differ by nearly 0.5. On new subjects they differ by 0.06 (one seed). That is small. So at most a
+# the diagonal stand out: the same and another partition differ by more than 0.5. On new subjects they differ by less than 0.1 (one seed). That is small. So at most a
 # little of the order along the volume was learned, and most of what the loss shows is memory. The column *nearest in same* is too noisy to tell, with 32 slices. A falling loss does not say which of the two happened; a look at subjects that
 # were in no batch is cheap, and does.
 #
@@ -515,7 +515,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
     )
 
 # %% [markdown]
-# An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets a few times that; in the tiny example it got
+# An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets about six times that; in the tiny example it got
 # nearly all. The same temperature is mild where similarities lie close together and harsh where they do not.
 #
 # ## What to notice

@@ -7,7 +7,7 @@
 # value for equal regions, (3) design an experiment that asks *why* a loss falls.
 #
 # **You need** [04_infonce](04_infonce.ipynb) for the loss and [10_global_contrast](10_global_contrast.ipynb) for pairs of slices.
-# **About 40 minutes** (55 with what is marked *optional*), one of them computing. Nothing is downloaded. The code of cells after *Three trainings tell* can be skipped: read what
+# **About 40 minutes** (55 with what is marked *optional*), one of them computing. Nothing is downloaded. The code of cells from *Can the task be solved by place alone?* on can be skipped: read what
 # they print. The idea is that of Fig. 1 (ii) of Chaitanya et al. (2020).
 
 # %%
@@ -185,8 +185,8 @@ tiny_near = torch.tensor([[1, 3], [0, 2], [1, 3]])  # the negatives of regions 0
 # With $s(x,y)=\cos(x,y)/\tau$ and $a_r$ the embedding of region $r$ in map $a$, the term of that region, compared with map $b$, is
 # $$t(a,b,r)=-\log\frac{e^{s(a_r,b_r)}}{e^{s(a_r,b_r)}+\sum_{m\in N(r)}\left[e^{s(a_r,a_m)}+e^{s(a_r,b_m)}\right]}$$
 #
-# $L^R$ is its mean over images $i$, regions and both directions, with $\text{first}_i$ and $\text{second}_i$, the maps of the two views of an
-# image, for $a$ and $b$. $L^D$ adds the same region of *other* images, those of the same
+# Image $i$ has two views, with the maps $\text{first}_i$ and $\text{second}_i$. $L^R$ is the mean of $t(\text{first}_i,\text{second}_i,r)$ and
+# $t(\text{second}_i,\text{first}_i,r)$ over all images and regions. $L^D$ adds the same region of *other* images, those of the same
 # partition, as further positives: the terms $t(\text{first}_i,\text{first}_j,r)$ join the mean.
 
 
@@ -308,8 +308,8 @@ pd.concat(agreement).groupby(["volume", "partition"]).mean().round(2)
 # * `shuffled`: view 2 is that of **another slice**, so what agrees is the place, and what most slices show there;
 # * `noise`: both views are independent noise: **no image at all**.
 #
-# Only `noise` leaves the place alone. The network has half the published width, its encoder is random (not pre-trained by global contrast)
-# and its weights are frozen (the running averages of its batch norm move), the images
+# In `noise` there is nothing but the place. The network has half the published width, its encoder is random (not pre-trained by global contrast)
+# and its weights are frozen. (Only the running averages of its *batch norm* move: a layer that rescales features by mean and spread of the batch, and keeps averages of them for later use.) The images
 # have 64 pixels, and 50 steps are few: a small experiment, but the question is whether the task *can* be solved this way.
 
 # %%

@@ -242,7 +242,7 @@ for t in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8):
 # The larger t, the less the loss *can* fall. This says nothing about how useful the embedding is; and loss curves of different t must not be
 # compared. Which t segments best is for runs to say: [35_pcl_threshold](35_pcl_threshold.ipynb).
 #
-# ## Optional: what is hidden in it
+# ## What is hidden in it
 # Three methods are this one: two are special thresholds, the third replaces p by partition / S. Not nearly: pair by pair.
 
 # %% tags=["nbval-check-output"]
@@ -262,7 +262,10 @@ print(f"t = inf, all embeddings equal: {nothing:.4f}, the least there is: log(7)
 
 # %% [markdown]
 # With t = infinity an encoder that says the same of every slice is perfect. `pcl-partition` is the baseline "GCL" in the
-# code of Zeng et al., with this loss and not that of Chaitanya et al. One batch as training draws it, by position:
+# code of Zeng et al., with this loss and not that of Chaitanya et al.
+#
+# ## Optional: a real batch
+# One batch as training draws it, by position:
 
 # %%
 ask = {"position": stage, "pcl-partition": stage.model_copy(update={"pairs": "partition", "strategy": "gcl"})}
@@ -289,7 +292,7 @@ print(f"t = 0.001: {extra / len(place):.1f} positives per anchor besides its oth
 
 # %% [markdown]
 # A band against blocks. Zeng et al. cut in another way than Chaitanya et al. (lesson 10, where slices that are left over belong to no
-# partition), and these are no exact quarters: a partition has round(n/4) slices, and the last one takes the rest. With 10 slices that is
+# partition), and these are no exact quarters: a partition has n/4 slices, rounded (halves up), and the last one takes the rest. With 10 slices that is
 # 3, 3, 3 and 1: the slice at 0.9 is still in the third partition, and makes the cross. 14 % of the partitions'
 # negatives are nearer than 0.15, neighbours across a border; positions have none, by their rule. And
 # mind the last line: in a *real* batch a tiny t is not quite SimCLR. Patients with equally many slices share

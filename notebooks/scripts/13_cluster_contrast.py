@@ -303,7 +303,7 @@ for one, other in zip(names[::2], names[1::2], strict=True):
 # ## Summary
 # * Describe (beta-VAE), cluster (a tree, cut at k), contrast (slices of one cluster are alike).
 # * On the phantom, with k up to the number of patients, a cluster is one or a few whole patients: nearly the opposite of `gd` and `pcl`.
-#   On scans of patients: measure. On ACDC this kind of pre-training gained about as much as the other three
+#   On scans of patients: measure. On ACDC the mean gain of this kind of pre-training was about that of the other three, and whether any of them helps is not known
 #   ([42_which_method](42_which_method.ipynb), `matched-ufc`); what its clusters hold there was not measured.
 # * Without the mean of each patient, clusters follow position and the size of the heart.
 # * The linkage matters where there are no gaps: `average` may leave one very large cluster.

@@ -3,7 +3,7 @@
 # **A whole study in one hour: a question, a pre-training, fine-tunings on several draws, an honest comparison, and what may be concluded. Every step is a few
 # lines that you can change.**
 #
-# **Goals.** After this lesson you can (1) state a question so that numbers can answer it, (2) run it on draws and seeds, paired by test subject, (3) write a
+# **Goals.** After this lesson you can (1) state a question so that numbers can answer it, (2) run it on several draws, paired by test subject, (3) write a
 # conclusion that says what was measured, and no more.
 #
 # **You need** [02_few_labels](02_few_labels.ipynb), [04_infonce](04_infonce.ipynb) and one of [10](10_global_contrast.ipynb) to
@@ -43,7 +43,7 @@ labelled, draws = 2, (1, 2, 3)
 # %% [markdown]
 # ## 2. The data, and who is who
 # Test subjects are set aside first. Every draw takes its labelled subjects from the rest; pre-training may use the images of all but the test and
-# validation subjects. (Validation subjects would choose a step. We take the last one, and leave them alone.)
+# validation subjects. (Validation subjects would choose a step. We take the last one, so they choose nothing; in section 3 they only test the pre-training.)
 
 # %%
 store = prepare(phantom_dataset(subjects=28), Geometry(size=[32, 32], spacing_mm=6.5), progress=False)
@@ -94,7 +94,8 @@ for name, start in {"random": None, "pre-trained": pretrained.weights}.items():
 # does ask: take it above, and look again. (`position` asks, too; 150 steps are few for it.)
 #
 # ## 4. Fine-tune: the same draws and seeds with both starts
-# Everything but the first weights is equal, so that a difference has one cause only.
+# Everything but the first weights is equal, so that a difference has one cause only. (The seed changes with the draw, so what each of the two does cannot be
+# told apart.)
 
 # %%
 starts = {"random": None, "pre-trained": pretrained.weights}
@@ -156,7 +157,12 @@ _ = interact(browse, subject=(0, 11), place=(0, 11))
 # ## 6. The comparison
 # First one number for each test subject, draw and method (the mean over structures), then the *difference*. Two intervals of its mean: over test
 # subjects alone, as usually printed, and over subjects *and* draws. The first answers "would other test subjects say the same?", the second also
-# "would other labelled subjects?". The question asks for both, so the verdict takes the second.
+# "would other labelled subjects?". The question asks for both, so the verdict takes the second. It has a rule:
+#
+# * *no difference that matters*: the whole interval lies within the margin, ±0.02;
+# * *helps* or *harms*: the interval reaches beyond the margin, and p is below 0.05. p is how often the mean would be as far from 0 as this one, or farther, if there were
+#   no difference;
+# * *not known*: all else.
 
 # %%
 dice = table.groupby(["subject", "draw", "method"])["dice"].mean().unstack()
@@ -204,9 +210,9 @@ dice.groupby("draw").mean().round(2)
 # ## 7. One paragraph
 # A pattern to fill in. Every number in it must be in an output above:
 #
-# > *We asked whether [method] raises Dice on new subjects when [n] are labelled. On [data], with [d] draws and [s] seeds, the mean Dice of [k] test
-# > subjects was [a] with and [b] without it; the difference was [x] (95 % interval over subjects and draws [y] to [z], p = [p]). By our margin of 0.02 this means [helps / harms /
-# > no difference that matters / not known]. It does not show [what was not varied: size of the images, steps, other data, the seed of the pre-training].*
+# > *We asked whether [method] raises Dice on new subjects when [n] are labelled. On [data], with [d] draws, each with a seed of its own, and one pre-training, the mean Dice of [k] test
+# > subjects was [a] with and [b] without it; the difference was [x] (95 % interval over subjects and draws [y] to [z], p = [p]). By our rule this means [helps / harms /
+# > no difference that matters / not known]; the whole interval [is / is not] beyond the margin of 0.02. It does not show [what was not varied: size of the images, steps, other data, the seed of the pre-training].*
 
 # %% tags=["nbval-check-output"]
 print(

@@ -33,8 +33,8 @@ training_subjects, tested = store.subjects[:12], store.subjects[12:]
 
 # %% [markdown]
 # ## As data: a few lines of YAML
-# A method of the project looks like this. Put it into `params/methods.yaml`, and it can be named in a study. It changes one thing of `gd+lr`, the
-# number of partitions (three in place of four), so that a difference has one cause:
+# A method of the project looks like this. Put it into `params/methods.yaml`, and it can be named in a study. It changes one setting of `gd+lr`,
+# the number of partitions (three in place of four). The batch follows: 15 slices of five volumes, no longer 16 of four:
 #
 # ```yaml
 # gd3+lr:
@@ -53,7 +53,7 @@ training_subjects, tested = store.subjects[:12], store.subjects[12:]
 #
 # The table is in `out/paper_figures`; the command says where.
 # A misspelt key is refused with the nearest valid one. In Python the first stage is
-# `ContrastStage(pairs="partition", partitions=3)`: the YAML is the same object, written down.
+# `ContrastStage(pairs="partition", partitions=3, slices=16)`: the YAML is the same object, written down.
 #
 # ## As Python: a rule of your own
 # What is wrong with positions? At the threshold a pair at 0.34 is a positive and one at 0.36 a negative, though they show nearly the same. Idea: **near is
@@ -132,7 +132,8 @@ pd.DataFrame(table).T.round(2)
 
 # %% [markdown]
 # Against t = 0.15 the positives are the same, and the negatives are less alike: that is what the buffer buys. The price: the pairs in between teach
-# nothing. Against t = 0.35 two things change at once.
+# nothing. Against t = 0.35 the negatives are the same, and the positives are fewer and more alike. So in each comparison one thing changes: what the pairs in
+# between are.
 #
 # ## Train it
 # A stage needs three things: which modules learn, how the batch of a step is drawn, and its loss. That is a `Training`, and `fit` is the loop that all

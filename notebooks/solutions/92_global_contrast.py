@@ -47,7 +47,7 @@ teach.pairs_of_gd_minus(answer_2)
 
 # %% tags=["solution"]
 def gd_positives(partition):
-    # hint: partition[:, None] == partition[None, :] compares every row with every other
+    # hint: compare a column of partitions with a row of them; broadcasting makes the square
     same = partition[:, None] == partition[None, :]  # [B, B]
     return same.fill_diagonal_(False)
 

@@ -66,7 +66,7 @@ teach.cheat(answer_3)
 #
 # * (a) A decoder could make the local loss small on pictures of noise.
 # * (b) The two views of a slice may be cropped differently.
-# * (c) `ld` works best where the images of different patients are aligned.
+# * (c) `ld` assumes that one place shows the same thing in different patients.
 # * (d) The local stage changes the weights of the encoder, too.
 
 # %% tags=["solution"]

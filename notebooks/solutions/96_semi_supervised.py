@@ -31,7 +31,7 @@ teach.memory_of_teacher(answer_1)
 
 # %% tags=["solution"]
 def believe(logits, confidence):
-    # hint: softmax over dim=1, then .max(dim=1) gives values and indices
+    # hint: logits are no probabilities: what makes probabilities of them, and along which dimension?
     probability, label = logits.softmax(dim=1).max(dim=1)
     return label, probability >= confidence
 
@@ -55,7 +55,7 @@ for confidence in (0.25, 0.5, 0.75, 0.95, 0.97):
 
 # %% tags=["solution"]
 def consistency(logits, label, sure):
-    # hint: cross_entropy with reduction="none" keeps a value for each pixel; set those that are not sure to 0
+    # hint: F.cross_entropy gives the mean of all pixels; first you need a value for each (see `reduction`)
     each = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
     return (each * sure).mean()
 
