@@ -172,7 +172,7 @@ def _errors(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _intervals(axes: Axes, x: pd.Series, rows: pd.DataFrame, look: tuple[str, str, Any], label: str) -> None:
-    """Means with their intervals: dotted where they lack draws or seeds (`stats.lacks`); hollow where runs are missing
+    """Means with their intervals: dotted where they lack something (`stats.lacks`); hollow where runs are missing
     that other methods have."""
     colour, marker, line = look
     about = {"color": colour, "marker": marker, "zorder": 3}
@@ -189,7 +189,9 @@ def _bar(note: str) -> Any:
 def _lacking(axes: Axes, notes: pd.Series) -> None:
     """The legend of dotted bars."""
     if any(_bar(note) != "-" for note in notes):
-        axes.plot([], [], color=GREY, linewidth=2, linestyle=_bar("one"), label="dotted: too few draws or seeds")
+        axes.plot(
+            [], [], color=GREY, linewidth=2, linestyle=_bar("one"), label="dotted: too few subjects, draws or seeds"
+        )
 
 
 @styled
@@ -205,9 +207,9 @@ def label_curve(
     `summary` is of one study, data set and profile; of more than `ON_ONE_AXIS` methods each has a panel,
     with `random`. Small points are the draws of the tidy `table`, a dashed line with a band is `benchmark`, a
     cross a number of `published` (`published_for`) for a cell of ours, a hollow marker a cell with fewer runs than
-    others, a dotted bar an interval of too few draws or seeds. `title` is instead of study, data set and profile,
-    `names` are methods in other words. Raises `ValueError` for several studies, data sets or profiles, and for a
-    published tag but V and V2.
+    others, a dotted bar an interval of too few subjects, draws or seeds. `title` is instead of study, data set and
+    profile, `names` are methods in other words. Raises `ValueError` for several studies, data sets or profiles, and for
+    a published tag but V and V2.
     """
     place, names = summary[["study", "dataset", "profile"]].drop_duplicates(), names or {}
     if len(place) != 1:

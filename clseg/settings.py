@@ -98,6 +98,13 @@ class Fold(Strict):  # nnU-Net has `train` and `val`; where there is more, `clse
     validation: list[str] = []  # none: drawn from `train`
     pretrain: list[str] = []  # none: what is left of `train`, and subjects without labels
 
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "Fold":
+        for name, own in self:
+            if twice := repeated(own):
+                raise ValueError(f"{name}: names {twice[0]} twice")
+        return self
+
 
 Folds = Annotated[list[Fold], Field(min_length=1)]
 

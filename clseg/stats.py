@@ -25,11 +25,13 @@ that are too narrow. How often intervals miss the truth, where 5 % is wanted, in
 | two seeds, all labels: 20 x 1 x 2 | 6.5 to 11.7 | 12.2 to 25.5 | 21.6 to 50.4 |
 | one seed: 20 x 3 or 5 x 1 | 6.5 to 9.3 | 13.2 to 14.8 | 21.0 to 39.7 |
 | one seed, all labels: 20 x 1 x 1 | 25.9 to 26.4 | 30.0 to 30.9 | 30.2 to 31.0 |
+| one patient: 1 x 5 x 3 | 34.2 to 51.0 | | |
+| two patients: 2 x 5 x 3 | 7.8 to 9.3 | | |
 
-The last lines are why there is no verdict of fewer than three seeds, nor of one draw where there are more, or of two
-(`lacks`). Of 26 contrasts in which nothing differs, any was called "helps" or "harms" in 5.1 % of 1,000 studies; of 26
-that are just as large as matters, any was called "no difference that matters" in 3.2 %. Where nothing differs, it was
-said of 13.4 % of those with all labels: three seeds seldom prove that two methods are alike.
+The lines from "two draws" on are why there is no verdict of fewer than three test subjects or seeds, nor of one draw of
+several or of two (`lacks`). Of 26 contrasts in which nothing differs, any was called "helps" or "harms" in 5.1 % of
+1,000 studies; of 26 that are just as large as matters, any was called "no difference that matters" in 3.2 %. Where
+nothing differs, it was said of 13.4 % of those with all labels: three seeds seldom prove that two methods are alike.
 
 Under profile `smoke` there are no intervals, tests or conclusions. Rows where reference and prediction are both
 empty carry NaN (`metrics.score`): they are counted, and in no mean (but see `contrasts`). Missed structures count with
@@ -37,7 +39,7 @@ Dice 0 and the image diagonal.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -115,14 +117,17 @@ def levels_of(values: pd.Series) -> dict[str, np.ndarray]:
     return levels
 
 
-def lacks(draws: int, seeds: int, draws_of_group: int) -> str:
-    """What an interval cannot know as its draws or seeds are too few, or nothing: then no verdict is given.
+def lacks(subjects: int, draws: int, seeds: int, all_labels: bool = False) -> str:
+    """What an interval cannot know as its subjects, draws or seeds are too few, or nothing: then no verdict is given.
 
-    Two draws or two seeds are not enough: that they are alike by chance is too frequent. One draw is where no other
-    method has more (all labels).
+    Two are not enough: that they are alike by chance is too frequent. With all labels there is no other draw, so one
+    lacks nothing.
     """
-    few = {1: "one draw", 2: "two draws"}.get(draws, "") if draws_of_group > 1 else ""
-    return ", ".join(text for text in (few, {1: "one seed", 2: "two seeds"}.get(seeds, "")) if text)
+    counts = {"subject": subjects, "draw": draws, "seed": seeds}
+    if all_labels and draws == 1:
+        del counts["draw"]
+    words = {1: "one {}", 2: "two {}s"}
+    return ", ".join(words[count].format(name) for name, count in counts.items() if count in words)
 
 
 def whole_seeds(runs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
@@ -131,6 +136,19 @@ def whole_seeds(runs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
     draws = {draw for draw, _ in runs}
     whole = {(draw, seed) for draw, seed in runs if all((other, seed) in runs for other in draws)}
     return whole or runs
+
+
+def _entered(table: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table with "" for no phase and no study, which pandas reads as NaN.
+
+    Raises `ValueError` where a score is there twice, as of two runs that differ in what no column says.
+    """
+    table = table.assign(**{name: table[name].astype(object).fillna("") for name in ("phase", "study")})
+    if (twice := table.duplicated([*CELL, *RUN, "subject", "phase", "class_name"])).any():
+        method, labelled, draw, seed, subject = table.loc[twice, [*CELL[3:], *RUN, "subject"]].iloc[0]
+        where = f"{method}, {labelled} labelled, draw {draw}, seed {seed}: subject {subject}"
+        raise ValueError(f"{where} has several scores of one structure; keep the rows of one run")
+    return table
 
 
 def _indexed(rows: pd.DataFrame) -> pd.Series:
@@ -163,10 +181,11 @@ def _counted(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(kept) if kept else table
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
+def summary(table: pd.DataFrame, all_labels: Collection[int] = ()) -> pd.DataFrame:
     """One row per study, data set, profile, method and number of labelled subjects (`SUMMARY_COLUMNS`).
 
-    Only seeds that have every draw of the cell count, in all columns.
+    Only seeds that have every draw of the cell count, in all columns. `all_labels`: the numbers of labelled subjects
+    that are all there are. Raises `ValueError` for a score that is there twice.
     * `dice_mean`: over subjects, draws and seeds; `dice_low`, `dice_high`: `crossed_interval` within 0 and 1, over what
       `interval_over` names; `note`: what it `lacks`. No interval under `smoke`. `dice_sd_draws`, `dice_sd_seeds`:
       standard deviation (n - 1) of the means of draws and of seeds. `hd95_mean`, over runs inside each subject first,
@@ -176,7 +195,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
       structure x run); `empty_rows`: rows where both are empty.
     """
-    table = _counted(table)
+    table = _counted(_entered(table))
     subjects = per_subject(table)
     runs_of_group = {group: set(_runs(own)) for group, own in subjects.groupby(GROUP)}
     of_cell, rows = subjects.groupby(CELL), []
@@ -186,12 +205,12 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         levels = {} if cell[CELL.index("profile")] in NO_TESTS else levels_of(_indexed(own))
         low, high = np.clip(crossed_interval(scored["dice"].mean(), [*levels.values()])[:2], 0, 1)
         draws, seeds = own["draw"].nunique(), own["seed"].nunique()
-        note = lacks(draws, seeds, len({draw for draw, _ in among})) if levels else ""
+        note = lacks(scored["subject"].nunique(), draws, seeds, own["labelled"].iloc[0] in all_labels)
         sd = [own.groupby(RUN)["dice"].mean().groupby(factor).mean().std() for factor in RUN]
         hd95 = own.groupby("subject")["hd95"].mean().mean() if len(units) == 1 else np.nan
         missed, count = raw["missed"].sum(), len(raw) - empty
         row = [*cell, scored["subject"].nunique(), draws, seeds, len(runs), len(among - runs)]
-        row += [scored["dice"].mean(), low, high, ", ".join(levels), note, *sd, hd95, "+".join(units)]
+        row += [scored["dice"].mean(), low, high, ", ".join(levels), note * bool(levels), *sd, hd95, "+".join(units)]
         row += [missed, missed / count if count else np.nan, count, empty]
         rows.append(row)
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
@@ -253,15 +272,20 @@ def _of_interest(methods: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def contrasts(
-    table: pd.DataFrame, declared: Sequence[Sequence[str]] = (), tests: int = 0, margin: float = MARGIN
+    table: pd.DataFrame,
+    declared: Sequence[Sequence[str]] = (),
+    tests: int = 0,
+    margin: float = MARGIN,
+    all_labels: Collection[int] = (),
 ) -> pd.DataFrame:
     """Differences of Dice between two methods with as many labels, on the same subjects, draws and seeds.
 
     `declared`: pairs (method, baseline) that a protocol named before there were numbers; over all numbers of labels of
     a study they are one family of `tests` (those without runs have no row, and count). Without any, every method is
     compared with `random`, an ablated value with the method's own: `family` "exploratory", an interval, p as it is, and
-    nothing more. No row under `smoke`. Where a subject lacks a structure, a method that finds none has Dice 1 for it if
-    the other finds some (Dice 0), and it counts for neither if both find none. Columns (`CONTRAST_COLUMNS`):
+    nothing more. `all_labels` as in `summary`. No row under `smoke`. Where a subject lacks a structure, a method that
+    finds none has Dice 1 for it if the other finds some (Dice 0), and it counts for neither if both find none. Columns
+    (`CONTRAST_COLUMNS`):
     * `difference`, `low`, `high`, `p`: method minus baseline and its `crossed_interval` over what `interval_over`
       names; `runs_left_out`: pairs of draw and seed that one of the two lacks, or of seeds that lack draws.
     * Of a declared family `p_holm`: is there a difference? `p_margin_holm`: is it on the side of `margin` where it
@@ -270,9 +294,9 @@ def contrasts(
       `note`, too, and then the verdict is "not known" whatever the interval, as other draws or seeds may differ by
       more, and there is no adjusted p.
     """
-    rows, family = [], "declared" if declared else "exploratory"
+    table, rows, family = _entered(table), [], "declared" if declared else "exploratory"
     for group, members in table[~table["profile"].isin(NO_TESTS)].groupby(GROUP):
-        methods, draws_of_group = sorted(set(members["method"])), members["draw"].nunique()
+        methods, everybody = sorted(set(members["method"])), members["labelled"].iloc[0] in all_labels
         for method, baseline in declared or _of_interest(methods):
             if not {method, baseline} <= {*methods}:
                 continue
@@ -289,7 +313,7 @@ def contrasts(
             _, _, p_margin = crossed_interval(abs(mean) - margin, [*levels.values()])
             row = [*group, method, baseline, family, subjects, draws, seeds, len(either - common)]
             row += [mean, low, high, ", ".join(levels), p, np.nan, p_margin, "not known"]
-            row += [lacks(draws, seeds, draws_of_group)]
+            row += [lacks(subjects, draws, seeds, everybody)]
             rows.append(row)
     result = pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
     if not declared:

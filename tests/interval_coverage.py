@@ -137,6 +137,11 @@ def rows() -> Iterator[dict[str, Any]]:
     for shape in ((20, 5, 3), (60, 5, 3)):
         y = scores(REPEATS, shape, FEW, random, skewed=True)
         yield about("a few draws far worse", shape, "1 labelled") | {"crossed interval": misses(y, crossed)}
+    random = np.random.default_rng(2)
+    for kind, patients in (("one patient", 1), ("two patients", 2)):
+        for labels in ("1 labelled", "8 labelled"):
+            y = scores(REPEATS, (patients, 5, 3), SPREADS[labels], random)
+            yield about(kind, (patients, 5, 3), labels) | {"crossed interval": misses(y, crossed)}
 
 
 def families() -> tuple[dict[str, float], float]:

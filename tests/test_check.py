@@ -169,6 +169,19 @@ def test_the_grid_holds_labels_that_reach_beyond_the_median_volume(tmp_path):
     assert geometry["laptop"].spacing_mm == pytest.approx(180 / 64, abs=1e-3)
 
 
+def test_a_second_mask_is_no_scan(tmp_path):
+    """Patterns of images fit it, too, and of masks none does: it would be pre-trained on, as a patient of its own."""
+    folder, options = medical(tmp_path / "scans", "pairs"), {"images": "case_{subject}.nii.gz"}
+    options["labels"] = "case_{subject}_seg.nii.gz"
+    assert check(folder, options=options).problems == []
+    save(folder / "case_03_seg_r2.nii.gz", volume(3)[1])
+    report = check(folder, options=options)
+    assert report.problems == [
+        f"{folder / 'case_03_seg_r2.nii.gz'}: has the name of a mask, and would be taken for a scan; move it away"
+    ]
+    assert len(report.volumes) == 8
+
+
 def test_json_holds_everything(tmp_path, capsys):
     folder = medical(tmp_path / "scans", "msd")
     assert cli.main(["check", str(folder), "--json"]) == 0

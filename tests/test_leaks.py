@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clseg import paths
 from clseg.data.prepare import prepare
 from clseg.data.splits import available_draws, make_split
 from clseg.data.store import Store
+from clseg.errors import RequestError
 from clseg.recipes import evaluation
 from clseg.settings import Fold, FoldsProtocol, Geometry, ListProtocol, SeededProtocol, SplitsFileProtocol
 from clseg.study import runs
@@ -56,6 +58,21 @@ def finetuning(method, protocol="seeded", **changes):
     fields = {"dataset": "phantom", "profile": "smoke", "method": method, "labelled": 2} | PROTOCOLS[protocol] | changes
     fields["overrides"] = [*SMALL, *SHORT, *fields.get("overrides", [])]
     return runs.finetune_run(FinetuneParameters(**fields))
+
+
+@pytest.mark.parametrize(("protocol", "leaks"), [("folds", True), ("seeded", False)])
+def test_another_name_for_the_same_files_hides_no_test_subject(protocol, leaks, tmp_path, monkeypatch):
+    """A pre-training on another data set may hold who is tested, if its files are the same."""
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path / "out"))
+    about = (paths.PROJECT / "params" / "datasets" / "phantom.yaml").read_text(encoding="utf-8")
+    (tmp_path / "again.yaml").write_text(about.replace("name: phantom", "name: again"))
+    run = finetuning("gr", protocol, pretrain_dataset=str(tmp_path / "again.yaml"))
+    everyone = runs.subjects_of(run.experiment)
+    if not leaks:  # both leave out the same subjects
+        assert set(runs.split_of(run, everyone).test)
+        return
+    with pytest.raises(RequestError, match=r"pretrain_dataset: again has the files of phantom, and .* tested"):
+        runs.split_of(run, everyone)
 
 
 def spoil(store, images, labels):

@@ -172,6 +172,15 @@ def test_lengths_that_are_no_millimetres_are_refused(weights, tmp_path):
         predict(weights(), image, tmp_path / "out")
 
 
+def test_lengths_of_a_pair_of_files_are_looked_at_too(weights, tmp_path):
+    image = nib.Nifti1Pair(noise(), OBLIQUE)
+    image.header.set_xyzt_units("meter", "sec")
+    (tmp_path / "in").mkdir()
+    nib.save(image, tmp_path / "in" / "a.hdr")
+    with pytest.raises(RequestError, match=r"a.*: its header gives lengths in meter; .*set_xyzt_units"):
+        predict(weights(), tmp_path / "in", tmp_path / "out")
+
+
 def test_a_nifti_2_file_gets_a_mask(weights, tmp_path):
     (tmp_path / "in").mkdir()
     nib.save(nib.Nifti2Image(noise(), OBLIQUE), tmp_path / "in" / "a.nii.gz")

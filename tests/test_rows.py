@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from clseg import paths, stats
+from clseg.errors import RequestError
 from clseg.study import archive, estimate, grid, results, rows
 from clseg.study.files import known_names, read_dataset, read_profile, read_study
 from clseg.study.parameters import override_study
@@ -218,6 +219,28 @@ def test_committed_tables_are_those_of_the_committed_rows(profile, dataset, name
     assert profile != "smoke" or (shown.contrasts.empty and "no intervals, tests or conclusions" in told)
 
 
+def test_all_labels_are_one_number_though_folds_differ_and_runs_are_missing(tmp_path):
+    words = ["study.protocol=folds", "study.methods=[random, gd]", "study.all_labels=[random, gd]"]
+    study, overrides = override_study(read_study("quickstart"), [*words, "study.draws=[1, 2, 3, 4]"])
+    plan = grid.expand(study, "phantom", "laptop", overrides)
+    runs = [run for run in plan.finetune if run.labelled == "all" and (run.method[:2], run.key["draw"]) < ("gd", 3)]
+    runs += [run for run in plan.finetune if run.labelled == "all" and run.method == "random"]
+    size = {1: 11, 2: 12, 3: 12, 4: 12}
+    about = [{"run": run.name, "kind": "finetune", "method": run.method, "draw": run.key["draw"]} for run in runs]
+    about = pd.DataFrame(about, columns=rows.RUNS).assign(seed=0, seconds=1.0)
+    about["labelled"] = about["draw"].map(size)
+    who = {run.name: f"subject of fold {run.key['draw']}" for run in runs}
+    scores = pd.DataFrame({"run": who.keys(), "subject": who.values()}).reindex(columns=rows.SCORES)
+    scores = scores.assign(phase="", class_name="organ", dice=0.5, hd95=1.0, hd95_unit="mm", missed=0)
+    write_results(plan, replace(rows.NONE, runs=about, scores=scores), tmp_path, "")
+    summary, contrasts = (archive.read_table(tmp_path / f"{name}.csv") for name in ("summary", "contrasts"))
+    assert summary.set_index("method")[["labelled", "n_draws", "runs_missing"]].to_dict("index") == {
+        "gd (transductive)": {"labelled": 12, "n_draws": 2, "runs_missing": 2},
+        "random": {"labelled": 12, "n_draws": 4, "runs_missing": 0},
+    }
+    assert contrasts["labelled"].tolist() == [12]
+
+
 @pytest.mark.parametrize("notebook", sorted({read_study(name).notebook for name in known_names("studies")}))
 def test_a_notebook_shows_the_results_that_are_there(notebook):
     """Most of its cells are not compared when it is executed again: it may be older than the tables it shows."""
@@ -246,6 +269,16 @@ def test_a_ladder_says_what_each_method_adds_to_the_one_before():
     ).all()  # undeclared
     some = replace(shown, contrasts=shown.contrasts.head(0), summary=shown.summary.query("method == 'random'"))
     assert (some.ladder(["random", "weak_to_strong"])["weak_to_strong"] == "-").all()  # no runs yet
+    assert shown.ladder(["weak_to_strong", "random"]).loc[77, "weak_to_strong"] == "-"  # nor of the first
+
+
+def test_results_of_ones_own_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLSEG_OUT", str(tmp_path))
+    committed = read_results("quickstart", "phantom", "laptop")
+    own = paths.results_dir("laptop", "phantom", "quickstart")
+    shutil.copytree(committed.folder, own)
+    told = read_results("quickstart", "phantom", "laptop").about
+    assert told == "results of your own, from the output folder\n" + committed.about
 
 
 def test_a_table_that_takes_weights_is_kept_and_made_again_for_other_runs(monkeypatch, tmp_path, capsys):
@@ -324,6 +357,39 @@ def test_the_committed_rows_are_whole():
         if (other := folder / "other_machines.csv").is_file():
             assert set(archive.read_table(other)["run"]) <= set(have.scores["run"])
         assert archive.read_table(folder / "runs.csv").columns.tolist() == rows.RUNS
+
+
+def _without(name, lost):
+    """Loses lines of a table: of runs.csv or scores.csv."""
+
+    def spoil(folder):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lost(lines)), encoding="utf-8")
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("scores.csv", lambda lines: lines[:-1]), r"scores.csv: finetune-.* had 48 scores and has 47; take"),
+        (_without("scores.csv", lambda lines: lines[:1] + lines[49:]), "had 48 scores and has 0;"),
+        (_without("scores.csv", lambda lines: lines[:-1] + lines[-2:-1]), "had 48 scores and has 48"),
+        (_without("scores.csv", lambda lines: lines + lines[-1:]), "had 48 scores and has 49"),
+        (_without("runs.csv", lambda lines: lines + lines[1:2]), r"runs.csv: has finetune-.* twice"),
+        (
+            _without("runs.csv", lambda lines: [line.rpartition(",")[0] + "\n" for line in lines]),
+            "columns of another version",
+        ),
+    ],
+)
+def test_rows_that_a_merge_lost_are_missed(spoil, message, tmp_path, monkeypatch):
+    shutil.copytree(rows.place("laptop", "phantom"), tmp_path / "laptop" / "phantom")
+    monkeypatch.setattr(paths, "COMMITTED", tmp_path)
+    rows.read("laptop", "phantom")
+    spoil(tmp_path / "laptop" / "phantom")
+    with pytest.raises(RequestError, match=message):
+        rows.read("laptop", "phantom")
 
 
 def test_every_committed_row_is_of_a_study():

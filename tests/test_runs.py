@@ -18,6 +18,7 @@ from clseg import paths
 from clseg.errors import RequestError
 from clseg.study import archive, runs
 from clseg.study.parameters import FinetuneParameters, PretrainParameters
+from clseg.tools import cli
 
 SMALL = ["dataset.options.subjects=12", "dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=2"]
 FILES = {
@@ -223,11 +224,12 @@ def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     assert list(table.columns) == [*archive.TABLE_COLUMNS, "overrides"]
     assert run.name in set(table["run"])
     assert other.name not in set(table["run"])
+    assert set(table["study"]) == {""}  # whoever had it done first
     assert archive.table([]).empty
     assert list(archive.table([]).columns) == archive.TABLE_COLUMNS
 
 
-def test_the_table_tells_apart_runs_that_were_told_other_things(out):
+def test_the_table_tells_apart_runs_that_were_told_other_things(out, capsys):
     plain, warmer = finetuning("gd"), finetuning("gd", overrides=[*SMALL, "stages.0.temperature=0.2"])
     ablated = finetuning("gd", variant="stages.0.temperature=0.2")
     for run in (plain, warmer, ablated):
@@ -238,6 +240,11 @@ def test_the_table_tells_apart_runs_that_were_told_other_things(out):
     assert [*said.loc[plain.name]] == ["gd", small]
     assert [*said.loc[warmer.name]] == ["gd", f"{small}; stages.0.temperature=0.2"]
     assert [*said.loc[ablated.name]] == ["gd [stages.0.temperature=0.2]", small]
+    capsys.readouterr()
+    assert cli.main(["table", str(paths.runs_root())]) == 0
+    told = capsys.readouterr()
+    assert " cells (phantom, smoke, gd, 1, 1, 0), of other settings, protocol or code; " in told.err
+    assert told.out.startswith(",".join(table.columns))
 
 
 def test_a_table_survives_its_file(tmp_path):

@@ -250,21 +250,24 @@ def test_no_interval_leaves_the_scale():
 
 
 @pytest.mark.parametrize(
-    ("draws", "seeds", "of_group", "expected"),
+    ("subjects", "draws", "seeds", "all_labels", "expected"),
     [
-        (5, 3, 5, ""),
-        (3, 3, 5, ""),
-        (1, 3, 1, ""),  # all labels
-        (1, 3, 5, "one draw"),
-        (2, 3, 2, "two draws"),
-        (5, 1, 5, "one seed"),
-        (5, 2, 5, "two seeds"),
-        (2, 1, 5, "two draws, one seed"),
-        (1, 1, 1, "one seed"),
+        (20, 5, 3, False, ""),
+        (3, 3, 3, False, ""),
+        (20, 1, 3, True, ""),
+        (20, 1, 3, False, "one draw"),
+        (20, 2, 3, False, "two draws"),
+        (20, 2, 3, True, "two draws"),  # folds
+        (20, 5, 1, False, "one seed"),
+        (20, 5, 2, False, "two seeds"),
+        (20, 2, 1, False, "two draws, one seed"),
+        (20, 1, 1, True, "one seed"),
+        (1, 5, 3, False, "one subject"),
+        (2, 1, 3, True, "two subjects"),
     ],
 )
-def test_what_an_interval_lacks(draws, seeds, of_group, expected):
-    assert stats.lacks(draws, seeds, of_group) == expected
+def test_what_an_interval_lacks(subjects, draws, seeds, all_labels, expected):
+    assert stats.lacks(subjects, draws, seeds, all_labels) == expected
 
 
 def test_a_cell_says_what_its_interval_lacks():
@@ -274,6 +277,36 @@ def test_a_cell_says_what_its_interval_lacks():
     assert found["note"].to_dict() == {"gd": "one draw", "random": ""}
     assert found["interval_over"].to_dict() == {"gd": "subjects, seeds", "random": "subjects, draws, seeds"}
     assert set(stats.summary(study().assign(profile="smoke"))["note"]) == {""}
+    one = table[table["draw"] == 1]  # no method has another draw: that alone does not say that there is none
+    assert set(stats.summary(one)["note"]) == {"one draw"}
+    assert set(stats.summary(one, all_labels={1})["note"]) == {""}
+
+
+def test_no_verdict_of_one_or_two_subjects():
+    for count, note in ((1, "one subject"), (2, "two subjects")):
+        table = differences(np.array([0.05, 0.06])[:count])
+        (row,) = stats.contrasts(table, [("gd", "random")]).to_dict("records")
+        assert (row["verdict"], row["note"]) == ("not known", note)
+        assert set(stats.summary(table)["note"]) == {note}
+
+
+def test_a_table_that_pandas_read_has_the_same_statistics(tmp_path):
+    """It reads no phase and no study as NaN, which groups leave out."""
+    table = three_seeds(labelled=(1,)).assign(study="")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    read = pd.read_csv(tmp_path / "table.csv")
+    assert read[["phase", "study"]].isna().all(axis=None)
+    assert len(stats.contrasts(table)) == 1
+    pd.testing.assert_frame_equal(stats.contrasts(read), stats.contrasts(table))
+    pd.testing.assert_frame_equal(stats.summary(read), stats.summary(table))
+
+
+def test_scores_of_two_runs_of_a_cell_are_not_averaged():
+    table = study(labelled=(1,))
+    twice = pd.concat([table, table.query("method == 'gd' and draw == 2").assign(run="of other settings")])
+    for statistics in (stats.summary, stats.contrasts):
+        with pytest.raises(ValueError, match="gd, 1 labelled, draw 2, seed 0: subject p00 has several scores"):
+            statistics(twice)
 
 
 def test_draws_that_differ_widen_the_interval():
@@ -392,11 +425,12 @@ def test_no_verdict_of_few_seeds_or_of_few_draws():
         assert (row["p"] < 0.05, row["verdict"], row["note"]) == (True, "not known", note)
         assert np.isnan([row["p_holm"], row["p_margin_holm"]]).all()
     one = differences(gains, draws=(1,))
-    (row,) = stats.contrasts(one, [("gd", "random")]).to_dict("records")
-    assert (row["verdict"], row["note"]) == ("helps", "by more than 0.02")  # all labels: there is one draw
+    (row,) = stats.contrasts(one, [("gd", "random")], all_labels=set(one["labelled"])).to_dict("records")
+    assert (row["verdict"], row["note"]) == ("helps", "by more than 0.02")
     more = pd.concat([one, differences(gains).query("method == 'gd' and draw > 1").assign(method="other")])
-    (row,) = stats.contrasts(more, [("gd", "random")]).to_dict("records")
-    assert (row["verdict"], row["note"]) == ("not known", "one draw")
+    for table in (one, more):  # whether another method has more draws or not
+        (row,) = stats.contrasts(table, [("gd", "random")]).to_dict("records")
+        assert (row["verdict"], row["note"]) == ("not known", "one draw")
 
 
 def test_what_has_no_verdict_helps_no_other_to_one():

@@ -103,13 +103,15 @@ def _volume_file(path: Path) -> nib.spatialimages.SpatialImage:
     name = path.name.lower()
     with nib.imageglobals.LoggingOutputSuppressor():  # what is wrong is an exception, too
         if name.endswith((".hdr", ".img")):
-            return nib.load(path)
-        data = path.read_bytes()
-        data = _unzipped(data) if name.endswith(("gz", ".mgz")) else data
-        if name.endswith((".mgz", ".mgh")):
-            return nib.MGHImage.from_bytes(data)
-        file = (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
-    if (unit := file.header.get_xyzt_units()[0]) in ("meter", "micron"):
+            file = nib.load(path)
+        else:
+            data = path.read_bytes()
+            data = _unzipped(data) if name.endswith(("gz", ".mgz")) else data
+            if name.endswith((".mgz", ".mgh")):
+                return nib.MGHImage.from_bytes(data)
+            file = (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
+    units = getattr(file.header, "get_xyzt_units", lambda: ("unknown",))()  # Analyze has none
+    if (unit := units[0]) in ("meter", "micron"):
         remedy = "write them in mm, or correct the unit (nibabel: header.set_xyzt_units('mm'))"
         raise RequestError(f"{path}: its header gives lengths in {unit}; {remedy}")
     return file

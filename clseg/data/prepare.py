@@ -143,6 +143,11 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     asked |= {"dataset": dataset.model_dump(include=READ | {"positions"})}
     absent = dataset.folder and not (paths.data_root() / dataset.folder).exists()
     if absent and (made := _made_elsewhere(dataset.name, digest(asked))):
+        if progress:
+            folder = paths.data_root() / dataset.folder
+            print(
+                f"{dataset.name}: {folder} is not here; {made.folder}, which was made of it, is used", file=sys.stderr
+            )
         return made
     refs = scan(dataset)
     dataset = dataset.model_copy(update={"classes": class_names(dataset, refs[0].root)})

@@ -192,14 +192,15 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 def table(folders: Iterable[Path]) -> pd.DataFrame:
     """Tidy results of finished fine-tunings, a row per subject, phase and class.
 
-    Where any was told more than its names say (`--set`, `set` of a study) a last column `overrides` says what.
+    `study` is empty, as studies share runs: each has a table of its own. Where any was told more than its names say
+    (`--set`, `set` of a study) a last column `overrides` says what.
     """
     tables = [pd.DataFrame(columns=[*TABLE_COLUMNS, "overrides"])]
     for folder in sorted(folders):
         if (folder / "metrics.csv").is_file() and is_done(folder):
             with reading(folder, "finished run", "remove it to have it made again"):
                 told = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["parameters"]
-                own = read_table(folder / "metrics.csv").assign(study=told["study"])
+                own = read_table(folder / "metrics.csv").assign(study="")
                 tables.append(own[TABLE_COLUMNS].assign(overrides="; ".join(told["overrides"])))
     order = ["dataset", "profile", "method", "labelled", "draw", "seed", "subject", "phase", "class_name", "run"]
     found = pd.concat(tables[1:] or tables).sort_values(order, kind="stable", ignore_index=True)

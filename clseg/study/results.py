@@ -43,12 +43,13 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     table = found.table(grid.study.name, grid.place, grid.profile)
     archive.write_table(folder / "table.csv", table)
     of_all = table["run"].isin({run.name for run in grid.finetune if run.labelled == "all"})
-    for _, own in table[of_all].groupby("method"):  # one cell, though folds may differ by a subject
-        table.loc[own.index, "labelled"] = int(own.groupby("run")["labelled"].first().median())
+    if of_all.any():  # one number of labels, though folds may differ by a subject
+        table.loc[of_all, "labelled"] = int(table[of_all].groupby("run")["labelled"].first().median())
+    all_labels = set(table.loc[of_all, "labelled"])
     seeds = _seeds(grid, found)
     counted = table[table["seed"].isin(seeds["counted"])]
-    archive.write_table(folder / "summary.csv", stats.summary(counted))
-    tested = stats.contrasts(counted, _pairs(grid), _declared(grid))
+    archive.write_table(folder / "summary.csv", stats.summary(counted, all_labels))
+    tested = stats.contrasts(counted, _pairs(grid), _declared(grid), all_labels=all_labels)
     for column in ("p", "p_holm", "p_margin_holm"):  # six decimals would make zeros of them
         tested[column] = tested[column].map(lambda p: "" if p != p else f"{p:.4g}")
     archive.write_table(folder / "contrasts.csv", tested)
@@ -176,7 +177,9 @@ class Results:
         kinds = sorted({setting["finetune"]["checkpoint"] for setting in about["settings"].values()})
         scored = " or ".join(SCORED[kind] for kind in kinds)
         counted, waiting = (", ".join(map(str, about["seeds"][kind])) for kind in ("counted", "waiting"))
+        own = [] if self.folder.is_relative_to(paths.COMMITTED) else ["results of your own, from the output folder"]
         lines = [
+            *own,
             made_by,
             f"{about['runs']['done']} runs (pre-trainings and fine-tunings), {time}",
             f"scores of {scored}",
@@ -240,7 +243,8 @@ class Results:
         """Methods that each add something to the one before: Dice, what was added, and the verdict on that; a line per
         number of labelled subjects; "-" where there are no runs of both, or no contrast of them is declared.
         """
-        dice = self.summary.pivot(index="labelled", columns="method", values="dice_mean").map("{:.2f}".format)
+        dice = self.summary.pivot(index="labelled", columns="method", values="dice_mean")
+        dice = dice.map("{:.2f}".format, na_action="ignore")
         table = dice.reindex(columns=methods[:1])
         for baseline, method in pairwise(methods):
             pair = (self.contrasts["method"] == method) & (self.contrasts["baseline"] == baseline)

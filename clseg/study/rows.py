@@ -28,6 +28,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from clseg import paths, probe
+from clseg.errors import RequestError
 from clseg.study import archive, runs
 from clseg.study.files import read_profile, read_study
 from clseg.study.grid import Grid, RunFailed, bar_of, expand
@@ -35,7 +36,7 @@ from clseg.study.processes import end_with_parent
 from clseg.study.runs import Run
 
 RUNS = [
-    *("run", "kind", "method", "labelled", "draw", "seed", "parent", "steps", "last_loss"),
+    *("run", "kind", "method", "labelled", "draw", "seed", "parent", "steps", "last_loss", "scores"),
     *("seconds", "device", "precision", "code", "content", "commit", "torch"),
 ]
 SCORES = ["run", "subject", "phase", "class_name", "dice", "hd95", "hd95_unit", "missed"]
@@ -97,7 +98,23 @@ def read(profile: str, dataset: str) -> Rows:
         return NONE
     about, *others = (archive.read_table(folder / f"{name}.csv") for name in ORDER)
     kept = [table[table["run"].isin(about["run"])].reset_index(drop=True) for table in others]  # of whole runs
+    _require_whole(folder, about, kept[0])
     return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), *kept)
+
+
+def _require_whole(folder: Path, about: pd.DataFrame, scores: pd.DataFrame) -> None:
+    """Raises `RequestError` where a run or a score is there twice or is lost, as after a merge that went wrong."""
+    remedy = "take these files from git again, then add rows with --extend"
+    if [*about.columns] != RUNS:
+        raise RequestError(f"{folder / 'runs.csv'}: has the columns of another version; {remedy}")
+    if (twice := about["run"].duplicated()).any():
+        raise RequestError(f"{folder / 'runs.csv'}: has {about['run'][twice].iloc[0]} twice; {remedy}")
+    there = scores.drop_duplicates(SCORES[:4]).groupby("run").size()
+    there, had = there.reindex(about["run"], fill_value=0), about.set_index("run")["scores"]
+    if (lost := there != had).any() or len(scores) != had.sum():
+        name = lost.idxmax() if lost.any() else scores["run"][scores.duplicated(SCORES[:4])].iloc[0]
+        found = (scores["run"] == name).sum()
+        raise RequestError(f"{folder / 'scores.csv'}: {name} had {had[name]} scores and has {found}; {remedy}")
 
 
 def add(found: Rows, profile: str, dataset: str) -> Rows:
@@ -123,7 +140,7 @@ def collect(done: Iterable[Run]) -> Rows:
         record, log = json.loads((run.folder / "record.json").read_bytes()), run.read("log")
         made = record["provenance"]
         fields = {"run": run.name, "kind": run.kind, "parent": run.parent.name if run.parent else ""}
-        fields |= {"method": "", "seed": run.parameters.seed, "steps": run.steps}
+        fields |= {"scores": 0, "method": "", "seed": run.parameters.seed, "steps": run.steps}
         fields |= {"last_loss": log["loss"].tail(max(len(log) // 20, 1)).mean()}
         fields |= {"seconds": record["training_seconds"], "device": made["gpu"] or made["cpu"]}
         fields |= {"precision": run.experiment.precision, "code": run.code, "content": record["content"]}
@@ -131,6 +148,7 @@ def collect(done: Iterable[Run]) -> Rows:
         if run.kind == "finetune":
             metrics = run.read("metrics")
             fields |= {"method": run.method, "labelled": metrics["labelled"].iloc[0], "draw": run.key["draw"]}
+            fields["scores"] = len(metrics)
             scores.append(metrics[SCORES])
         about.append(fields)
         if run.kind == "finetune":

@@ -219,7 +219,24 @@ def split_of(run: Run, store: Subjects | Store) -> Split:
             apart = f"{' and '.join(twins)} have the same images, and one of them is tested, the other seen in training"
             remedy = "remove one, or choose another seed or protocol"
             raise RequestError(f"protocol {experiment.protocol}: {apart}; {remedy}")
+    if run.parent and getattr(parameters, "pretrain_dataset", ""):
+        _require_unseen(run, split)
     return split
+
+
+def _require_unseen(run: Run, split: Split) -> None:
+    """Raises `RequestError` where a pre-training on another data set, of the same files, sees who is tested."""
+    ours, theirs = run.experiment.dataset, run.parent.experiment.dataset
+    files = [(each.adapter, (paths.data_root() / each.folder).resolve()) for each in (ours, theirs)]
+    if files[0] != files[1]:
+        return
+    seen = split_of(run.parent, subjects_of(run.parent.experiment)).pretrain
+    if both := sorted({*split.test} & {*seen}):
+        wrong = (
+            f"{theirs.name} has the files of {ours.name}, and {len(both)} subjects that are tested are pre-trained on"
+        )
+        remedy = "leave it away, or name data without them"
+        raise RequestError(f"pretrain_dataset: {wrong}, the first {both[0]}; {remedy}")
 
 
 def build_network(run: Run, store: Store) -> UNet:

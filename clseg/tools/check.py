@@ -395,10 +395,19 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
     changes |= {"options": ours} if ours else {}
     draft, seen, faults, notes = draft.model_copy(update=changes), {}, [], []
     slice_axis = usual_slice_axis(refs, draft)
+
+    def mask_as_scan(ref: VolumeRef) -> bool:
+        """Of files that a pattern found: such as a second mask of a subject, which no pattern of masks fits."""
+        given = MASK.search(str(draft.options.get("images", "")))  # then the word says nothing
+        return draft.adapter == "pairs" and not (ref.label or given) and bool(MASK.search(ref.images[0].name))
+
     for ref in tqdm(refs, "check", unit="volume", disable=None):
         names = [str(path) for path in ref.files] + [path.name for path in ref.files] + [ref.subject]
         if ref in wrong:
             faults.append((wrong[ref], names))
+            continue
+        if mask_as_scan(ref):
+            faults.append((f"{ref.source}: has the name of a mask, and would be taken for a scan; move it away", names))
             continue
         try:
             volume = read(ref, draft, slice_axis)

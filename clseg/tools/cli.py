@@ -236,6 +236,13 @@ def _table(arguments: argparse.Namespace) -> int:
     if table.empty:
         example = "run a study first, for example clseg run quickstart"
         raise RequestError(f"{root}: holds no finished fine-tuning that was tested; {example}")
+    runs = table.groupby(["dataset", "profile", "method", "labelled", "draw", "seed"])["run"].nunique()
+    if (several := runs[runs > 1]).any():
+        name = ", ".join(map(str, several.index[0]))
+        same = (
+            "of other settings, protocol or code; `run` and `overrides` tell them apart, and a mean must not mix them"
+        )
+        print(f"clseg: several runs in {len(several)} of {len(runs)} cells ({name}), {same}", file=sys.stderr)
     if arguments.out:
         with writing(arguments.out, "choose another --out"):
             archive.write_table(Path(arguments.out), table)

@@ -38,7 +38,7 @@ print(results.gaps)
 # %% [markdown]
 # ## Dice against labelled subjects
 # Each line is a method, each bar a 95 % interval over test subjects, draws and seeds (none under `smoke`), each small point one draw of
-# labelled subjects. A hollow marker lacks runs that others have. A dotted bar is of too few draws or seeds to say how much others would
+# labelled subjects. A hollow marker lacks runs that others have. A dotted bar is of too few subjects, draws or seeds to say how much others would
 # differ. A cross is a published number of the same method, of another protocol; those of other methods stand at the end.
 
 # %%
@@ -101,6 +101,6 @@ else:
 # %% [markdown]
 # ## What this does not show
 # * Another data set, resolution or budget: the lines at the top say what was computed.
-# * Differences below the width of the intervals. With fewer than three seeds, or one or two draws where others could be drawn, there is no
+# * Differences below the width of the intervals. With fewer than three test subjects or seeds, or one or two draws where others could be drawn, there is no
 #   verdict at all.
 # * Settings chosen on these test subjects would make every number above too good: choose them on others.

@@ -321,11 +321,14 @@ def test_second_time_opens_without_reading(dataset, monkeypatch):
     assert Store(first.folder).subjects == first.subjects
 
 
-def test_where_the_files_are_absent_a_store_that_was_made_of_them_will_do(dataset, msd):
-    """But no store of another description, of another grid, or one of several that differ."""
+def test_where_the_files_are_absent_a_store_that_was_made_of_them_will_do(dataset, msd, capsys):
+    """But no store of another description, of another grid, or one of several that differ. It is said."""
     made = prepare(dataset, NATIVE, progress=False)
     msd.rename(msd.with_name("away"))
-    again = prepare(dataset, NATIVE, progress=False)
+    capsys.readouterr()
+    again = prepare(dataset, NATIVE)
+    told = f"example: {msd} is not here; {made.folder}, which was made of it, is used\n"
+    assert capsys.readouterr().err == told
     assert (again.folder, again.content, again.subjects) == (made.folder, made.content, made.subjects)
     assert np.array_equal(again.images, made.images)
     assert np.array_equal(again.labels, made.labels)

@@ -364,6 +364,7 @@ def test_a_study_reads_the_file_and_its_runs_are_named_by_what_it_holds(cases, n
         ('[{"train": ["a"], "val": "b"}]', "0.val: .*valid list"),
         ('[{"train": ["a"], "val": ["b"], "vall": []}]', "unknown key 'vall', did you mean 'val'"),
         ('[{"train": ["a"', "not valid YAML"),
+        ('[{"train": ["a", "a", "b"], "val": ["c"]}]', "train: names a twice"),
     ],
 )
 def test_a_file_that_holds_no_folds_is_refused_by_name(cases, nnunet, text, message):
