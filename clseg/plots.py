@@ -262,7 +262,10 @@ def label_curve(
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
-    figure.suptitle((title or "study {} on {}, profile {}".format(*place.iloc[0])) + f"\n{_over(summary)}")
+    figure.suptitle(
+        (title or "study {} on {}, profile {}".format(*place.iloc[0]).replace("study  on", "all runs on"))
+        + f"\n{_over(summary)}"
+    )
     return figure
 
 
@@ -349,7 +352,7 @@ def forest(contrasts: pd.DataFrame, margin: float = stats.MARGIN) -> Figure:
     """Differences of Dice between two methods, with 95 % intervals and verdicts; a panel for each number of labels.
 
     contrasts: `stats.contrasts`. Grey: differences that do not matter. Filled: there is a verdict; hollow: there is
-    none. Dotted: an interval of too few draws or seeds.
+    none. Dotted: an interval of too few subjects, draws or seeds.
     """
     if contrasts.empty:
         return _nothing("no contrast has a common run")

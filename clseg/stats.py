@@ -79,7 +79,7 @@ def per_draw(table: pd.DataFrame) -> pd.DataFrame:
 
     Of seeds that have every draw, as in `summary`.
     """
-    return per_subject(_counted(table)).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
+    return per_subject(_counted(_entered(table))).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
 
 
 def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, float, float]:
@@ -291,8 +291,8 @@ def contrasts(
     * Of a declared family `p_holm`: is there a difference? `p_margin_holm`: is it on the side of `margin` where it
       seems to be? Both adjusted, so that in a whole study the chance of one false answer to each question is 5 %.
     * `verdict`, and in `note` "by more than 0.02" where `p_margin_holm` allows it. What the interval `lacks` stands in
-      `note`, too, and then the verdict is "not known" whatever the interval, as other draws or seeds may differ by
-      more, and there is no adjusted p.
+      `note`, too, and then the verdict is "not known" whatever the interval, as others may differ by more, and there
+      is no adjusted p.
     """
     table, rows, family = _entered(table), [], "declared" if declared else "exploratory"
     for group, members in table[~table["profile"].isin(NO_TESTS)].groupby(GROUP):

@@ -174,12 +174,13 @@ def test_a_second_mask_is_no_scan(tmp_path):
     folder, options = medical(tmp_path / "scans", "pairs"), {"images": "case_{subject}.nii.gz"}
     options["labels"] = "case_{subject}_seg.nii.gz"
     assert check(folder, options=options).problems == []
+    save(folder / "case_GT_006.nii.gz", volume(60)[0])  # a scan by its own right
     save(folder / "case_03_seg_r2.nii.gz", volume(3)[1])
     report = check(folder, options=options)
     assert report.problems == [
         f"{folder / 'case_03_seg_r2.nii.gz'}: has the name of a mask, and would be taken for a scan; move it away"
     ]
-    assert len(report.volumes) == 8
+    assert len(report.volumes) == 9
 
 
 def test_json_holds_everything(tmp_path, capsys):
@@ -657,6 +658,14 @@ def test_folds_that_name_no_case_are_found(name, remedy, tmp_path):
     (folder / "splits_final.json").write_text(json.dumps(folds))
     (problem,) = check(folder).problems
     assert f"splits_final.json: names 1 cases that are not there, the first is {name}; {remedy}" in problem
+
+
+def test_a_subject_twice_in_a_fold_is_found(tmp_path):
+    folder = medical(tmp_path / "scans", "nnunet")
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["case_01", "case_01"], "val": ["case_02"]}]))
+    [problem] = check(folder).problems
+    told = "splits_final.json: is no list of folds with `train` and `val` (train: names case_01 twice); correct it"
+    assert problem.endswith(told)
 
 
 def test_text_in_headers_is_told_but_not_shown(tmp_path):

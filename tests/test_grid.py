@@ -55,9 +55,11 @@ def test_all_that_is_as_many_as_a_number_is_left_out():
     pool = ["dataset.options.subjects=9", "dataset.protocols.seeded.test=3", "dataset.protocols.seeded.validation=1"]
     words = ["study.methods=[random]", "study.all_labels=[random]", "study.labelled=[2,5]", "study.draws=[1,2]", *pool]
     plan = grid.expand(*_asked("quickstart", words))
-    splits = {run.name: runs.split_of(run, runs.subjects_of(run.experiment)) for run in plan.all}
-    plan = grid.distinct(plan, splits)
+    subjects = {run.data: runs.subjects_of(run.experiment) for run in plan.all}
+    splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
+    plan = grid.distinct(plan, splits, subjects)
     assert [run.labelled for run in plan.finetune] == [2, 5, 2]
+    assert plan.all_labels == {5}  # there is no other draw of them
     assert "all labelled, draw 1: the same subjects as draw 1 of 5" in plan.notes
     assert "5 labelled, draw 2: the same subjects as draw 1" in plan.notes
 

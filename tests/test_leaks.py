@@ -71,7 +71,10 @@ def test_another_name_for_the_same_files_hides_no_test_subject(protocol, leaks, 
     if not leaks:  # both leave out the same subjects
         assert set(runs.split_of(run, everyone).test)
         return
-    with pytest.raises(RequestError, match=r"pretrain_dataset: again has the files of phantom, and .* tested"):
+    with pytest.raises(
+        RequestError,
+        match=r"pretrain_dataset: again has images of phantom, and pre-trains on subject phantom00\d, who is tested",
+    ):
         runs.split_of(run, everyone)
 
 

@@ -224,7 +224,7 @@ def test_the_table_has_the_tidy_columns_and_skips_what_is_not_done(out):
     assert list(table.columns) == [*archive.TABLE_COLUMNS, "overrides"]
     assert run.name in set(table["run"])
     assert other.name not in set(table["run"])
-    assert set(table["study"]) == {""}  # whoever had it done first
+    assert set(table["study"]) == {""}  # of whichever study had it done first
     assert archive.table([]).empty
     assert list(archive.table([]).columns) == archive.TABLE_COLUMNS
 
@@ -243,7 +243,10 @@ def test_the_table_tells_apart_runs_that_were_told_other_things(out, capsys):
     capsys.readouterr()
     assert cli.main(["table", str(paths.runs_root())]) == 0
     told = capsys.readouterr()
-    assert " cells (phantom, smoke, gd, 1, 1, 0), of other settings, protocol or code; " in told.err
+    assert (
+        " cells (phantom, smoke, gd, 1, 1, 0), of different settings, protocol or code (see `run` and `overrides`); "
+        in told.err
+    )
     assert told.out.startswith(",".join(table.columns))
 
 

@@ -299,12 +299,13 @@ def test_a_table_that_pandas_read_has_the_same_statistics(tmp_path):
     assert len(stats.contrasts(table)) == 1
     pd.testing.assert_frame_equal(stats.contrasts(read), stats.contrasts(table))
     pd.testing.assert_frame_equal(stats.summary(read), stats.summary(table))
+    pd.testing.assert_frame_equal(stats.per_draw(read), stats.per_draw(table))
 
 
 def test_scores_of_two_runs_of_a_cell_are_not_averaged():
     table = study(labelled=(1,))
     twice = pd.concat([table, table.query("method == 'gd' and draw == 2").assign(run="of other settings")])
-    for statistics in (stats.summary, stats.contrasts):
+    for statistics in (stats.summary, stats.contrasts, stats.per_draw):
         with pytest.raises(ValueError, match="gd, 1 labelled, draw 2, seed 0: subject p00 has several scores"):
             statistics(twice)
 

@@ -136,8 +136,8 @@ def prepare(dataset: DatasetConfig, geometry: Geometry, progress: bool = True) -
     """The prepared store of a data set at a geometry: built the first time, opened afterwards.
 
     Where the data set's folder is absent, a store that was made of it elsewhere will do. One volume is in memory at a
-    time; processes that ask at once build it once. `RequestError` if the data are wrong. With `progress`, what was
-    decided about files and what the grid cuts off is told, each once.
+    time; processes that ask at once build it once. `RequestError` if the data are wrong. With `progress` it is told
+    that a store was made elsewhere, what was decided about files and what the grid cuts off.
     """
     asked = {"version": STORE_VERSION, "geometry": geometry.model_dump()}
     asked |= {"dataset": dataset.model_dump(include=READ | {"positions"})}

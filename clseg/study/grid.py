@@ -25,7 +25,9 @@ import torch
 from tqdm.auto import tqdm
 
 from clseg import loop, paths
+from clseg.data.formats import Subjects
 from clseg.data.splits import Split, available_draws
+from clseg.data.store import Store
 from clseg.digest import package_digest
 from clseg.errors import RequestError, nearest, reading
 from clseg.recipes import RECIPES
@@ -49,13 +51,15 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a study on one data set; in `pretrain` parents come first. `notes`: what was left out."""
+    """The runs of a study on one data set; in `pretrain` parents come first. `notes`: what was left out; `all_labels`:
+    the numbers of labelled subjects that are all there are, as far as `distinct` found them."""
 
     study: StudyConfig
     profile: str
     pretrain: list[Run]
     finetune: list[Run]
     notes: list[str]
+    all_labels: frozenset[int] = frozenset()
 
     @property
     def all(self) -> list[Run]:
@@ -142,19 +146,22 @@ def _passed_over(study: StudyConfig) -> Iterator[str]:
             yield f"contrast {pair[0]} minus {pair[1]}: {absent[0]} is not among the methods"
 
 
-def distinct(grid: Grid, splits: Mapping[str, Split]) -> Grid:
+def distinct(grid: Grid, splits: Mapping[str, Split], subjects: Mapping[str, Subjects | Store]) -> Grid:
     """The grid without draws that label, validate and test the subjects of an earlier draw: they would count twice.
 
-    splits: of its fine-tunings by name. A protocol that draws subjects by chance may draw a set again, and of n
-    subjects there are no more than C(n, k) sets of k. "All" may be as many as one of the numbers.
+    splits: of its fine-tunings by name; subjects: of each `Run.data`. A protocol that draws subjects by chance may
+    draw a set again, and of n subjects there are no more than C(n, k) sets of k. "All" may be as many as one of the
+    numbers.
     """
     first: dict[tuple, Run] = {}
-    kept, notes = [], dict.fromkeys(grid.notes)
+    kept, all_labels, notes = [], set(), dict.fromkeys(grid.notes)
     for run in sorted(grid.finetune, key=lambda run: (run.labelled == "all", run.parameters.draw)):
         split = splits[run.name]
+        if {*split.labelled} == {*subjects[run.data].labelled_subjects} - {*split.test, *split.validation}:
+            all_labels.add(len(split.labelled))
         others = run.parameters.model_dump_json(exclude={"draw", "labelled"})
-        subjects = map(frozenset, (split.labelled, split.test, split.validation))
-        before = first.setdefault((others, *subjects), run)
+        sets = map(frozenset, (split.labelled, split.test, split.validation))
+        before = first.setdefault((others, *sets), run)
         if before is run:
             kept.append(run.name)
             continue
@@ -163,7 +170,8 @@ def distinct(grid: Grid, splits: Mapping[str, Split]) -> Grid:
     finetune = [run for run in grid.finetune if run.name in set(kept)]
     needed = {parent.name for run in finetune for parent in run.ancestors}
     pretrain = [run for run in grid.pretrain if run.name in needed]
-    return replace(grid, pretrain=pretrain, finetune=finetune, notes=list(notes))
+    about = {"notes": list(notes), "all_labels": frozenset(all_labels)}
+    return replace(grid, pretrain=pretrain, finetune=finetune, **about)
 
 
 def _require_parameters(source: Path) -> None:

@@ -45,7 +45,7 @@ def write_results(grid: Grid, found: Rows, folder: Path, command: str) -> None:
     of_all = table["run"].isin({run.name for run in grid.finetune if run.labelled == "all"})
     if of_all.any():  # one number of labels, though folds may differ by a subject
         table.loc[of_all, "labelled"] = int(table[of_all].groupby("run")["labelled"].first().median())
-    all_labels = set(table.loc[of_all, "labelled"])
+    all_labels = grid.all_labels | set(table.loc[of_all, "labelled"])
     seeds = _seeds(grid, found)
     counted = table[table["seed"].isin(seeds["counted"])]
     archive.write_table(folder / "summary.csv", stats.summary(counted, all_labels))

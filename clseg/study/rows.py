@@ -2,7 +2,7 @@
 
 | table | a row per | columns |
 |---|---|---|
-| `runs.csv` | run, pre-training or fine-tuning | its name, what it is, when and where it was done |
+| `runs.csv` | run, pre-training or fine-tuning | its name, what it is, how many scores, when and where |
 | `scores.csv` | run, subject, phase and structure | Dice, HD95 |
 | `probes.csv` | pre-training | what it learned (`clseg.probe`) |
 | `losses.csv` | pre-training and at most `POINTS` steps | the mean loss since the row before |
@@ -97,16 +97,17 @@ def read(profile: str, dataset: str) -> Rows:
     if not (folder / "runs.csv").is_file():
         return NONE
     about, *others = (archive.read_table(folder / f"{name}.csv") for name in ORDER)
+    if "scores" not in about:  # of before 30 November 2026
+        counts = others[0].groupby("run").size().reindex(about["run"], fill_value=0)
+        about.insert(RUNS.index("scores"), "scores", counts.to_numpy())
     kept = [table[table["run"].isin(about["run"])].reset_index(drop=True) for table in others]  # of whole runs
     _require_whole(folder, about, kept[0])
     return Rows(about.astype({"labelled": "Int64", "draw": "Int64"}), *kept)
 
 
 def _require_whole(folder: Path, about: pd.DataFrame, scores: pd.DataFrame) -> None:
-    """Raises `RequestError` where a run or a score is there twice or is lost, as after a merge that went wrong."""
+    """Raises `RequestError` where a run is there twice, or a score of a run twice or lost, as after a bad merge."""
     remedy = "take these files from git again, then add rows with --extend"
-    if [*about.columns] != RUNS:
-        raise RequestError(f"{folder / 'runs.csv'}: has the columns of another version; {remedy}")
     if (twice := about["run"].duplicated()).any():
         raise RequestError(f"{folder / 'runs.csv'}: has {about['run'][twice].iloc[0]} twice; {remedy}")
     there = scores.drop_duplicates(SCORES[:4]).groupby("run").size()

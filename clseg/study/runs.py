@@ -7,6 +7,7 @@ every other file. A run counts as done only while all of that agrees.
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from clseg import paths, ranks, train
-from clseg.data.formats import Subjects, listed
+from clseg.data.formats import Subjects, listed, scan
 from clseg.data.prepare import prepare
 from clseg.data.splits import Split, make_split, unlabelled
 from clseg.data.store import Store
@@ -29,7 +30,7 @@ from clseg.loop import Fit, Work
 from clseg.models import UNet
 from clseg.probe import COLUMNS, probe
 from clseg.recipes import RECIPES
-from clseg.settings import Stage
+from clseg.settings import DatasetConfig, Stage
 from clseg.stages import SHARED, STAGES
 from clseg.study.archive import (
     TABLE_COLUMNS,
@@ -201,7 +202,7 @@ def open_store(experiment: Experiment, progress: bool = True) -> Store:
 def subjects_of(experiment: Experiment) -> Subjects | Store:
     """Who is in the data set of an experiment, and who has labels, before anything is prepared."""
     folder = paths.data_root() / experiment.dataset.folder
-    return listed(experiment.dataset) if folder.exists() else open_store(experiment)
+    return listed(experiment.dataset) if folder.exists() else open_store(experiment, progress=False)
 
 
 def split_of(run: Run, store: Subjects | Store) -> Split:
@@ -225,18 +226,20 @@ def split_of(run: Run, store: Subjects | Store) -> Split:
 
 
 def _require_unseen(run: Run, split: Split) -> None:
-    """Raises `RequestError` where a pre-training on another data set, of the same files, sees who is tested."""
+    """Raises `RequestError` where a pre-training on another data set sees images of who is tested."""
     ours, theirs = run.experiment.dataset, run.parent.experiment.dataset
-    files = [(each.adapter, (paths.data_root() / each.folder).resolve()) for each in (ours, theirs)]
-    if files[0] != files[1]:
-        return
-    seen = split_of(run.parent, subjects_of(run.parent.experiment)).pretrain
-    if both := sorted({*split.test} & {*seen}):
-        wrong = (
-            f"{theirs.name} has the files of {ours.name}, and {len(both)} subjects that are tested are pre-trained on"
-        )
-        remedy = "leave it away, or name data without them"
-        raise RequestError(f"pretrain_dataset: {wrong}, the first {both[0]}; {remedy}")
+    seen = set(_images(theirs, split_of(run.parent, subjects_of(run.parent.experiment)).pretrain).values())
+    if both := [subject for subject, images in _images(ours, split.test).items() if images in seen]:
+        wrong = f"{theirs.name} has images of {ours.name}, and pre-trains on subject {both[0]}, who is tested here"
+        remedy = "leave it away, or name data without those who are tested"
+        raise RequestError(f"pretrain_dataset: {wrong} ({len(both)} of {len(split.test)}); {remedy}")
+
+
+def _images(dataset: DatasetConfig, subjects: Iterable[str]) -> dict[str, Any]:
+    """What the images of each subject are known by: their first file or, where there is none here, who it is."""
+    if not dataset.folder or not (paths.data_root() / dataset.folder).exists():
+        return {subject: (dataset.adapter, dataset.folder, subject) for subject in subjects}
+    return {ref.subject: ref.images[0].resolve() for ref in scan(dataset) if ref.subject in {*subjects}}
 
 
 def build_network(run: Run, store: Store) -> UNet:

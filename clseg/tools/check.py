@@ -356,9 +356,11 @@ def _splits_problems(folder: Path, subjects: set[str]) -> list[str]:
         return []
     try:
         with reading(path, "JSON"):
-            folds = TypeAdapter(Folds).validate_python(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+        folds = TypeAdapter(Folds).validate_python(found)
     except ValidationError as error:
-        return [f"{path}: is no list of folds with `train` and `val` ({error.errors()[0]['msg']}); correct it"]
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        return [f"{path}: is no list of folds with `train` and `val` ({reason}); correct it"]
     except RequestError as error:
         return [str(error)]
     names = dict.fromkeys(name for fold in folds for name in (*fold.train, *fold.val))
@@ -396,10 +398,12 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
     draft, seen, faults, notes = draft.model_copy(update=changes), {}, [], []
     slice_axis = usual_slice_axis(refs, draft)
 
+    subjects = {ref.subject for ref in refs}
+
     def mask_as_scan(ref: VolumeRef) -> bool:
-        """Of files that a pattern found: such as a second mask of a subject, which no pattern of masks fits."""
-        given = MASK.search(str(draft.options.get("images", "")))  # then the word says nothing
-        return draft.adapter == "pairs" and not (ref.label or given) and bool(MASK.search(ref.images[0].name))
+        """Whether what the pattern of images found is by its name a mask of another subject, such as a second one."""
+        words = (ref.subject.removeprefix(other) for other in subjects - {ref.subject})
+        return any(word != ref.subject and MASK.search(word) for word in words) and not ref.label
 
     for ref in tqdm(refs, "check", unit="volume", disable=None):
         names = [str(path) for path in ref.files] + [path.name for path in ref.files] + [ref.subject]

@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:  # subjects are counted before anything is prepared
         subjects = {data: runs.subjects_of(experiment) for data, experiment in experiments.items()}
         splits = {run.name: runs.split_of(run, subjects[run.data]) for run in plan.all}
-        plan, unchecked = grid.distinct(plan, splits), ""
+        plan, unchecked = grid.distinct(plan, splits, subjects), ""
         untested = [run for run in plan.finetune if not splits[run.name].test]
         if 0 < len(untested) < len(plan.finetune):
             empty = f"fold {untested[0].parameters.draw} of protocol {untested[0].experiment.protocol} tests nobody"
@@ -239,9 +239,8 @@ def _table(arguments: argparse.Namespace) -> int:
     runs = table.groupby(["dataset", "profile", "method", "labelled", "draw", "seed"])["run"].nunique()
     if (several := runs[runs > 1]).any():
         name = ", ".join(map(str, several.index[0]))
-        same = (
-            "of other settings, protocol or code; `run` and `overrides` tell them apart, and a mean must not mix them"
-        )
+        apart = "`run`" + " and `overrides`" * ("overrides" in table)
+        same = f"of different settings, protocol or code (see {apart}); a mean must not mix them"
         print(f"clseg: several runs in {len(several)} of {len(runs)} cells ({name}), {same}", file=sys.stderr)
     if arguments.out:
         with writing(arguments.out, "choose another --out"):

@@ -56,7 +56,7 @@ print(results.gaps)
 # %% [markdown]
 # ## Dice against labelled subjects
 # Each line is a method, each bar a 95 % interval over test subjects and draws, each small point one draw of labelled
-# subjects; the dashed line is the ceiling, all subjects labelled. A dotted bar is of too few draws or seeds to say how others would differ.
+# subjects; the dashed line is the ceiling, all subjects labelled. A dotted bar is of too few subjects, draws or seeds to say how others would differ.
 #
 # * `random`: no pre-training.
 # * `gd`: the encoder is pre-trained so that slices of the same part of any volume are alike.

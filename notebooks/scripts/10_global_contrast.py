@@ -288,7 +288,7 @@ for tau in (0.1, 1.0):
 #
 # ## Temperature: who is listened to?
 # The gradient of a term with respect to $s_{ik}$, the similarity of negative $k$ over τ, is its share of the denominator, so among the negatives
-# it is shared out by a softmax of $s_{ik}$. (By the cosine it is 1/τ times as much, so the cell multiplies by τ.) How much falls on the hardest, the most similar, negative? Ask autograd, for
+# it is shared out by a softmax of $s_{ik}$. (With respect to the cosine it is 1/τ times as much, so the cell multiplies by τ.) How much falls on the hardest, the most similar, negative? Ask autograd, for
 # anchor 2 and its other view (four negatives, so an equal share is 0.25). "All together" is one minus the
 # share of the positive in the denominator.
 
@@ -515,7 +515,7 @@ for tau in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
     )
 
 # %% [markdown]
-# An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets about six times that; in the tiny example it got
+# An equal share would be 1 in 18, 6 %. At 0.1 the hardest negative of this batch gets six to seven times that; in the tiny example it got
 # nearly all. The same temperature is mild where similarities lie close together and harsh where they do not.
 #
 # ## What to notice

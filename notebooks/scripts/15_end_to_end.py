@@ -94,8 +94,8 @@ for name, start in {"random": None, "pre-trained": pretrained.weights}.items():
 # does ask: take it above, and look again. (`position` asks, too; 150 steps are few for it.)
 #
 # ## 4. Fine-tune: the same draws and seeds with both starts
-# Everything but the first weights is equal, so that a difference has one cause only. (The seed changes with the draw, so what each of the two does cannot be
-# told apart.)
+# Everything but the first weights is equal, so that a difference has one cause only. (The seed changes with the draw, so the effects of draw and seed
+# cannot be told apart.)
 
 # %%
 starts = {"random": None, "pre-trained": pretrained.weights}

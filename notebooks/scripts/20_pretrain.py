@@ -36,7 +36,7 @@ dimensions: int = 2  # 3: blocks of slices instead of slices
 seed: int = 0  # initial weights, batches and augmentations
 overrides: list = []  # more of what `clseg run --set` takes, as texts
 variant: str = ""  # one more override, named in the results of an ablation
-study: str = ""  # the study this run belongs to, for the results table
+study: str = ""  # the study that had it done first; recorded, and nothing more
 
 # %%
 parameters = read_parameters(globals(), PretrainParameters)

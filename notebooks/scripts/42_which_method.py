@@ -231,7 +231,7 @@ print(tried.filter(like="steps", axis="index").reset_index().to_string(index=Fal
 # %% [markdown]
 # ## What averaging of weights does alone
 # `weak_to_strong` is scored with the running average of its weights (decay .99), the other methods with the weights of the last step. So: plain
-# fine-tuning with that average minus without it, on the development patients, one seed (of `acdc_budget`, too). Exploratory.
+# fine-tuning with that average minus without it, on the development patients, one seed; these runs, too, are of `acdc_budget`. Exploratory.
 
 # %%
 print(tried.filter(like="average", axis="index").reset_index().to_string(index=False))
