@@ -159,7 +159,7 @@ def bars_of(axes):
     return [[dashes is not None for _, dashes in bar.get_linestyle()] for bar in bars]
 
 
-def test_intervals_of_too_few_draws_or_seeds_are_dotted():
+def test_intervals_of_too_few_subjects_draws_or_seeds_are_dotted():
     table = tidy({"random": 0.0, "gd": 0.1})
     whole = plots.label_curve(stats.summary(table))
     assert bars_of(whole.axes[0]) == [[False] * 3] * 2
@@ -167,8 +167,9 @@ def test_intervals_of_too_few_draws_or_seeds_are_dotted():
     two = table[~((table["method"] == "gd") & (table["labelled"] == 2) & (table["draw"] == 3))]
     figure = plots.label_curve(stats.summary(two))
     assert bars_of(figure.axes[0]) == [[False] * 3, [False, True, False]]  # random, gd
-    assert legend(figure)[-1] == "dotted: too few draws or seeds"
-    assert bars_of(plots.label_curve(stats.summary(table[table["seed"] == 0])).axes[0]) == [[True] * 3] * 2
+    assert legend(figure)[-1] == "dotted: too few subjects, draws or seeds"
+    for few in (table[table["seed"] == 0], table[table["subject"].isin(sorted(set(table["subject"]))[:2])]):
+        assert bars_of(plots.label_curve(stats.summary(few)).axes[0]) == [[True] * 3] * 2
 
 
 def test_published_numbers_stand_only_beside_cells_of_ours():

@@ -12,7 +12,7 @@
 # | `matched-gr` | contrastive pre-training first: two views of a slice are alike (after Chaitanya et al.) |
 # | `matched-gd` | ... slices of the same part of the heart are alike (four partitions, as in the code of Zeng et al.; the idea is of Chaitanya et al.) |
 # | `matched-pcl` | ... slices at near positions are alike (Zeng et al.) |
-# | `matched-ufc` | ... slices of one cluster are alike (pseudo-classes, Zhang et al.); an auto-encoder finds the clusters |
+# | `matched-ufc` | ... slices of one cluster are alike (pseudo-classes, Zhang et al.); an auto-encoder finds the clusters ([39](39_ufc_clusters.ipynb): on ACDC groups of patients, hardly positions) |
 # | `matched-gd+lr` | `matched-gd`, then a stage in which regions of a slice are alike |
 # | `weak_to_strong` | (after FixMatch and UniMatch) no pre-training; in fine-tuning the network labels the unlabelled scans itself, and where it is sure, its answer must stay the same when the image is strongly changed |
 # | `matched-...+weak_to_strong` | that pre-training, then that fine-tuning |
