@@ -9,10 +9,12 @@ import sys
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
 from clseg import paths, stats
+from clseg.cluster import purity
 from clseg.errors import RequestError
 from clseg.study import archive, estimate, grid, results, rows
 from clseg.study.files import known_names, read_dataset, read_profile, read_study
@@ -316,6 +318,20 @@ def test_the_encoders_whose_embeddings_are_shown_work():
     assert named == {run.method: [run.parent.name] for run in plan.finetune}
 
 
+def test_lesson_13_says_what_clusters_hold_on_acdc():
+    table = archive.read_table(rows.place("laptop", "acdc") / "ufc_clusters" / "clusters.csv")
+    patients = table.groupby("cluster")["subject"].nunique()
+    text = " ".join((paths.NOTEBOOKS / "scripts" / "13_cluster_contrast.py").read_text(encoding="utf-8").split())
+    told = f"slices of {patients.min()} to {patients.max()} of the {table['subject'].nunique()} patients"
+    assert f"On ACDC each of ten clusters holds {told}, and they hardly follow position" in text
+    assert len(patients) == 10
+    quarter, numbers = np.minimum((table["position"].to_numpy() * 4).astype(int), 3), table["cluster"].to_numpy()
+    shuffled, above = [np.random.default_rng(seed).permutation(numbers) for seed in range(20)], {}
+    for name, truth in (("position", quarter), ("patient", table["subject"])):
+        above[name] = purity(numbers, truth) / np.mean([purity(chance, truth) for chance in shuffled])
+    assert above["position"] < 1.25 < 2.5 < above["patient"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kept"), [("pcl_embedding", {"embedding"}), ("ufc_clusters", {"clusters", "linkage"})]
@@ -541,13 +557,14 @@ def test_the_quickstart_finds_the_committed_numbers_again(tmp_path, command, mon
 CHARTS = [
     *(("laptop", "acdc", name) for name in ("acdc", "acdc_matched", "acdc_consistency", "acdc_start", "acdc_sets")),
     ("laptop", "acdc", "pcl_embedding"),
+    ("laptop", "acdc", "ufc_clusters"),
     ("laptop", "phantom", "quickstart"),
 ]
 
 
 @pytest.mark.parametrize(("profile", "dataset", "name"), CHARTS)
 def test_committed_charts_are_those_of_the_code_and_the_rows(profile, dataset, name, tmp_path):
-    """The chart of the README, that of `make study`, those that chose its settings, and one of kept tables."""
+    """The chart of the README, that of `make study`, those that chose its settings, and those of kept tables."""
     whole = grid.expand(read_study(name).within(read_profile(profile)), dataset, profile)
     there = rows.place(profile, dataset) / name
     folder = tmp_path / profile / dataset / name
@@ -555,7 +572,8 @@ def test_committed_charts_are_those_of_the_code_and_the_rows(profile, dataset, n
     committed_figures(whole, folder)
     charts = sorted(path.name for path in folder.glob("*.png"))
     assert charts == sorted(path.name for path in there.glob("*.png"))
-    assert ("embedding.png" if name == "pcl_embedding" else "dice_against_labelled.png") in charts
+    own = {"pcl_embedding": "embedding.png", "ufc_clusters": "dendrogram.png"}
+    assert own.get(name, "dice_against_labelled.png") in charts
     for chart in charts:
         assert (folder / chart).read_bytes() == (there / chart).read_bytes(), chart
 
