@@ -262,10 +262,9 @@ def label_curve(
     below = f"labelled subjects (draws of them: {_range(curves['n_draws'])})" if counts else ""
     (figure.supxlabel if several else panels[0].set_xlabel)(below)
     figure.supylabel("Dice (mean over test subjects)")
-    figure.suptitle(
-        (title or "study {} on {}, profile {}".format(*place.iloc[0]).replace("study  on", "all runs on"))
-        + f"\n{_over(summary)}"
-    )
+    study, dataset, profile = place.iloc[0]
+    title = title or f"{f'study {study}' if study else 'all runs'} on {dataset}, profile {profile}"
+    figure.suptitle(f"{title}\n{_over(summary)}")
     return figure
 
 

@@ -79,7 +79,7 @@ def per_draw(table: pd.DataFrame) -> pd.DataFrame:
 
     Of seeds that have every draw, as in `summary`.
     """
-    return per_subject(_counted(_entered(table))).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
+    return per_subject(_counted(table)).groupby([*CELL, "draw"], as_index=False)["dice"].mean()
 
 
 def crossed_interval(mean: float, levels: Sequence[np.ndarray]) -> tuple[float, float, float]:
@@ -173,8 +173,8 @@ def _runs(rows: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def _counted(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each cell that are of seeds with every draw."""
-    kept = []
+    """The rows of each cell that are of seeds with every draw, as `_entered`."""
+    table, kept = _entered(table), []
     for _, own in table.groupby(CELL):
         whole = whole_seeds(runs := _runs(own))
         kept.append(own[[run in whole for run in runs]])
@@ -195,7 +195,7 @@ def summary(table: pd.DataFrame, all_labels: Collection[int] = ()) -> pd.DataFra
     * `missed`, `missed_share`: structures the prediction lacks, and their share of the `scored_rows` (subject x phase x
       structure x run); `empty_rows`: rows where both are empty.
     """
-    table = _counted(_entered(table))
+    table = _counted(table)
     subjects = per_subject(table)
     runs_of_group = {group: set(_runs(own)) for group, own in subjects.groupby(GROUP)}
     of_cell, rows = subjects.groupby(CELL), []

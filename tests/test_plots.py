@@ -117,6 +117,8 @@ def test_label_curve_names_axes_counts_and_n():
     assert smoke.get_suptitle() == "study s on d, profile smoke\nno intervals: 6 subjects, 1 to 3 draws, 3 seeds"
     worded = plots.label_curve(stats.summary(tidy()), title="Dice of a heart", names={"gd": "the same part", "x": "y"})
     assert worded.get_suptitle().startswith("Dice of a heart\n95 % intervals")
+    of_all = plots.label_curve(stats.summary(tidy().assign(study="")))  # as `clseg table` gives them
+    assert of_all.get_suptitle().startswith("all runs on d, profile laptop\n")
     assert legend(worded) == ["random", "gr", "the same part", "gd+lr", "benchmark (77 labelled)"]
 
 

@@ -107,11 +107,10 @@ def _volume_file(path: Path) -> nib.spatialimages.SpatialImage:
         else:
             data = path.read_bytes()
             data = _unzipped(data) if name.endswith(("gz", ".mgz")) else data
-            if name.endswith((".mgz", ".mgh")):
-                return nib.MGHImage.from_bytes(data)
-            file = (nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image).from_bytes(data)
-    units = getattr(file.header, "get_xyzt_units", lambda: ("unknown",))()  # Analyze has none
-    if (unit := units[0]) in ("meter", "micron"):
+            kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Image
+            file = (nib.MGHImage if name.endswith((".mgz", ".mgh")) else kind).from_bytes(data)
+    given = hasattr(file.header, "get_xyzt_units")  # Analyze and MGH give no unit
+    if given and (unit := file.header.get_xyzt_units()[0]) in ("meter", "micron"):
         remedy = "write them in mm, or correct the unit (nibabel: header.set_xyzt_units('mm'))"
         raise RequestError(f"{path}: its header gives lengths in {unit}; {remedy}")
     return file

@@ -110,12 +110,11 @@ def _require_whole(folder: Path, about: pd.DataFrame, scores: pd.DataFrame) -> N
     remedy = "take these files from git again, then add rows with --extend"
     if (twice := about["run"].duplicated()).any():
         raise RequestError(f"{folder / 'runs.csv'}: has {about['run'][twice].iloc[0]} twice; {remedy}")
-    there = scores.drop_duplicates(SCORES[:4]).groupby("run").size()
-    there, had = there.reindex(about["run"], fill_value=0), about.set_index("run")["scores"]
-    if (lost := there != had).any() or len(scores) != had.sum():
-        name = lost.idxmax() if lost.any() else scores["run"][scores.duplicated(SCORES[:4])].iloc[0]
-        found = (scores["run"] == name).sum()
-        raise RequestError(f"{folder / 'scores.csv'}: {name} had {had[name]} scores and has {found}; {remedy}")
+    twice, had = scores.duplicated(SCORES[:4]), about.set_index("run")["scores"]
+    there = scores["run"].value_counts().reindex(had.index, fill_value=0)
+    if twice.any() or (there != had).any():
+        name = scores["run"][twice].iloc[0] if twice.any() else (there != had).idxmax()
+        raise RequestError(f"{folder / 'scores.csv'}: {name} had {had[name]} scores and has {there[name]}; {remedy}")
 
 
 def add(found: Rows, profile: str, dataset: str) -> Rows:

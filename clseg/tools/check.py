@@ -371,6 +371,11 @@ def _splits_problems(folder: Path, subjects: set[str]) -> list[str]:
     return [f"{path}: names {len(unknown)} cases that are not there, the first is {unknown[0]}; {remedy}"]
 
 
+def _names_a_mask(subject: str, subjects: set[str]) -> bool:
+    """Whether it is another subject with a word for masks behind it: `03_seg_r2`, where `03` is there."""
+    return any(subject[:n] in subjects and MASK.search(subject[n:]) for n in range(1, len(subject)))
+
+
 def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = None) -> Report:
     """Open every volume of a folder and report; what cannot be used is a problem, never an exception.
 
@@ -396,21 +401,13 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
     changes = {"classes": classes or {1: "class 1"}}  # images are read without classes, too
     changes |= {"options": ours} if ours else {}
     draft, seen, faults, notes = draft.model_copy(update=changes), {}, [], []
-    slice_axis = usual_slice_axis(refs, draft)
-
-    subjects = {ref.subject for ref in refs}
-
-    def mask_as_scan(ref: VolumeRef) -> bool:
-        """Whether what the pattern of images found is by its name a mask of another subject, such as a second one."""
-        words = (ref.subject.removeprefix(other) for other in subjects - {ref.subject})
-        return any(word != ref.subject and MASK.search(word) for word in words) and not ref.label
-
+    slice_axis, subjects = usual_slice_axis(refs, draft), {ref.subject for ref in refs}
     for ref in tqdm(refs, "check", unit="volume", disable=None):
         names = [str(path) for path in ref.files] + [path.name for path in ref.files] + [ref.subject]
         if ref in wrong:
             faults.append((wrong[ref], names))
             continue
-        if mask_as_scan(ref):
+        if not ref.label and _names_a_mask(ref.subject, subjects):
             faults.append((f"{ref.source}: has the name of a mask, and would be taken for a scan; move it away", names))
             continue
         try:
@@ -448,7 +445,7 @@ def check(folder: Path | str, name: str = "", options: dict[str, Any] | None = N
         report.classes.append({"name": title, "value": value, "voxels": sum(own), "subjects": sum(n > 0 for n in own)})
         if labelled and not sum(own):
             problems.append(f"{folder}: class {title!r} ({value}) is in no label; correct the masks or the classes")
-    problems += _splits_problems(folder, {ref.subject for ref in refs})
+    problems += _splits_problems(folder, subjects)
     if len(labelled) < 3 and not faults:
         wanted = "a study needs 3, one each to train, validate and test; add masks"
         problems.append(f"{folder}: {len(labelled)} labelled subjects can be used, and {wanted}")

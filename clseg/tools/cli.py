@@ -227,6 +227,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
+    from clseg import stats
     from clseg.study import archive
 
     root = Path(arguments.runs)
@@ -236,7 +237,7 @@ def _table(arguments: argparse.Namespace) -> int:
     if table.empty:
         example = "run a study first, for example clseg run quickstart"
         raise RequestError(f"{root}: holds no finished fine-tuning that was tested; {example}")
-    runs = table.groupby(["dataset", "profile", "method", "labelled", "draw", "seed"])["run"].nunique()
+    runs = table.groupby([*stats.CELL[1:], *stats.RUN])["run"].nunique()
     if (several := runs[runs > 1]).any():
         name = ", ".join(map(str, several.index[0]))
         apart = "`run`" + " and `overrides`" * ("overrides" in table)
